@@ -1,0 +1,1 @@
+"""Text and records: files in, token windows out."""

@@ -1,0 +1,93 @@
+"""What a quantization method is given and what it gives back: tensors and intent, no model, no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from geoquant.lattice.grid import Grid
+
+__all__ = ["Problem", "Solution"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One closest-vector problem: rows of `weight` against the metric `hessian` of their shared input.
+
+    Sites that share an input are stacked along the rows (rows are independent given the metric).
+
+    weight:   (out, in) float32, the target.
+    hessian:  (in, in) float32, `A = E[w_t x_t x_t^T]` on the calibration tokens.
+    heldout:  the same on held-out tokens (same units), or None.
+    order:    natural | activation | group-aware | min-pivot.
+    damping:  lambda in `A + lambda * mean(diag A) * I`, or None: chosen on `heldout`.
+    keep:     share of input columns kept at 16 bits (used by `dqc` only).
+    static_scales: freeze the scales of the original weights instead of searching them on the updated ones.
+    """
+
+    weight: Float[Tensor, "out in"]
+    hessian: Float[Tensor, "in in"]
+    heldout: Float[Tensor, "in in"] | None = None
+    grid: Grid = field(default_factory=Grid)
+    order: str = "group-aware"
+    damping: float | None = None
+    keep: float = 0.0
+    static_scales: bool = False
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes and steps of a solved problem, all in the *original* column order.
+
+    codes:        (out, in) int8 (symmetric) or uint8 (asymmetric); kept columns hold the code of zero.
+    scales:       (out, groups) bfloat16; zero_points: (out, groups) uint8 or None when symmetric.
+    kept_index:   (k,) int64 sorted input columns kept at 16 bits; kept_weight: (out, k) bfloat16.
+    damping:      the lambda used.
+    gram_schmidt: (in,) float32 `r_j`, Gram-Schmidt lengths of the damped metric in the order used, original column positions.
+    saturated:    (out,) float32 share of each row's codes whose unclipped value lay outside the box.
+    column_scores: (in,) float32 HOP score of each input column if the method computed it, else None.
+    """
+
+    codes: Int[Tensor, "out in"]
+    scales: Float[Tensor, "out groups"]
+    zero_points: Int[Tensor, "out groups"] | None
+    kept_index: Int[Tensor, " k"]
+    kept_weight: Float[Tensor, "out k"]
+    damping: float
+    gram_schmidt: Float[Tensor, " in"]
+    saturated: Float[Tensor, " out"]
+    grid: Grid
+    column_scores: Float[Tensor, " in"] | None = None
+
+    def dequantize(self, *, with_kept: bool = True) -> Float[Tensor, "out in"]:
+        """The float32 weights a reader reconstructs; `with_kept=False` leaves the kept columns at zero."""
+        from geoquant.lattice.grid import dequantize
+
+        weight = dequantize(self.codes, self.scales, self.zero_points, self.grid.group_size)
+        if self.kept_index.numel():
+            weight[:, self.kept_index] = self.kept_weight.float() if with_kept else 0.0
+        return weight
+
+    def rows(self, start: int, stop: int) -> Solution:
+        """The part that belongs to one of several stacked sites."""
+        part = slice(start, stop)
+        return Solution(
+            codes=self.codes[part].clone(),
+            scales=self.scales[part].clone(),
+            zero_points=None if self.zero_points is None else self.zero_points[part].clone(),
+            kept_index=self.kept_index,
+            kept_weight=self.kept_weight[part].clone(),
+            damping=self.damping,
+            gram_schmidt=self.gram_schmidt,
+            saturated=self.saturated[part].clone(),
+            grid=self.grid,
+            column_scores=self.column_scores,
+        )
+
+
+def empty_kept(rows: int) -> tuple[Tensor, Tensor]:
+    """No kept columns."""
+    return torch.zeros(0, dtype=torch.int64), torch.zeros(rows, 0, dtype=torch.bfloat16)

@@ -1,0 +1,155 @@
+"""The run folder: atomic writes, the manifest, per-site results that survive a kill -9.
+
+    RUN/
+      manifest.json         recipe, versions, hashes, seed, command, status
+      plan.json             what each site gets and why
+      token_weights.safetensors   gradient energies (metric `gradient`), so that a resumed run repeats no backward pass
+      sites/BLOCK-STAGE.safetensors   codes, scales, kept columns of the sites that share one input
+      original.json, quantized.json   quality and leakage before and after
+      expected.safetensors  tokens and logits of the solved model, for `verify`
+      model/ adapter/ dense/          the exports
+      report.json, report.html
+
+Every file appears by rename of a complete temporary sibling: a file that exists is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from geoquant.errors import UserError
+
+__all__ = [
+    "atomic_directory",
+    "atomic_write",
+    "claim_output",
+    "file_hash",
+    "read_json",
+    "read_tensors",
+    "write_json",
+    "write_tensors",
+]
+
+PARTIAL = ".partial-"
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only place into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"disk full while writing {path}", fix="free some space, then run the same command with --resume"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"cannot write {path}: {error.strerror}", fix="choose another --out folder") from None
+        raise
+    except SafetensorError as error:
+        # safetensors wraps the OS error in its own text.
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise UserError(
+                f"disk full while writing {path}", fix="free some space, then run the same command with --resume"
+            ) from None
+        raise
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling, flush it to the disk, then rename it to `path`."""
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=path.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            write(partial)
+            with partial.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            partial.chmod(0o644)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A temporary sibling folder that replaces `path` when the block ends well, and vanishes when it does not."""
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
+        try:
+            yield partial
+            partial.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.replace(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object that a run wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no {path.name} in {path.parent}", fix="is this the folder of a finished run?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}", fix="delete it and run again with --resume") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file, atomically."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, lambda partial: save_file(contiguous, partial, metadata=metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of one safetensors file and its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}", fix="delete it and run again with --resume") from None
+
+
+def claim_output(out: Path, *, resume: bool) -> None:
+    """Make `out` ready: new or empty, or a run of ours when resuming. Leftovers of a killed run are swept."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file", wanted="a folder")
+    entries = [entry for entry in out.iterdir() if not entry.name.startswith(PARTIAL)] if out.exists() else []
+    if entries and not (out / "manifest.json").exists():
+        raise UserError(f"output folder {out} is not empty", fix="choose a new folder")
+    if entries and not resume:
+        raise UserError(f"output folder {out} already holds a run", fix="add --resume, or choose a new folder")
+    with _explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for leftover in out.rglob(PARTIAL + "*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
