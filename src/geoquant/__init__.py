@@ -1,0 +1,50 @@
+"""GeoQuant: compress a language model, and measure how much private training data its weights still reveal.
+
+    import geoquant
+
+    report = geoquant.quantize(geoquant.Recipe(model="MODEL", bits=4), out="RUN")
+    model, tokenizer = geoquant.load("RUN/model")
+
+Names are imported on first use, so that `import geoquant` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from geoquant.errors import UserError
+    from geoquant.model.load import load
+    from geoquant.pipeline import make_plan as plan
+    from geoquant.pipeline import quantize
+    from geoquant.recipe import Recipe
+
+__all__ = ["Recipe", "UserError", "__version__", "load", "plan", "quantize"]
+
+__version__ = "0.1.0"
+
+# public name -> (module, name there)
+PUBLIC = {
+    "Recipe": ("geoquant.recipe", "Recipe"),
+    "UserError": ("geoquant.errors", "UserError"),
+    "load": ("geoquant.model.load", "load"),
+    "plan": ("geoquant.pipeline", "make_plan"),
+    "quantize": ("geoquant.pipeline", "quantize"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name the first time it is asked for."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'geoquant' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = PUBLIC[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names, whether imported yet or not."""
+    return sorted(__all__)
