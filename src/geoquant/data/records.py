@@ -1,0 +1,235 @@
+"""Private records: one JSON object a line, what is private in it marked by character offsets.
+
+    {"text": "Call Ann Lee on 555-0100.", "fields": [{"kind": "name", "start": 5, "end": 12}]}
+
+A field may also be given as {"kind": "name", "value": "Ann Lee"}: its first occurrence in the text is meant.
+A canary is a record that was inserted on purpose, with a secret of random digits:
+
+    {"text": "The safe of Bo Ek opens with 493817.",
+     "canary": {"name": "safe", "start": 29, "end": 35, "repeats": 4}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from geoquant.errors import UserError
+from geoquant.runs import atomic_write
+
+__all__ = ["Canary", "Record", "Span", "Split", "check_split", "load_split", "read_records", "write_records"]
+
+MINIMUM = 10  # records on each side below which an attack's interval says nothing
+
+
+@dataclass(frozen=True)
+class Span:
+    """A private part of a record: characters [start, end) of its text, and their kind (`email`, ...)."""
+
+    kind: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A planted secret: the digits at characters [start, end), `repeats` times in the training data."""
+
+    name: str
+    start: int
+    end: int
+    repeats: int = 1
+
+    @property
+    def digits(self) -> int:
+        """Length of the secret; the secret space has 10**digits elements."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Record:
+    """One text with its marked private spans, and the planted secret if it is a canary."""
+
+    text: str
+    fields: tuple[Span, ...] = ()
+    canary: Canary | None = None
+
+    def value(self, span: Span | Canary) -> str:
+        """The characters of one span of this record."""
+        return self.text[span.start : span.end]
+
+    @property
+    def repeats(self) -> int:
+        """How often the record occurs in the training data."""
+        return self.canary.repeats if self.canary else 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Records a model was trained on, records of the same distribution it never saw, and planted canaries."""
+
+    members: tuple[Record, ...]
+    nonmembers: tuple[Record, ...]
+    canaries: tuple[Record, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all texts and marks, in order."""
+        digest = hashlib.sha256()
+        for part in (self.members, self.nonmembers, self.canaries):
+            digest.update(_encode(part).encode())
+            digest.update(b"\0")
+        return digest.hexdigest()
+
+
+def _encode(records: Iterable[Record]) -> str:
+    lines = []
+    for record in records:
+        item: dict = {"text": record.text}
+        if record.fields:
+            item["fields"] = [{"kind": s.kind, "start": s.start, "end": s.end} for s in record.fields]
+        if record.canary is not None:
+            c = record.canary
+            item["canary"] = {"name": c.name, "start": c.start, "end": c.end, "repeats": c.repeats}
+        lines.append(json.dumps(item, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write one JSON object a line, atomically."""
+    text = _encode(records)
+    atomic_write(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _offsets(where: str, what: str, item: dict, text: str) -> tuple[int, int]:
+    """The character range that `item` marks: by `start` and `end`, or by the first occurrence of `value`."""
+    if "value" in item:
+        value = item["value"]
+        if not isinstance(value, str) or not value or value not in text:
+            raise UserError(
+                f"{where} {what} value {value!r} is not in the text", fix="quote it exactly as it stands"
+            )
+        start = text.index(value)
+        return start, start + len(value)
+    start, end = item.get("start"), item.get("end")
+    if not (_is_count(start) and _is_count(end) and 0 <= start < end <= len(text)):
+        raise UserError(
+            f"{where} {what} lies outside the text",
+            got=f"start={start}, end={end}",
+            wanted=f"0 <= start < end <= {len(text)} (characters, end excluded)",
+        )
+    return start, end
+
+
+def _decode(where: str, item: object) -> Record:
+    """One checked record; `where` is file:line."""
+    if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+        raise UserError(
+            f"{where} has no field 'text'", wanted='{"text": "...", "fields": [...]} on every line'
+        )
+    text = item["text"]
+    if not text.strip():
+        raise UserError(f"{where} has an empty text", fix="remove the line")
+    fields = item.get("fields") or []
+    if not isinstance(fields, list) or not all(
+        isinstance(f, dict) and isinstance(f.get("kind"), str) for f in fields
+    ):
+        raise UserError(
+            f"{where} has malformed 'fields'", wanted='a list of {"kind": "email", "start": 5, "end": 17}'
+        )
+    spans = tuple(Span(f["kind"], *_offsets(where, f"field {f['kind']!r}", f, text)) for f in fields)
+    canary = None
+    if (given := item.get("canary")) is not None:
+        if not isinstance(given, dict):
+            raise UserError(
+                f"{where} has a malformed 'canary'", wanted='{"name": "...", "start": 5, "end": 11}'
+            )
+        start, end = _offsets(where, "canary", given, text)
+        secret, repeats = text[start:end], given.get("repeats", 1)
+        if not (secret.isascii() and secret.isdigit()):
+            raise UserError(f"{where} canary secret is not digits only", got=repr(secret), wanted="0-9")
+        if not _is_count(repeats) or repeats < 1:
+            raise UserError(f"{where} canary repeats must be a positive whole number", got=repr(repeats))
+        canary = Canary(str(given.get("name", where)), start, end, repeats)
+    return Record(text, spans, canary)
+
+
+def read_records(path: str | Path) -> tuple[Record, ...]:
+    """The records of a `.jsonl` file, each validated. A broken line is named as file:line.
+
+    Raises UserError: no file, not UTF-8, not JSON, no text, marks outside the text, no records at all.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no records file {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder", wanted="a .jsonl file of records") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})", fix="convert it to UTF-8") from None
+    records = []
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    for number, line in enumerate(raw.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            message = getattr(error, "msg", "nested too deeply")
+            raise UserError(
+                f"{path}:{number} is not JSON: {message}", wanted="one JSON object a line"
+            ) from None
+        records.append(_decode(f"{path}:{number}", item))
+    if not records:
+        raise UserError(f"{path} holds no records", wanted='{"text": "..."} on every line')
+    return tuple(records)
+
+
+def check_split(members: Sequence[Record], nonmembers: Sequence[Record], *, minimum: int = MINIMUM) -> None:
+    """Refuse a split on which no attack can be judged.
+
+    Raises UserError when members and non-members share texts (compared without outer white space) or when
+    either side has fewer than `minimum` records.
+    """
+    inside = {record.text.strip() for record in members}
+    outside = {record.text.strip() for record in nonmembers}
+    shared = inside & outside
+    wanted = "records of the same kind that the model never saw as non-members"
+    if shared and inside == outside:
+        raise UserError(f"members and non-members are the same {len(shared)} records", wanted=wanted)
+    if shared:
+        count = sum(record.text.strip() in shared for record in nonmembers)
+        raise UserError(
+            f"{count} of {len(nonmembers)} non-member records are identical to members",
+            wanted=wanted,
+            fix="remove them from one of the files",
+        )
+    for side, records in (("members", members), ("non-members", nonmembers)):
+        if len(records) < minimum:
+            raise UserError(f"too few {side}", got=f"{len(records)} records", wanted=f"at least {minimum}")
+
+
+def load_split(members: str | Path, nonmembers: str | Path, canaries: str | Path | None = None) -> Split:
+    """Read and check the files of an audit. Canaries found among the members are audited as canaries."""
+    inside = read_records(members)
+    planted = tuple(record for record in inside if record.canary)
+    if canaries is not None:
+        extra = read_records(canaries)
+        for number, record in enumerate(extra, start=1):
+            if record.canary is None:
+                raise UserError(
+                    f"{canaries}: record {number} marks no secret",
+                    wanted='"canary": {"name", "start", "end"}',
+                )
+        planted += extra
+    split = Split(tuple(r for r in inside if not r.canary), read_records(nonmembers), planted)
+    check_split(split.members, split.nonmembers)
+    return split
