@@ -3,7 +3,7 @@
     import geoquant
 
     report = geoquant.quantize(geoquant.Recipe(model="MODEL", bits=4), out="RUN")
-    model, tokenizer = geoquant.load("RUN/model")
+    loaded = geoquant.load("RUN/model")  # .model, .tokenizer
 
 Names are imported on first use, so that `import geoquant` costs nothing.
 """

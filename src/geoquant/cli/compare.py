@@ -1,0 +1,85 @@
+"""`geoquant compare`: several runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from geoquant.cli.options import Json
+from geoquant.cli.screen import output, stdout_console
+from geoquant.cli.summary import columns_table, metrics
+from geoquant.errors import UserError
+
+__all__ = ["compare"]
+
+SETTINGS = ("method", "bits", "group_size", "symmetric", "keep", "metric", "order")
+
+
+def compare(
+    *runs: Annotated[Path, Parameter(help="Folders of finished runs.")],
+    json: Json = False,
+) -> None:
+    """Put the sizes, quality and leakage of several runs in one table; only settings that differ are listed.
+
+    For example:
+
+      geoquant compare RUN4 RUN3
+      geoquant compare runs/* --json
+    """
+    if not runs:
+        raise UserError(
+            "no runs given", wanted="folders of finished runs", fix="e.g. geoquant compare RUN4 RUN3"
+        )
+    with output(json) as result:
+        from geoquant.runs import read_json
+
+        reports = {str(run): read_json(run / "report.json") for run in runs}
+        result({"runs": [facts(run, report) for run, report in reports.items()]}, lambda: show(reports))
+
+
+def facts(run: str, report: dict) -> dict:
+    """What a script would want to compare, unrounded."""
+    return {
+        "run": run,
+        "model": report["model"],
+        "recipe": report.get("recipe"),
+        "size": report["size"],
+        "quality": report["quality"],
+        "privacy": report.get("privacy"),
+    }
+
+
+def show(reports: dict[str, dict]) -> None:
+    """One column per run; the originals in front, once per distinct model."""
+    headers, columns = [], []
+    originals: dict[str, dict] = {}
+    for report in reports.values():
+        originals.setdefault(original_key(report), report)
+    for report in originals.values():
+        headers.append(f"{report['model'].get('name')} (original)")
+        columns.append(metrics(report, "original"))
+    differing = [
+        name
+        for name in SETTINGS
+        if len({str((r.get("recipe") or {}).get(name)) for r in reports.values()}) > 1
+    ]
+    for run, report in reports.items():
+        headers.append(run)
+        settings = {name.replace("_", " "): str((report.get("recipe") or {}).get(name)) for name in differing}
+        columns.append(settings | metrics(report, "quantized"))
+    order = [*(name.replace("_", " ") for name in differing), *columns[-1]]
+    columns = [{label: column.get(label, "–") for label in [*order, *column]} for column in columns]
+    stdout_console().print(columns_table("", headers, columns))
+    texts = {(report["quality"].get("text"), report["quality"].get("windows")) for report in reports.values()}
+    if len(texts) > 1:
+        print(
+            "note: these runs measured perplexity on different texts; their perplexities cannot be compared"
+        )
+
+
+def original_key(report: dict) -> str:
+    """Runs of one model on one text share their original's column."""
+    quality = report["quality"]
+    return repr((report["model"].get("name"), quality["original"], quality.get("text")))

@@ -1,0 +1,65 @@
+"""`geoquant eval`: quality of one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from geoquant.cli.options import Device, Json, Model
+from geoquant.cli.screen import output, progress_display
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Model,
+    /,
+    *,
+    text: Annotated[
+        str | None, Parameter(help="Text, .txt or .jsonl (default: the text every Python carries).")
+    ] = None,
+    windows: Annotated[int, Parameter(help="Windows measured, from the start of the text.")] = 20,
+    window: Annotated[int, Parameter(help="Tokens per window.")] = 512,
+    tasks: Annotated[
+        list[Path] | None,
+        Parameter(name="--task", help="Multiple-choice items, .jsonl with query, choices, gold; repeatable."),
+    ] = None,
+    reference: Annotated[
+        str | None, Parameter(help="Model to measure the divergence from (KL per token), e.g. the original.")
+    ] = None,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Perplexity with its standard error, divergence from another model, multiple-choice accuracy.
+
+    For example:
+
+      geoquant eval MODEL --text test.txt --windows 40
+      geoquant eval RUN/model --text test.txt --reference MODEL
+      geoquant eval MODEL --task piqa.jsonl --json
+    """
+    with output(json) as result:
+        with progress_display() as progress:
+            from geoquant import pipeline
+
+            measured = pipeline.evaluate(
+                model, text, windows, window, tasks or [], reference, device, progress
+            )
+        result(measured, lambda: show(measured))
+
+
+def show(measured: dict) -> None:
+    """Perplexity first, then whatever else was measured."""
+    print(f"perplexity  {measured['perplexity']:.3f}")
+    spread = f"{measured['nll']:.4f} ± {measured['se']:.4f}"
+    print(f"nll         {spread} nats per token, {measured['tokens']} tokens")
+    kl = measured.get("kl")
+    if kl is not None:
+        value = kl["value"] if isinstance(kl, dict) else kl
+        error = f" ± {kl['se']:.5f}" if isinstance(kl, dict) and kl.get("se") is not None else ""
+        print(f"divergence  {value:.5f}{error} nats per token from the reference")
+    for task in measured.get("tasks") or []:
+        error = f" ± {100 * task['se']:.1f}" if task.get("se") is not None else ""
+        print(f"{task['name']:<11} {100 * task['accuracy']:.1f}%{error} of {task['items']} items")

@@ -1,0 +1,90 @@
+"""`geoquant list`: the names that options take."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from geoquant.cli.options import Json
+from geoquant.cli.screen import output
+from geoquant.errors import unknown_name
+
+__all__ = ["FAMILIES", "list_"]
+
+
+def list_(
+    topic: Annotated[
+        str | None, Parameter(help="methods, metrics, orders, formats, attacks; all when left out.")
+    ] = None,
+    /,
+    *,
+    json: Json = False,
+) -> None:
+    """The methods, metrics, column orders, formats and attacks there are.
+
+    For example:
+
+      geoquant list
+      geoquant list methods --json
+    """
+    if topic is not None and topic not in FAMILIES:
+        raise unknown_name("topic", topic, FAMILIES)
+    with output(json) as result:
+        chosen = FAMILIES if topic is None else {topic: FAMILIES[topic]}
+        found = {name: entries() for name, entries in chosen.items()}
+        result(found, lambda: show(found))
+
+
+def first_sentence(text: str | None) -> str:
+    """The first line of a docstring."""
+    return (text or "").strip().split("\n")[0]
+
+
+def module_line(function: Callable) -> str:
+    """What the file of a method or attack says about itself: one idea per file."""
+    return first_sentence(sys.modules[function.__module__].__doc__)
+
+
+def methods() -> dict[str, str]:
+    from geoquant.methods import METHODS
+
+    return {name: module_line(function) for name, function in METHODS.items()}
+
+
+def metrics() -> dict[str, str]:
+    from geoquant.observe import METRICS
+
+    return {name: str(line) for name, line in METRICS.items()}
+
+
+def orders() -> dict[str, str]:
+    from geoquant.lattice.order import ORDERS
+
+    return {name: first_sentence(function.__doc__) for name, function in ORDERS.items()}
+
+
+def formats() -> dict[str, str]:
+    from geoquant.export import FORMATS
+
+    return {name: f"{entry.summary}; read by {entry.readers}" for name, entry in FORMATS.items()}
+
+
+def attacks() -> dict[str, str]:
+    from geoquant.privacy.attacks import ATTACKS
+
+    return {name: module_line(function) for name, function in ATTACKS.items()}
+
+
+FAMILIES = {"methods": methods, "metrics": metrics, "orders": orders, "formats": formats, "attacks": attacks}
+
+
+def show(found: dict[str, dict[str, str]]) -> None:
+    """Name and one line, family by family."""
+    width = max(len(name) for entries in found.values() for name in entries) + 2
+    for family, entries in found.items():
+        print(family)
+        for name, line in entries.items():
+            print(f"  {name:<{width}}{line}")

@@ -1,0 +1,169 @@
+"""Options that several commands share, and the way from flags to a `Recipe`.
+
+Every flag of a recipe is None when it was not given, so that what a `--recipe FILE` says is overruled only by
+what stands on the command line. The defaults live in `geoquant.recipe.Recipe`; a test holds the help to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+if TYPE_CHECKING:
+    from geoquant.recipe import Recipe
+
+__all__ = ["Device", "Json", "Model", "RecipeFlags", "command_line"]
+
+Model = Annotated[str, Parameter(help="Hugging Face folder, hub id, .gguf file, or `demo`.")]
+Json = Annotated[
+    bool,
+    Parameter(
+        name="--json",
+        help="One JSON object on stdout; everything else goes to stderr.",
+        show_default=False,
+        group="Output",
+    ),
+]
+Device = Annotated[str, Parameter(help="Where to compute: cpu, cuda, cuda:1.")]
+
+
+def command_line() -> str:
+    """The command as it was typed, for the record."""
+    return shlex.join(["geoquant", *sys.argv[1:]])
+
+
+def option(help_: str, *, group: str, negative: str | None = None, name: str | None = None) -> Parameter:
+    """One recipe flag."""
+    return Parameter(name=name, help=help_, group=group, negative=negative or ())
+
+
+GRID, SOLVER, TEXT, PRIVACY, FILES = (
+    "Grid",
+    "Metric and solver",
+    "Texts",
+    "Private records",
+    "Files and machine",
+)
+
+
+@Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeFlags:
+    """The recipe's fields as flags; None means not given."""
+
+    bits: Annotated[int | None, option("Bits per code, 2 to 8 (default 4).", group=GRID)] = None
+    group_size: Annotated[
+        int | None, option("Input columns that share one scale (default 64).", group=GRID)
+    ] = None
+    symmetric: Annotated[
+        bool | None,
+        option(
+            "Codes around zero, or with a zero point per group (default symmetric).",
+            group=GRID,
+            negative="--asymmetric",
+        ),
+    ] = None
+    keep: Annotated[
+        float | None, option("Share of input columns kept at 16 bits, 0 to 0.5 (default 0.0).", group=GRID)
+    ] = None
+    method: Annotated[
+        str | None, option("How codes are chosen (default babai); see `geoquant list methods`.", group=SOLVER)
+    ] = None
+    metric: Annotated[
+        str | None,
+        option("What error means: plain, clipped, gradient (default gradient).", group=SOLVER),
+    ] = None
+    order: Annotated[
+        str | None,
+        option(
+            "Column order: natural, activation, group-aware, min-pivot (default group-aware).", group=SOLVER
+        ),
+    ] = None
+    damping: Annotated[
+        float | None,
+        option("Share of the mean diagonal added to the metric (default: chosen per site).", group=SOLVER),
+    ] = None
+    static_scales: Annotated[
+        bool | None, option("Freeze scales to the original weights (default false).", group=SOLVER)
+    ] = None
+    sequential: Annotated[
+        str | None,
+        option("Runtime inputs seen by each solve: off, block, site (default site).", group=SOLVER),
+    ] = None
+    compute: Annotated[
+        str | None,
+        option("Type of the forward passes: auto, float32, bfloat16 (default auto).", group=SOLVER),
+    ] = None
+    moments: Annotated[
+        str | None, option("Type moments are summed in: float32, float64 (default float32).", group=SOLVER)
+    ] = None
+    calibration: Annotated[
+        str | None,
+        option("Calibration text, .txt or .jsonl (default: the text every Python carries).", group=TEXT),
+    ] = None
+    windows: Annotated[int | None, option("Calibration windows (default 32).", group=TEXT)] = None
+    window: Annotated[int | None, option("Tokens per window (default 512).", group=TEXT)] = None
+    evaluation: Annotated[
+        str | None,
+        option(
+            "Text that perplexity is measured on (default: held-out part of the calibration text).",
+            group=TEXT,
+            name="--text",
+        ),
+    ] = None
+    evaluation_windows: Annotated[int | None, option("Windows measured (default 20).", group=TEXT)] = None
+    members: Annotated[str | None, option("Records the model was trained on, .jsonl.", group=PRIVACY)] = None
+    nonmembers: Annotated[
+        str | None, option("Records of the same kind it was not trained on, .jsonl.", group=PRIVACY)
+    ] = None
+    canaries: Annotated[
+        str | None, option("Canaries planted in the training data, .jsonl.", group=PRIVACY)
+    ] = None
+    reference: Annotated[
+        str | None, option("Public base model that calibrates the attack.", group=PRIVACY)
+    ] = None
+    formats: Annotated[
+        list[str] | None,
+        option(
+            "Export, repeatable: see `geoquant list formats` (default compressed-tensors).",
+            group=FILES,
+            name="--format",
+        ),
+    ] = None
+    verify: Annotated[
+        bool | None,
+        option(
+            "Reload the export in a fresh process and compare (default verify).",
+            group=FILES,
+            name="--verify",
+            negative="--no-verify",
+        ),
+    ] = None
+    seed: Annotated[int | None, option("Seed of everything random (default 0).", group=FILES)] = None
+    device: Annotated[str | None, option("cpu, cuda, cuda:1 (default cpu).", group=FILES)] = None
+
+    def given(self) -> dict[str, object]:
+        """Only what stands on the command line."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    def recipe(self, model: str | None, file: Path | None) -> Recipe:
+        """The validated recipe: the file's values, overruled by the flags. Raises UserError."""
+        from geoquant.errors import UserError
+        from geoquant.recipe import checked, load_recipe
+
+        values = self.given() | ({} if model is None else {"model": model})
+        if file is not None:
+            return load_recipe(file, **values)
+        if model is None:
+            raise UserError("no model given", wanted="MODEL or --recipe FILE", fix="for a first try: demo")
+        return checked(values)
