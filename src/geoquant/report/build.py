@@ -1,0 +1,366 @@
+"""Turn the `report.json` of a run into one HTML file that needs nothing else.
+
+The page carries its own style, figures and (tiny, optional) script; a Content-Security-Policy that names
+their hashes keeps everything else out, so a hostile model name can neither load nor run anything. `words.py`
+computes sentences from the numbers, `figures.py` draws, `template.html.jinja` only lays out.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from statistics import median
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from geoquant import runs
+from geoquant.errors import UserError
+from geoquant.report import figures
+from geoquant.report.words import (
+    SUBJECTS,
+    attack_label,
+    count,
+    extraction_total,
+    headline,
+    strongest,
+    untested,
+)
+
+__all__ = ["check_schema", "fingerprint", "render", "write_report"]
+
+KINDS = {
+    "attention_in": "attention in",
+    "attention_out": "attention out",
+    "mlp_in": "MLP in",
+    "mlp_out": "MLP out",
+    "other": "other",
+}
+MODEL_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+
+NUMBER = (int, float)
+_QUALITY = {"perplexity": NUMBER, "nll": NUMBER, "se": NUMBER, "tokens": int}
+_DELTA = {"value": NUMBER, "se": NUMBER}
+# A dict lists required keys, a one-element list describes each entry, a tuple or type is a leaf. None is a
+# missing measurement and passes everywhere but at the places in _NEVER_NULL.
+_SCHEMA: dict = {
+    "schema": int,
+    "model": {"name": str, "architecture": str, "parameters": int, "source": str, "dtype": str},
+    "recipe": dict,
+    "versions": dict,
+    "command": str,
+    "created": str,
+    "seed": int,
+    "hashes": dict,
+    "size": dict.fromkeys(
+        ("bits_per_weight", "linear_bytes", "total_bytes", "original_bytes", "kept_bytes"), NUMBER
+    ),
+    "quality": {
+        "text": str,
+        "windows": int,
+        "window": int,
+        "original": _QUALITY,
+        "quantized": _QUALITY,
+        "delta_nll": _DELTA,
+        "kl": _DELTA,
+        "tasks": [
+            {"name": str, **dict.fromkeys(("original", "quantized", "delta", "se"), NUMBER), "items": int}
+        ],
+    },
+    "privacy": {
+        "n_members": int,
+        "n_nonmembers": int,
+        "attacks": [
+            {"name": str, "subject": str, "auc": NUMBER, "ci": list, "tpr_at_fpr": dict, "roc": dict}
+        ],
+        "extraction": [
+            {"subject": str, "kind": str, "spans": int, "extracted": int, "rate": NUMBER, "ci": list}
+            | {"control_rate": NUMBER}
+        ],
+        "exposure": [
+            {"subject": str, "canaries": [{"name": str, "repeats": int, "bits": NUMBER}]}
+            | {"mean_bits": NUMBER, "limit_bits": NUMBER, "estimator": str}
+        ],
+        # The five things without which a guarantee must not be printed.
+        "guarantee": {"adjacency": str, "mechanism": str, "epsilon": NUMBER, "delta": NUMBER, "scope": str},
+    },
+    "sites": [
+        dict.fromkeys(("name", "kind", "method", "order", "reason"), str)
+        | {"block": int, "shape": list, "kept": int, "kept_columns": list, "damping": NUMBER, "bits": NUMBER}
+        | dict.fromkeys(
+            ("bits_per_weight", "error", "heldout_error", "expected_error", "bound", "clip_rate"), NUMBER
+        )
+    ],
+    "exports": [{"format": str, "path": str, "bytes": int, "verified": dict, "snippet": str}],
+    "warnings": [str],
+    "timings": dict,
+    "peak_memory_bytes": int,
+    "solver": dict.fromkeys(("flops", "seconds", "gemm_peak_flops", "share_of_peak"), NUMBER),
+}
+_NEVER_NULL = {
+    "model",
+    "size",
+    "quality",
+    "quality.original",
+    "quality.quantized",
+    "quality.delta_nll",
+    "sites",
+}
+_GUARANTEE = "privacy.guarantee"
+
+
+def check_schema(report: dict) -> None:
+    """Raise `UserError` naming the first key of the contract that is absent or of the wrong type."""
+    _check(report, _SCHEMA, "")
+    if report["schema"] != 1:
+        raise UserError(
+            "report.json has another schema", got=report["schema"], wanted=1, fix="write it again"
+        )
+
+
+def _check(value: object, spec: object, where: str) -> None:
+    if value is None and where and where not in _NEVER_NULL and not where.startswith(f"{_GUARANTEE}."):
+        return
+    name = where or "report.json"
+    if isinstance(spec, dict):
+        _expect(value, dict, name)
+        for key, inner in spec.items():
+            if key not in value:
+                reason = (
+                    "no guarantee is printed without it" if where == _GUARANTEE else "write the report again"
+                )
+                raise UserError("report.json misses a key", wanted=f"{where}.{key}".lstrip("."), fix=reason)
+            _check(value[key], inner, f"{where}.{key}".lstrip("."))
+    elif isinstance(spec, list):
+        _expect(value, (list, tuple), name)
+        for index, item in enumerate(value):
+            _check(item, spec[0], f"{where}[{index}]")
+    else:
+        _expect(value, (list, tuple) if spec is list else spec, name)
+
+
+def _expect(value: object, kinds: type | tuple[type, ...], name: str) -> None:
+    if not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise UserError(f"report.json: {name} has the wrong type", got=type(value).__name__, wanted=wanted)
+
+
+# --- tables and panels ---
+
+
+def original_bits(report: dict) -> int | None:
+    """Bits per weight before, from the dtype's name."""
+    return MODEL_BITS.get(str(report["model"]["dtype"]).removeprefix("torch."))
+
+
+def size_bars(report: dict) -> list[dict]:
+    """Rows of the size figure: label, bytes, bar, parts. The dtype gives the original's linear part."""
+    sizes, bits = report["size"], original_bits(report)
+    total, kept = sizes["total_bytes"] or 0, sizes["kept_bytes"] or 0
+    linear, original = (sizes["linear_bytes"] or 0) - kept, sizes["original_bytes"] or 0
+    weights = sum(math.prod(site["shape"]) for site in report["sites"])
+    before = min(weights * (bits or 0) / 8, original)
+    scale = max(total, original, 1)
+
+    def row(label: str, whole: float, parts: list[tuple[str, float, str]]) -> dict:
+        told = [(css, amount, f"{name}: {figures.size(amount)}") for css, amount, name in parts if amount > 0]
+        text = f"{label}, {figures.size(whole)}: " + "; ".join(tip for *_, tip in told)
+        return {"label": label, "bytes": whole, "bar": figures.stacked_bar(told, scale, text), "parts": told}
+
+    rest = "embeddings, norms, head"
+    return [
+        row(
+            "Original",
+            original,
+            [("b-linear0", before, "linear weights"), ("b-rest", original - before, rest)],
+        ),
+        row(
+            "Quantized",
+            total,
+            [
+                ("b-linear", linear, "codes and scales"),
+                ("b-kept", kept, "kept columns"),
+                ("b-rest", total - linear - kept, rest),
+            ],
+        ),
+    ]
+
+
+def by_group(rows: Iterable[dict], key: str) -> dict[str, list[dict]]:
+    """Rows gathered by `key` in order of appearance, subjects in the order base, original, quantized."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    order = list(SUBJECTS)
+    return {
+        name: sorted(
+            found, key=lambda row: order.index(row["subject"]) if row["subject"] in order else len(order)
+        )
+        for name, found in groups.items()
+    }
+
+
+def roc_panels(privacy: dict) -> list[dict]:
+    """One panel per attack, on both axes; the log axis starts where the non-members stop resolving."""
+    floor = min(10.0 ** math.floor(math.log10(1 / max(privacy["n_nonmembers"], 10))), 0.01)
+    panels = []
+    for name, rows in by_group(privacy["attacks"], "name").items():
+        curves = [
+            figures.Curve(
+                row["subject"],
+                SUBJECTS.get(row["subject"], row["subject"]),
+                row["auc"],
+                roc["fpr"],
+                roc["tpr"],
+            )
+            for row in rows
+            if (roc := row["roc"]) and roc.get("fpr") and None not in (*roc["fpr"], *roc["tpr"])
+        ]
+        if curves:
+            label = attack_label(name)[0]
+            drawn = {
+                axis: figures.roc_panel(label, curves, log=axis == "log", floor=floor)
+                for axis in ("log", "linear")
+            }
+            panels.append({"label": label, "curves": curves, **drawn})
+    return panels
+
+
+def exposure_table(privacy: dict) -> dict:
+    """Canaries by subject: {subjects, rows: [(name, repeats, {subject: bits})], means, limit, estimators}."""
+    found = sorted(privacy["exposure"], key=lambda row: [*SUBJECTS, row["subject"]].index(row["subject"]))
+    rows: dict[str, tuple[int, dict[str, float]]] = {}
+    for entry in found:
+        for canary in entry["canaries"]:
+            rows.setdefault(canary["name"], (canary["repeats"], {}))[1][entry["subject"]] = canary["bits"]
+    return {
+        "subjects": [entry["subject"] for entry in found],
+        "rows": sorted(((name, *row) for name, row in rows.items()), key=lambda row: (row[1] or 0, row[0])),
+        "means": {entry["subject"]: entry["mean_bits"] for entry in found},
+        "limit": max((entry["limit_bits"] or 0 for entry in found), default=0),
+        "estimators": sorted({str(entry["estimator"]) for entry in found}),
+    }
+
+
+def layer_panels(sites: list[dict]) -> dict:
+    """Panels by the last part of the site names (by kind where these are too many), one shared scale."""
+    leaf = {site["name"]: site["name"].rsplit(".", 1)[-1] for site in sites}
+    fine = len(set(leaf.values())) <= 12
+    groups: dict[tuple[str, str], list[figures.LayerPoint]] = {}
+    for site in sites:
+        kind = KINDS.get(site["kind"], str(site["kind"]))
+        fields = (site[key] for key in ("error", "heldout_error", "expected_error", "clip_rate"))
+        point = figures.LayerPoint(site["name"], site["block"] or 0, *fields)
+        groups.setdefault((leaf[site["name"]] if fine else kind, kind), []).append(point)
+    points = [point for group in groups.values() for point in group]
+    values = [v for p in points for v in (p.error, p.heldout, p.expected) if v is not None and v > 0]
+    domain = (min(values) / 1.15, max(values) * 1.15) if values else (0.001, 1.0)
+    clip_top = max((point.clip or 0 for point in points), default=0)
+    blocks = max((point.block for point in points), default=0) + 1
+    panels = [
+        {
+            "name": name,
+            "kind": kind,
+            "svg": figures.layer_panel(name, group, blocks=blocks, domain=domain, clip_top=clip_top),
+        }
+        for (name, kind), group in groups.items()
+    ]
+    ratios = [p.heldout / p.error for p in points if p.error and p.heldout]
+    worst = sorted(sites, key=lambda site: -(site["heldout_error"] or site["error"] or 0))[:8]
+    return {
+        "panels": panels,
+        "clip_top": clip_top,
+        "ratio": (median(ratios), max(ratios)) if ratios else None,
+        "worst": worst,
+    }
+
+
+# --- the page ---
+
+
+def finite(value: object) -> object:
+    """The same value with NaN and infinities as None, which JSON has and they are not."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def fingerprint(report: dict) -> str:
+    """SHA-256 of report.json exactly as `write_report` writes it: what a signature on the page refers to."""
+    text = json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+@cache
+def _part(name: str) -> str:
+    return resources.files("geoquant.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _csp_hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def render(report: dict) -> str:
+    """The whole page as one string. Raises `UserError` where the report breaks the contract."""
+    check_schema(report)
+    mark = fingerprint(report)
+    report = finite(report)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals.update(
+        {name: getattr(figures, name) for name in ("dot_interval", "level_bar")},
+        attack_label=attack_label,
+        subjects=SUBJECTS,
+        kinds=KINDS,
+    )
+    environment.filters.update(
+        number=figures.number,
+        fixed=figures.plain_number,
+        percent=figures.percent,
+        spread=figures.spread,
+        bytes=figures.size,
+        count=count,
+    )
+    privacy, style, script = report["privacy"], _part("style.css"), _part("copy.js")
+    return environment.from_string(_part("template.html.jinja")).render(
+        r=report,
+        headline=headline(report),
+        fingerprint=mark,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_csp_hash(style),
+        script_hash=_csp_hash(script),
+        original_bits=original_bits(report),
+        size_bars=size_bars(report),
+        strongest={subject: strongest(privacy, subject) for subject in SUBJECTS},
+        extraction={subject: extraction_total(privacy, subject) for subject in SUBJECTS},
+        attacks=by_group(privacy["attacks"], "name") if privacy else {},
+        fprs=sorted({rate for a in privacy["attacks"] for rate in a["tpr_at_fpr"]}, key=lambda k: -float(k))
+        if privacy
+        else [],
+        rocs=roc_panels(privacy) if privacy else [],
+        extracted=by_group(privacy["extraction"], "kind") if privacy else {},
+        exposure=exposure_table(privacy) if privacy else None,
+        untested=untested(privacy) if privacy else [],
+        layers=layer_panels(report["sites"]),
+        kept=sorted((site for site in report["sites"] if site["kept"]), key=lambda site: -site["kept"]),
+    )
+
+
+def write_report(run: Path, report: dict) -> tuple[Path, Path]:
+    """Write report.json and report.html into the run folder, each by rename of a complete file."""
+    page = render(report)
+    runs.write_json(run / "report.json", finite(report))
+    runs.atomic_write(
+        run / "report.html", lambda partial: partial.write_text(page, encoding="utf-8") and None
+    )
+    return run / "report.json", run / "report.html"

@@ -1,0 +1,136 @@
+"""The sentences of the report, computed from its numbers: headline, names of attacks, what is untested."""
+
+from __future__ import annotations
+
+from geoquant.report import figures
+
+__all__ = [
+    "ATTACKS",
+    "SUBJECTS",
+    "attack_label",
+    "count",
+    "extraction_total",
+    "headline",
+    "strongest",
+    "untested",
+]
+
+SUBJECTS = {"base": "Public base", "original": "Original", "quantized": "Quantized"}
+# Key (letters and digits of the name, "+" as "p") -> label, what the attack does, in the words of the page.
+ATTACKS = {
+    "loss": ("Loss", "Calls the records the model finds likely members."),
+    "reference": (
+        "Reference-calibrated",
+        "Compares the loss with the public base's loss on the same record.",
+    ),
+    "mink": ("Min-K%", "Mean log-probability of each record's least likely tokens."),
+    "minkpp": ("Min-K%++", "Min-K%, each token standardised by the model's own distribution."),
+    "zlib": ("zlib", "Loss divided by the compressed length of the record."),
+    "neighbourhood": ("Neighbourhood", "Loss against slightly altered copies of the record."),
+    "rmia": ("RMIA", "Pairwise likelihood ratios calibrated by models trained without the record."),
+    "lira": ("LiRA", "Likelihood ratio against shadow models trained with and without the record."),
+}
+
+
+def attack_label(name: str) -> tuple[str, str]:
+    """(label, one line on what it does); an unknown attack keeps its own name."""
+    return ATTACKS.get(_attack_key(name), (name, ""))
+
+
+def _attack_key(name: str) -> str:
+    key = "".join(letter for letter in name.lower().replace("+", "p") if letter.isalnum())
+    return {"neighborhood": "neighbourhood", "minkplusplus": "minkpp", "ref": "reference"}.get(key, key)
+
+
+def strongest(privacy: dict | None, subject: str = "quantized") -> dict | None:
+    """The attack on `subject` whose AUC is farthest from chance, in either direction."""
+    found = [
+        a for a in (privacy or {}).get("attacks") or [] if a["subject"] == subject and a["auc"] is not None
+    ]
+    return max(found, key=lambda attack: abs(attack["auc"] - 0.5), default=None)
+
+
+def _side(attack: dict | None) -> int:
+    """+1 or -1 where the interval lies above or below chance, 0 where it holds 0.5 or is missing."""
+    bounds = (attack or {}).get("ci") or (None, None)
+    if None in bounds:
+        return 0
+    return (bounds[0] > 0.5) - (bounds[1] < 0.5)
+
+
+def extraction_total(privacy: dict | None, subject: str) -> tuple[int, int] | None:
+    """(extracted, spans) over all field kinds, from a row named all/total where there is one."""
+    rows = [row for row in (privacy or {}).get("extraction") or [] if row["subject"] == subject]
+    rows = [row for row in rows if row["kind"].lower() in ("all", "total")] or rows
+    return (sum(row["extracted"] for row in rows), sum(row["spans"] for row in rows)) if rows else None
+
+
+def _leak_clause(privacy: dict | None) -> str:
+    if privacy is None:
+        return "leakage was not measured"
+    attack = strongest(privacy)
+    if attack is None:
+        return "no membership attack was run"
+    label, auc = attack_label(attack["name"])[0], figures.plain_number(attack["auc"], 2)
+    label = (
+        label
+        if label.isupper() or not label[:1].isupper() or "-K" in label
+        else label[:1].lower() + label[1:]
+    )
+    before = [a for a in privacy["attacks"] if a["name"] == attack["name"] and a["subject"] == "original"]
+    side = _side(attack)
+    if side == 0:
+        return f"no attack tried separates members beyond its interval (strongest: {label}, AUC {auc})"
+    still = "still " if before and _side(before[0]) == side else ""
+    if side < 0:
+        return f"the {label} attack {still}separates members, with the sign reversed (AUC {auc})"
+    return f"the {label} attack {still}separates members (AUC {auc})"
+
+
+def headline(report: dict) -> str:
+    """The report in one sentence, every word of it computed from the numbers."""
+    sizes, quality = report["size"], report["quality"]
+    parameters = report["model"]["parameters"]
+    model = f"{count(parameters)}-parameter model" if parameters else report["model"]["name"]
+    before, after = quality["original"]["perplexity"], quality["quantized"]["perplexity"]
+    return (
+        f"{model}: {figures.plain_number(sizes['bits_per_weight'], 2)} bits per linear weight, "
+        f"{figures.size(sizes['original_bytes'])} → {figures.size(sizes['total_bytes'])}, "
+        f"perplexity {figures.number(before)} → {figures.number(after)}; {_leak_clause(report['privacy'])}."
+    )
+
+
+def count(value: float | None) -> str:
+    """135M, 1.5B: a count in three digits."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value is not None and value >= 0.9995 * scale:
+            return f"{figures.number(value / scale).removesuffix('.00')}{unit}"
+    return figures.NONE if value is None else str(value)
+
+
+def untested(privacy: dict) -> list[str]:
+    """What this run says nothing about: read off what was run, then what no run of this tool covers."""
+    ran = {_attack_key(attack["name"]) for attack in privacy["attacks"]}
+    missing = [label for key, (label, _) in ATTACKS.items() if key not in ran]
+    limits = []
+    if missing:
+        limits.append(f"Membership attacks that were not run: {', '.join(missing)}.")
+    if not privacy["extraction"]:
+        limits.append(
+            "Extraction: the members hold no marked private spans (`fields`), so none was attempted."
+        )
+    if not privacy["exposure"]:
+        limits.append("Exposure: no canaries were planted before training, so none could be ranked.")
+    if all(attack["subject"] != "base" for attack in privacy["attacks"]):
+        limits.append(
+            "The public base: without it, what the model knew before fine-tuning cannot be told apart."
+        )
+    return [
+        *limits,
+        f"Rates finer than the sample: {privacy['n_nonmembers']} non-members cannot resolve a false positive "
+        f"rate below {figures.percent(1 / max(privacy['n_nonmembers'], 1), 2)}.",
+        "Records other than the members given, whoever they concern.",
+        "Extraction by sampling many continuations, paraphrase or adversarial prompts, or of unmarked spans.",
+        "An attacker who trains on the weights, compares several releases of the model, or uses gradients.",
+        "Other doors: properties of the training set as a whole, the calibration text, logs, this report.",
+    ]
