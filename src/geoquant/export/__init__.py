@@ -1,0 +1,69 @@
+"""Files that other people's software loads: the formats, and what each of them cannot hold.
+
+`check` is called before a run starts: an export that its reader would reject is refused then, not hours
+later. What the readers accept was found by loading, not by reading their manuals; `docs/formats.md` lists the
+facts and `tests/test_export_readers.py` repeats them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from geoquant.errors import missing_package, unknown_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from geoquant.lattice.grid import Grid
+
+__all__ = ["FORMATS", "Format", "check"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a quantized model: what it is, who reads it, and the folder it gets inside a run."""
+
+    summary: str
+    readers: str
+    folder: str
+
+
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": Format(
+        summary="integer codes in 2-, 4- or 8-bit words; kept columns as a PEFT adapter beside it",
+        readers="transformers (no GeoQuant needed), peft for the adapter",
+        folder="model",
+    ),
+    "dense": Format(
+        summary="the quantized values as ordinary bf16, fp16 or fp32 weights; no smaller file",
+        readers="anything that reads a Hugging Face folder",
+        folder="dense",
+    ),
+}
+
+
+def check(
+    format: str, model: nn.Module, grids: Mapping[str, Grid], *, keep: float = 0.0, verify: bool = True
+) -> tuple[str, ...]:
+    """Refuse what `format` cannot hold; return what the user should know about what it can.
+
+    model: the Hugging Face model (its modules are looked at, not its numbers); grids: the intended grid per
+    site; keep: share of kept columns; verify: whether the export will be reloaded here. Raises UserError for
+    an unknown format, a site the reader does not know, a grid without a loadable form, or a package that
+    reloading would need and that is absent.
+    """
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    if format == "dense":
+        return ()
+    from geoquant.export.compressed_tensors import refuse_or_note
+
+    notes = refuse_or_note(model, grids)
+    if keep > 0:
+        if verify and importlib.util.find_spec("peft") is None:
+            raise missing_package("peft", "peft", "verifying kept columns (a LoRA adapter)")
+        notes += ("kept columns go into a PEFT adapter: readers must load model and adapter together",)
+    return notes
