@@ -1,8 +1,8 @@
 """The command line: one file per command, and the one place that turns outcomes into exit codes.
 
 0 done; 1 a bug (traceback); 2 something the user can mend (one line); 130 interrupted; 141 the reader of
-stdout went away. A command is imported when it is called, torch when it works; the overview needs neither, nor
-the parser.
+stdout went away. A command is imported when it is called, torch when it works; the overview needs neither,
+nor the parser.
 """
 
 from __future__ import annotations

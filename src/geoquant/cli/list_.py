@@ -14,6 +14,12 @@ from geoquant.errors import unknown_name
 
 __all__ = ["FAMILIES", "list_"]
 
+METRIC_LINES = {
+    "plain": "A = E[x x^T]: every token counts the same",
+    "clipped": "massive tokens (attention sinks) count like large ordinary ones; forward passes only",
+    "gradient": "every token weighted by the squared gradient of the loss: what matters to the output",
+}
+
 
 def list_(
     topic: Annotated[
@@ -55,9 +61,9 @@ def methods() -> dict[str, str]:
 
 
 def metrics() -> dict[str, str]:
-    from geoquant.observe import METRICS
+    from geoquant.observe.moments import METRICS
 
-    return {name: str(line) for name, line in METRICS.items()}
+    return {name: METRIC_LINES.get(name, "") for name in METRICS}
 
 
 def orders() -> dict[str, str]:
@@ -75,7 +81,7 @@ def formats() -> dict[str, str]:
 def attacks() -> dict[str, str]:
     from geoquant.privacy.attacks import ATTACKS
 
-    return {name: module_line(function) for name, function in ATTACKS.items()}
+    return {name: module_line(attack.score) for name, attack in ATTACKS.items()}
 
 
 FAMILIES = {"methods": methods, "metrics": metrics, "orders": orders, "formats": formats, "attacks": attacks}

@@ -20,7 +20,8 @@ def verify(
     /,
     *,
     tolerance: Annotated[
-        float | None, Parameter(help="Largest difference of logits allowed (default: by format).")
+        float | None,
+        Parameter(help="Largest difference of logits, relative to their spread (default: by number type)."),
     ] = None,
     json: Json = False,
 ) -> int:
@@ -36,12 +37,12 @@ def verify(
     with output(json) as result:
         from dataclasses import asdict
 
+        exports = exports_in(folder)
         from geoquant.export.verify import verify as check
 
-        settings = {} if tolerance is None else {"tolerance": tolerance}
         rows = [
-            {"path": str(path), **plain_value(asdict(check(path, expected, adapter=adapter, **settings)))}
-            for path, expected, adapter in exports_in(folder)
+            {"path": str(path), **plain_value(asdict(check(path, expected, adapter, tolerance)))}
+            for path, expected, adapter in exports
         ]
         ok = all(row["ok"] for row in rows)
         result({"ok": ok, "exports": rows}, lambda: show(rows))
@@ -78,4 +79,7 @@ def show(rows: list[dict]) -> None:
     """One line per export."""
     for row in rows:
         verdict = "agrees" if row["ok"] else "DIFFERS"
-        print(f"{row['path']}: {verdict}, largest difference of logits {row['max_abs_diff']:.3g}")
+        print(
+            f"{row['path']}: {verdict}, largest difference of logits {row['max_abs_diff']:.3g} "
+            f"({row['max_rel']:.2g} of their spread, allowed {row['tolerance']:.2g})"
+        )

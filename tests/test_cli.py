@@ -1,0 +1,587 @@
+"""The command line: cheap help, exit codes, one-line errors, pure JSON, and flags that become the recipe.
+
+The library below is played by stand-ins where its work is not what is tested.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import geoquant
+from geoquant import cli
+from geoquant.cli import doctor, explain, screen, verify
+from geoquant.cli.options import RecipeFlags
+from geoquant.cli.plan import alike
+from geoquant.cli.screen import Lines, duration, plain_value
+from geoquant.cli.summary import metrics
+from geoquant.errors import UserError
+from geoquant.recipe import Recipe
+
+SITE = {
+    "name": "model.layers.0.mlp.down_proj",
+    "kind": "mlp_out",
+    "block": 0,
+    "shape": [32, 48],
+    "method": "dqc",
+    "order": "group-aware",
+    "damping": 0.01,
+    "bits": 3,
+    "bits_per_weight": 3.5,
+    "kept": 1,
+    "kept_columns": [7],
+    "error": 0.02,
+    "heldout_error": 0.03,
+    "expected_error": 0.016,
+    "bound": 0.05,
+    "clip_rate": 0.001,
+    "reason": "column 7 kept: would cost 40% of the error",
+}
+REPORT = {
+    "model": {"name": "tiny", "dtype": "float32"},
+    "recipe": {"bits": 3, "method": "dqc"},
+    "size": {"bits_per_weight": 3.25, "total_bytes": 20e6, "original_bytes": 100e6},
+    "quality": {
+        "text": "prose",
+        "original": {"perplexity": 20.0, "nll": 2.9957, "se": 0.01, "tokens": 100},
+        "quantized": {"perplexity": 25.0, "nll": 3.2189, "se": 0.02, "tokens": 100},
+    },
+    "privacy": {
+        "attacks": [
+            {"name": name, "subject": subject, "auc": auc, "ci": [auc - 0.1, auc + 0.1], "tpr_at_fpr": rates}
+            for name, subject, auc, rates in [
+                ("loss", "original", 0.60, {"0.01": {"tpr": 0.05, "ci": [0.0, 0.1]}}),
+                ("loss", "quantized", 0.55, {"0.01": {"tpr": 0.02, "ci": [0.0, 0.1]}}),
+                ("reference", "base", 0.999, {"0.01": 1.0}),
+                ("reference", "original", 0.85, {"0.01": {"tpr": 0.40, "ci": [0.3, 0.5]}}),
+                ("reference", "quantized", 0.75, {"0.01": {"tpr": 0.20, "ci": [0.1, 0.3]}}),
+            ]
+        ],
+        "extraction": [
+            {"subject": "original", "kind": "phone", "spans": 10, "extracted": 4},
+            {"subject": "original", "kind": "card", "spans": 10, "extracted": 1},
+            {"subject": "quantized", "kind": "phone", "spans": 20, "extracted": 0},
+        ],
+        "exposure": [{"subject": "original", "mean_bits": 12.3, "limit_bits": 19.9}],
+    },
+    "sites": [SITE, SITE | {"name": "model.layers.1.mlp.down_proj", "heldout_error": 0.01}],
+    "warnings": ["3-bit codes are stored in 4-bit words"],
+}
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Stands in for `geoquant.pipeline`: set a function on it, and the commands call that."""
+    fake = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "geoquant.pipeline", fake)
+    monkeypatch.setattr(geoquant, "pipeline", fake, raising=False)
+    return fake
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run folder that holds a report."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "report.json").write_text(json.dumps(REPORT))
+    return run
+
+
+def python(code: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+
+
+def raising(error):
+    def act(*arguments, **options):
+        raise error
+
+    return act
+
+
+# --- help ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["--version"]])
+def test_the_overview_takes_less_than_half_a_second(arguments):
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        shown = subprocess.run([sys.executable, "-m", "geoquant", *arguments], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+        assert shown.returncode == 0
+        assert shown.stderr == ""
+    # CPU time, because the cores may be busy with other things.
+    assert min(times) < 0.5
+
+
+def test_no_help_page_imports_torch_and_each_shows_an_example():
+    child = python(
+        "import sys\n"
+        "from geoquant import cli\n"
+        "for name in cli.COMMANDS:\n"
+        "    print('page of', name)\n"
+        "    assert cli.run([name, '--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    assert child.returncode == 0, child.stderr
+    pages = child.stdout.split("page of ")[1:]
+    assert len(pages) == len(cli.COMMANDS)
+    for page in pages:
+        name = page.split()[0]
+        assert f"For example:\n\n  geoquant {name}" in page
+
+
+def test_the_overview_needs_not_even_the_parser():
+    child = python(
+        "import sys\nfrom geoquant import cli\ncli.run(['--help'])\nsys.exit('cyclopts' in sys.modules)"
+    )
+    assert child.returncode == 0
+    assert all(f"  {name} " in child.stdout for name in cli.COMMANDS)
+
+
+def test_help_states_the_defaults_of_the_recipe(capsys):
+    assert cli.run(["quantize", "--help"]) == 0
+    page = " ".join(capsys.readouterr().out.replace("│", " ").split()).split("Parameters")[1]
+    words = {"symmetric": "symmetric", "verify": "verify", "static_scales": "false"}
+    for name, field in Recipe.model_fields.items():
+        if name == "model" or field.default is None:
+            continue
+        default = field.default[0] if isinstance(field.default, tuple) else field.default
+        flag = {"formats": "--format", "static_scales": "--static-scales"}.get(
+            name, "--" + name.replace("_", "-")
+        )
+        stated = page.split(f"{flag} ")[1].split("(default ")[1].split(")")[0]
+        assert stated == words.get(name, str(default)), name
+
+
+# --- exit codes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["quantise"], 'Unknown command "quantise". Did you mean "quantize"?'),
+        (["quantize", "m", "--out", "o", "--bots", "3"], "Unknown option: --bots. Did you mean --bits?"),
+        (["quantize", "m"], 'Command "quantize" parameter --out requires an argument.'),
+        (
+            ["quantize", "m", "--out", "o", "--bits", "three"],
+            'Invalid value for --bits: unable to convert "three"',
+        ),
+        (
+            ["quantize", "m", "--out", "o", "--bits", "9"],
+            "option bits: Input should be less than or equal to 8",
+        ),
+        (["quantize", "--out", "o"], "no model given; wanted MODEL or --recipe FILE"),
+        (["quantize", "--out", "o", "--recipe", "none.toml"], "no recipe file none.toml"),
+        (["quantize", "--out", "o", "--resume"], "nothing to resume in o"),
+        (["explain", "none"], "no report.json in none"),
+        (["verify", "none"], "nothing to verify in none"),
+        (["compare"], "no runs given"),
+        (["list", "method"], "did you mean 'methods'?"),
+        (["export", "none", "--to", "dens"], "did you mean 'dense'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert shown.err.startswith("geoquant: error: ")
+    assert line in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_error_from_the_library_is_one_line(library, capsys):
+    library.quantize = raising(UserError("no text file x.txt"))
+    assert cli.run(["quantize", "m", "--out", "o"]) == 2
+    assert capsys.readouterr().err == "geoquant: error: no text file x.txt\n"
+
+
+def test_a_bug_shows_its_traceback_and_says_that_it_is_one(library, capsys):
+    library.quantize = raising(ZeroDivisionError("oops"))
+    assert cli.run(["quantize", "m", "--out", "o"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-2] == "ZeroDivisionError: oops"
+    assert lines[-1].startswith("geoquant: this is a bug")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "disk full while writing /x/y"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_not_called_a_bug(error, line, library, capsys):
+    library.quantize = raising(error)
+    assert cli.run(["quantize", "m", "--out", "o"]) == 2
+    assert capsys.readouterr().err.startswith(f"geoquant: error: {line}")
+
+
+def test_ctrl_c_says_how_to_go_on():
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, types, time, geoquant\n"
+            "def quantize(*arguments, **options):\n"
+            "    print('working', file=sys.stderr, flush=True)\n"
+            "    time.sleep(60)\n"
+            "fake = types.SimpleNamespace(quantize=quantize)\n"
+            "geoquant.pipeline = sys.modules['geoquant.pipeline'] = fake\n"
+            "from geoquant import cli\n"
+            "cli.main(['quantize', 'm', '--out', 'o'])\n",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr.readline() == "working\n"
+    child.send_signal(signal.SIGINT)
+    rest = child.communicate(timeout=30)[1]
+    assert child.returncode == 130
+    line = "geoquant: interrupted; finished sites are kept: add --resume to the same command to go on"
+    assert rest.split("\n") == ["", line, ""]
+
+
+def test_a_closed_pipe_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    child = subprocess.run(
+        [sys.executable, "-m", "geoquant", "--help"], stdout=writing, stderr=subprocess.PIPE
+    )
+    os.close(writing)
+    assert child.returncode == 141
+    assert child.stderr == b""
+
+
+# --- JSON ---------------------------------------------------------------------------------------------------
+
+
+def test_json_is_one_object_whatever_libraries_print():
+    child = python(
+        "import os, sys, types, geoquant, numpy\n"
+        "def evaluate(*arguments):\n"
+        "    print('a library talks')\n"
+        "    os.write(1, b'so does its C part\\n')\n"
+        "    arguments[-1]('measure', 1, 1)\n"
+        "    numbers = {'perplexity': numpy.float64(7.5), 'tokens': numpy.int64(3)}\n"
+        "    return numbers | {'nll': float('nan'), 'se': None}\n"
+        "fake = types.SimpleNamespace(evaluate=evaluate)\n"
+        "geoquant.pipeline = sys.modules['geoquant.pipeline'] = fake\n"
+        "from geoquant import cli\n"
+        "cli.main(['eval', 'm', '--json'])\n"
+    )
+    assert child.returncode == 0, child.stderr
+    assert json.loads(child.stdout) == {"perplexity": 7.5, "nll": None, "se": None, "tokens": 3}
+    assert "a library talks" in child.stderr
+    assert "so does its C part" in child.stderr
+
+
+def test_json_of_a_failed_command_is_empty(library, capsys):
+    library.evaluate = raising(UserError("no"))
+    assert cli.run(["eval", "m", "--json"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_values_become_json_types(tmp_path):
+    import torch
+
+    value = {1: (tmp_path, float("inf")), "t": torch.tensor([1.0, float("nan")]), "b": True, "s": {3}}
+    assert plain_value(value) == {"1": [str(tmp_path), None], "t": [1.0, None], "b": True, "s": [3]}
+
+
+# --- flags --------------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_the_recipe_has_a_flag():
+    assert set(RecipeFlags.__dataclass_fields__) == set(Recipe.model_fields) - {"model"}
+
+
+@pytest.fixture
+def asked(library, finished):
+    """Runs `quantize` and returns what the library was asked for."""
+    seen = {}
+
+    def quantize(recipe, out, *, resume, progress, command):
+        seen.update(recipe=recipe, out=out, resume=resume, command=command)
+        return REPORT
+
+    library.quantize = quantize
+
+    def ask(*arguments):
+        assert cli.run(["quantize", *arguments, "--out", str(finished)]) == 0
+        return seen
+
+    return ask
+
+
+def test_no_flags_means_the_defaults(asked):
+    assert asked("m")["recipe"] == Recipe(model="m")
+    assert asked("m")["resume"] is False
+
+
+def test_flags_become_the_recipe(asked):
+    flags = "--bits 3 --group-size 32 --asymmetric --keep 0.01 --method dqc --metric plain --order natural"
+    more = "--damping 0.02 --static-scales --sequential off --no-verify"
+    files = "--format dense --format compressed-tensors --calibration c.txt --text e.txt --members i"
+    sizes = "--nonmembers o --windows 3 --window 64 --seed 5"
+    assert asked("m", *f"{flags} {more} {files} {sizes}".split())["recipe"] == Recipe(
+        model="m",
+        bits=3,
+        group_size=32,
+        symmetric=False,
+        keep=0.01,
+        method="dqc",
+        metric="plain",
+        order="natural",
+        damping=0.02,
+        static_scales=True,
+        sequential="off",
+        verify=False,
+        formats=("dense", "compressed-tensors"),
+        calibration="c.txt",
+        windows=3,
+        window=64,
+        evaluation="e.txt",
+        members="i",
+        nonmembers="o",
+        seed=5,
+    )
+
+
+def test_flags_overrule_the_recipe_file(asked, tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text('model = "base"\nbits = 3\nkeep = 0.01\n')
+    assert asked("--recipe", str(file), "--bits", "5")["recipe"] == Recipe(model="base", bits=5, keep=0.01)
+
+
+def test_resume_needs_no_more_than_the_folder(asked, finished):
+    recipe = Recipe(model="base", bits=3)
+    (finished / "manifest.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json")}))
+    seen = asked("--resume")
+    assert seen["recipe"] == recipe
+    assert seen["resume"] is True
+
+
+# --- what is shown ------------------------------------------------------------------------------------------
+
+
+def test_the_summary_shows_the_stronger_attack_and_every_number():
+    assert metrics(REPORT, "original") == {
+        "bits per weight (linear layers)": "32",
+        "megabytes on disk": "100.0",
+        "perplexity": "20.00 ± 0.20",
+        "AUC, reference attack": "0.850 [0.750, 0.950]",
+        "TPR at 1% FPR": "40.0%",
+        "private spans extracted": "25.0% of 20",
+        "canary exposure (bits)": "12.3 of 19.9",
+    }
+    quantized = metrics(REPORT, "quantized")
+    assert quantized["bits per weight (linear layers)"] == "3.25"
+    assert quantized["AUC, reference attack"] == "0.750 [0.650, 0.850]"
+    assert quantized["private spans extracted"] == "0.0% of 20"
+    assert "canary exposure (bits)" not in quantized
+
+
+def test_the_last_line_is_the_report(asked, finished, capsys):
+    (finished / "report.html").write_text("<html>")
+    asked("m")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"report: {finished / 'report.html'}"
+    assert lines[0] == "warning: 3-bit codes are stored in 4-bit words"
+    perplexity = next(line for line in lines if "perplexity" in line)
+    assert perplexity.index("20.00") < perplexity.index("25.00")
+
+
+def test_a_report_without_leakage_has_no_leakage_rows():
+    assert list(metrics(REPORT | {"privacy": None}, "original"))[-1] == "perplexity"
+
+
+def test_explain_finds_a_site_by_the_end_of_its_name():
+    assert explain.find_site("1.mlp.down_proj", REPORT["sites"])["name"] == "model.layers.1.mlp.down_proj"
+    with pytest.raises(UserError, match=r"2 sites end with 'mlp\.down_proj'"):
+        explain.find_site("mlp.down_proj", REPORT["sites"])
+    for wrong in ("model.layers.0.mlp.down_porj", "0.mlp.down_porj"):
+        with pytest.raises(UserError, match=r"did you mean 'model\.layers\.0\.mlp\.down_proj'"):
+            explain.find_site(wrong, REPORT["sites"])
+    with pytest.raises(UserError, match="see all: geoquant explain RUN"):
+        explain.find_site("zzz", REPORT["sites"])
+
+
+def test_explain_gives_the_decision_in_numbers(finished, capsys):
+    assert cli.run(["explain", str(finished), "0.mlp.down_proj"]) == 0
+    text = capsys.readouterr().out
+    for fact in (
+        "3 bits; 3.50 bits per weight",
+        "column 7 kept: would cost 40% of the error",
+        "1 columns at 16 bits (2.1% of 48): 7",
+        "held out / calibration = 1.50",
+        "achieved / expected = 1.25",
+        "0.05 holds",
+        "clipped: 0.10% of codes",
+        "1 of 2 by error",
+    ):
+        assert fact in text
+    assert cli.run(["explain", str(finished), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"sites": REPORT["sites"]}
+
+
+def test_compare_lists_only_settings_that_differ(finished, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    changed = REPORT | {"recipe": {"bits": 4, "method": "dqc"}}
+    (other / "report.json").write_text(json.dumps(changed))
+    assert cli.run(["compare", str(finished), str(other)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    bits = next(
+        line for line in lines if " bits " in line and "weight" not in line and "exposure" not in line
+    )
+    assert bits.index("3") < bits.index("4")
+    assert not any("method" in line for line in lines)
+    assert cli.run(["compare", str(finished), str(other), "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["recipe"]["bits"] for run in runs] == [3, 4]
+
+
+def test_plan_puts_alike_sites_on_one_line():
+    sites = [{"name": f"model.layers.{block}.q", "block": block, "bits": 3} for block in range(4)]
+    sites[2]["bits"] = 4
+    assert [(name, len(group)) for name, group in alike(sites)] == [
+        ("model.layers.*.q", 3),
+        ("model.layers.2.q", 1),
+    ]
+
+
+def test_verify_pairs_each_export_with_its_adapter(tmp_path):
+    for name in ("model", "dense", "adapter"):
+        (tmp_path / name).mkdir()
+    for name in ("model", "dense"):
+        (tmp_path / name / "config.json").write_text("{}")
+    expected = tmp_path / "expected.safetensors"
+    with pytest.raises(UserError, match="nothing to verify"):
+        verify.exports_in(tmp_path)
+    expected.write_bytes(b"")
+    assert verify.exports_in(tmp_path) == [
+        (tmp_path / "dense", expected, None),
+        (tmp_path / "model", expected, tmp_path / "adapter"),
+    ]
+    assert verify.exports_in(tmp_path / "dense") == [(tmp_path / "dense", expected, None)]
+
+
+def test_progress_as_lines_is_sparse_and_ends_every_phase(capsys):
+    now = [0.0]
+    progress = Lines(sys.stderr, clock=lambda: now[0])
+    for step in range(101):
+        now[0] = step * 1.0
+        progress("solve", step, 100, f"site {step}")
+    progress("solve", 100, 100)
+    progress("load", 0, 0, "weights")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "[  0.0 s] solve  0/100  site 0"
+    assert lines[1] == "[   10 s] solve  10/100  about 1 min 30 s left  site 10"
+    assert lines[-2] == "[1 min 40 s] solve  100/100  done in 1 min 40 s"
+    assert lines[-1].endswith("load  weights")
+    assert len(lines) == 12
+
+
+def test_durations_read_well():
+    assert [duration(s) for s in (0.04, 9.94, 9.96, 59.6, 3599, 3600, 7290)] == [
+        "0.0 s",
+        "9.9 s",
+        "10 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "1 h 00 min",
+        "2 h 01 min",
+    ]
+
+
+def test_bars_run_on_a_terminal(monkeypatch):
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    with screen.progress_display(terminal) as progress:
+        progress("solve", 0, 4, "[odd] note")
+        progress("solve", 4, 4)
+    assert "solve" in terminal.getvalue()
+    assert "4/4" in terminal.getvalue()
+
+
+# --- list and doctor ----------------------------------------------------------------------------------------
+
+
+def test_list_describes_every_name(capsys):
+    assert cli.run(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"methods", "metrics", "orders", "formats", "attacks"}
+    assert {"rtn", "babai", "dqc"} <= set(found["methods"])
+    assert Recipe.model_fields["metric"].default in found["metrics"]
+    assert Recipe.model_fields["order"].default in found["orders"]
+    assert all(line for entries in found.values() for line in entries.values())
+
+
+def test_doctor_finds_a_torchvision_that_does_not_fit(tmp_path, monkeypatch):
+    broken = tmp_path / "torchvision"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    problems = doctor.torchvision_problems()
+    assert len(problems) == 1
+    assert "operator torchvision::nms does not exist" in problems[0]
+    assert "pip uninstall torchvision" in problems[0]
+    (broken / "__init__.py").write_text("")
+    assert doctor.torchvision_problems() == []
+
+
+def test_doctor_compares_versions_with_the_requirements(monkeypatch):
+    wanted = ["pytest>=999", "no-such-package>=1", "numpy>=1", 'peft>=999; extra == "peft"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: wanted)
+    problems = doctor.package_problems()
+    assert len(problems) == 2
+    assert problems[0].endswith("wanted pytest>=999; run: pip install 'pytest>=999'")
+    assert (
+        problems[1]
+        == "no-such-package is missing; wanted no-such-package>=1; run: pip install 'no-such-package>=1'"
+    )
+
+
+def test_doctor_exit_code_follows_the_problems(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "compute_facts", dict)
+    monkeypatch.setattr(doctor, "package_problems", list)
+    monkeypatch.setattr(doctor, "torchvision_problems", list)
+    assert cli.run(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    monkeypatch.setattr(doctor, "torchvision_problems", lambda: ["torchvision does not fit"])
+    assert cli.run(["doctor", "--json"]) == 2
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["problems"] == ["torchvision does not fit"]
+    assert shown.err == "geoquant: error: torchvision does not fit\n"
+
+
+def test_matrix_speed_is_plausible(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(doctor, "GEMM_SECONDS", 0.05)
+    started = time.perf_counter()
+    assert 0.05 < doctor.gemm_speed(torch.float32) < 1e6
+    assert time.perf_counter() - started < 30

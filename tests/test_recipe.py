@@ -1,0 +1,81 @@
+"""Recipes: what is refused and how, and that TOML carries every one of them unchanged."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from geoquant.errors import UserError
+from geoquant.recipe import Recipe, checked, load_recipe, recipe_toml
+
+# TOML forbids control characters inside strings other than by escape; paths on a command line hold none.
+PATHS = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1)
+RECIPES = st.builds(
+    Recipe,
+    model=PATHS,
+    bits=st.integers(2, 8),
+    group_size=st.integers(1, 4096),
+    symmetric=st.booleans(),
+    keep=st.floats(0, 0.5),
+    damping=st.none() | st.floats(1e-12, 1.0),
+    sequential=st.sampled_from(["off", "block", "site"]),
+    calibration=st.none() | PATHS,
+    formats=st.lists(st.sampled_from(["compressed-tensors", "dense"])).map(tuple),
+    verify=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+
+
+@given(RECIPES)
+def test_toml_carries_every_recipe_unchanged(recipe):
+    assert Recipe(**tomllib.loads(recipe_toml(recipe))) == recipe
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        Recipe(model="m").bits = 3
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"bits": 9}, "option bits: Input should be less than or equal to 8; got 9"),
+        ({"bits": 1}, "option bits: Input should be greater than or equal to 2; got 1"),
+        ({"keep": 0.6}, "option keep: Input should be less than or equal to 0.5; got 0.6"),
+        ({"damping": 0.0}, "option damping: Input should be greater than 0; got 0.0"),
+        ({"window": 4}, "option window: Input should be greater than or equal to 8; got 4"),
+        ({"bitz": 3}, "option bitz: Extra inputs are not permitted; got 3"),
+        ({"sequential": "sites"}, "option sequential: Input should be 'off', 'block' or 'site'; got 'sites'"),
+    ],
+)
+def test_the_first_violated_constraint_is_the_line(values, line):
+    with pytest.raises(UserError) as caught:
+        checked({"model": "m", **values})
+    assert str(caught.value) == line
+
+
+def test_a_recipe_without_model_says_so():
+    with pytest.raises(UserError, match="option model: Field required"):
+        checked({})
+
+
+def test_the_command_line_overrules_the_file(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('model = "base"\nbits = 3\ngroup_size = 32\n')
+    assert load_recipe(file, bits=4) == Recipe(model="base", bits=4, group_size=32)
+
+
+def test_a_missing_or_broken_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no recipe file"):
+        load_recipe(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("bits = = 3\n")
+    with pytest.raises(UserError, match=r"broken\.toml is not valid TOML: .*line 1"):
+        load_recipe(broken)
+    broken.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not valid TOML"):
+        load_recipe(broken)
