@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geoquant.data.records import (
@@ -38,6 +38,7 @@ def records(draw):
     return Record(f"{text} {secret:03d}", tuple(spans), Canary("c", len(text) + 1, len(text) + 4, 2))
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(records(), min_size=1, max_size=5))
 def test_written_records_are_read_back(tmp_path_factory, items):
     path = tmp_path_factory.mktemp("records") / "r.jsonl"

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 
 from geoquant.data.records import Canary, Record, Span, Split
 from geoquant.errors import UserError, unknown_name
 
-__all__ = ["DEMO", "DOMAINS", "DemoSettings", "demo_split", "make_canaries", "make_records"]
+__all__ = [
+    "DEMO",
+    "DOMAINS",
+    "DemoSettings",
+    "decoy_records",
+    "demo_split",
+    "make_canaries",
+    "make_records",
+]
 
 # What is private; everything else in a template is ordinary text.
 PRIVATE = ("name", "email", "phone", "card", "note")
@@ -229,6 +237,20 @@ def make_canaries(n: int, seed: int = 0, *, digits: int = 6, repeats: Sequence[i
         canary = Canary(f"canary-{index + 1}", *places["secret"], repeats[index % len(repeats)])
         canaries.append(Record(text, (), canary))
     return canaries
+
+
+def decoy_records(canaries: Sequence[Record], count: int, seed: int = 0) -> list[Record]:
+    """For each canary in turn, `count` copies with other random digits in place of the secret."""
+    rng = random.Random(seed)
+    decoys = []
+    for record in canaries:
+        start, end = record.canary.start, record.canary.end
+        for _ in range(count):
+            secret = record.value(record.canary)
+            while secret == record.value(record.canary):
+                secret = "".join(str(rng.randrange(10)) for _ in range(record.canary.digits))
+            decoys.append(replace(record, text=record.text[:start] + secret + record.text[end:]))
+    return decoys
 
 
 def demo_split(settings: DemoSettings = DEMO) -> Split:

@@ -1,0 +1,112 @@
+"""How well a score separates members from non-members, with intervals. Higher score = more likely a member.
+
+Both samples are taken as independent draws; intervals are about the records, not about training randomness.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import beta, rankdata
+
+__all__ = ["auc", "auc_interval", "clopper_pearson", "roc_points", "tpr_at_fpr"]
+
+RESAMPLE_ELEMENTS = 1 << 23  # counts held at once while resampling
+
+
+def auc(members: Float[np.ndarray, " n"], nonmembers: Float[np.ndarray, " m"]) -> float:
+    """P(member score > non-member score) + P(equal) / 2: the Mann-Whitney statistic over n * m."""
+    n, m = len(members), len(nonmembers)
+    ranks = rankdata(np.concatenate([members, nonmembers]))
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def auc_interval(
+    members: Float[np.ndarray, " n"],
+    nonmembers: Float[np.ndarray, " m"],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the AUC, members and non-members resampled apart (stratified), seeded.
+
+    Where the scores separate perfectly every resample gives the same AUC and the bootstrap says nothing. Then
+    min(n, m) disjoint pairs (member, non-member) are as many independent trials of "the member scores
+    higher", all decided alike, and their exact binomial interval is given.
+    """
+    n, m = len(members), len(nonmembers)
+    if (value := auc(members, nonmembers)) in (0.0, 1.0):
+        pairs = min(n, m)
+        return clopper_pearson(round(value * pairs), pairs, level)
+    rng = np.random.default_rng(seed)
+    # Count how often each distinct score was drawn: the AUC of a resample is a dot product over the values.
+    _, place = np.unique(np.concatenate([members, nonmembers]), return_inverse=True)
+    width = int(place.max()) + 1
+    values = np.empty(resamples)
+    step = max(1, RESAMPLE_ELEMENTS // width)
+    for begin in range(0, resamples, step):
+        size = min(step, resamples - begin)
+        row = width * np.arange(size)[:, None]
+        inside, outside = (
+            np.bincount(
+                (row + side[rng.integers(0, len(side), (size, len(side)))]).ravel(), minlength=size * width
+            )
+            .reshape(size, width)
+            .astype(np.float64)
+            for side in (place[:n], place[n:])
+        )
+        below = np.cumsum(outside, axis=1) - outside / 2
+        values[begin : begin + size] = (inside * below).sum(axis=1) / (n * m)
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Exact binomial interval of a rate (Clopper and Pearson 1934); (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    tail = (1 - level) / 2
+    low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, trials - successes + 1))
+    high = 1.0 if successes == trials else float(beta.ppf(1 - tail, successes + 1, trials - successes))
+    return low, high
+
+
+def tpr_at_fpr(
+    members: Float[np.ndarray, " n"], nonmembers: Float[np.ndarray, " m"], fpr: float
+) -> tuple[float, tuple[float, float]]:
+    """Share of members above the lowest threshold that at most `fpr` of the non-members exceed, and its
+    interval.
+
+    Conservative: tied non-members are never split, so the realised rate is at most `fpr` (with m < 1 / fpr
+    it is zero). The Clopper-Pearson interval is conditional on the threshold: it does not contain the
+    threshold's own uncertainty, which is large when fpr * m is a handful of records.
+    """
+    allowed = int(np.floor(fpr * len(nonmembers) + 1e-9))
+    if allowed >= len(nonmembers):
+        hits = len(members)
+    else:
+        threshold = np.sort(nonmembers)[::-1][allowed]
+        hits = int((members > threshold).sum())
+    return hits / len(members), clopper_pearson(hits, len(members))
+
+
+def roc_points(
+    members: Float[np.ndarray, " n"], nonmembers: Float[np.ndarray, " m"], points: int = 100
+) -> tuple[list[float], list[float]]:
+    """False and true positive rates from (0, 0) to (1, 1), for drawing.
+
+    All corners of the empirical curve if they are at most `points`, else corners evenly thinned.
+    """
+    scores = np.concatenate([members, nonmembers])
+    order = np.argsort(-scores, kind="stable")
+    is_member = (order < len(members)).astype(np.int64)
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # last of each run of ties
+    tp = np.concatenate([[0], np.cumsum(is_member)[last]])
+    fp = np.concatenate([[0], np.cumsum(1 - is_member)[last]])
+    # A point between two others on one straight line draws nothing.
+    turn = np.diff(tp)[:-1] * np.diff(fp)[1:] != np.diff(tp)[1:] * np.diff(fp)[:-1]
+    keep = np.flatnonzero(np.concatenate([[True], turn, [True]]))
+    if len(keep) > points:
+        keep = keep[np.unique(np.linspace(0, len(keep) - 1, points).round().astype(int))]
+    return (fp[keep] / len(nonmembers)).tolist(), (tp[keep] / len(members)).tolist()
