@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Grid", "dequantize", "quantize_with_scales", "search_scales"]
+__all__ = ["SCALE_DTYPE", "Grid", "dequantize", "round_to_grid", "search_scales"]
 
 # Steps are stored in bfloat16: its 8 significant bits survive a reader's cast to bf16, fp16 or fp32 unchanged,
 # so codes solved against the rounded step mean the same numbers in every runtime.
@@ -45,3 +45,96 @@ class Grid:
         """Stored bits per weight: codes, 16-bit scales and, if asymmetric, b-bit zero points."""
         side = 16 + (0 if self.symmetric else self.bits)
         return self.bits + side * self.groups(columns) / columns
+
+
+# Steps tried, as fractions of the step that just avoids clipping. Each try is followed by the closed-form best
+# step for its codes, so a coarse list is enough.
+SHRINK = (1.0, 0.9, 0.8, 0.72, 0.64, 0.56)
+
+
+def search_scales(
+    weight: Float[Tensor, "columns rows"], importance: Float[Tensor, " columns"], grid: Grid
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"] | None]:
+    """Step (and zero point) per row that minimise `sum_j importance_j (w_j - q_j)^2` over one group of columns.
+
+    Weights come transposed, one row of the tensor per column of the layer. For codes z the best step is
+    `a/b` with `a = sum h w z`, `b = sum h z^2`, and its error is `sum h w^2 - a^2/b`: each try therefore costs one
+    rounding and two weighted sums. A symmetric grid has one more code below zero than above, so both signs of
+    the step are tried. Steps are rounded to bfloat16, the precision in which they are stored.
+    """
+    # A column without weight must still be reproduced if nothing else decides.
+    importance = importance.clamp_min(1e-9 * importance.max().clamp_min(1e-30))[:, None]
+    return _symmetric(weight, importance, grid) if grid.symmetric else _asymmetric(weight, importance, grid)
+
+
+def _symmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, None]:
+    weighted = weight * importance
+    largest = weight.abs().amax(0).clamp_min(1e-12)
+    best = torch.full_like(largest, -1.0)
+    scale = largest / -grid.lowest
+    codes = torch.empty_like(weight)
+    for shrink in SHRINK:
+        for sign in (1.0, -1.0):
+            torch.mul(weight, sign * -grid.lowest / (shrink * largest), out=codes)
+            codes.round_().clamp_(grid.lowest, grid.highest)
+            a = (weighted * codes).sum(0)
+            b = (codes.square_() * importance).sum(0)
+            gain = torch.where(b > 0, a * a / b.clamp_min(1e-30), 0.0)
+            better = gain > best
+            best = torch.where(better, gain, best)
+            scale = torch.where(better & (b > 0), a / b.clamp_min(1e-30), scale)
+    return _stored(scale), None
+
+
+def _asymmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    low, high = weight.amin(0).clamp_max(0.0), weight.amax(0).clamp_min(0.0)
+    span = (high - low).clamp_min(1e-12)
+    best = torch.full_like(span, torch.inf)
+    scale, zero = span.clone(), torch.zeros_like(span)
+    for shrink in SHRINK:
+        step = _stored(span * shrink / grid.highest)
+        point = (-low * shrink / step).round_().clamp_(0, grid.highest)
+        codes = (weight / step).round_().add_(point).clamp_(0, grid.highest).sub_(point)
+        a = (weight * codes * importance).sum(0)
+        b = (codes.square() * importance).sum(0)
+        refit = _stored(torch.where((a > 0) & (b > 0), a / b.clamp_min(1e-30), step))
+        error = ((codes * refit - weight).square_() * importance).sum(0)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, refit, scale), torch.where(better, point, zero)
+    return scale, zero
+
+
+def _stored(scale: Tensor) -> Tensor:
+    """The value a reader will see, never zero."""
+    rounded = scale.to(SCALE_DTYPE).float()
+    tiny = torch.finfo(SCALE_DTYPE).tiny
+    return torch.where(rounded.abs() < tiny, tiny, rounded)
+
+
+def round_to_grid(
+    weight: Float[Tensor, "columns rows"], scale: Tensor, zero: Tensor | None, grid: Grid
+) -> tuple[Float[Tensor, "columns rows"], Float[Tensor, "columns rows"]]:
+    """Nearest codes (as float) inside the box, and the nearest codes had there been no box."""
+    free = (weight / scale).round_()
+    if zero is not None:
+        free += zero
+    return free.clamp(grid.lowest, grid.highest), free
+
+
+def dequantize(
+    codes: Int[Tensor, "out in"],
+    scales: Float[Tensor, "out groups"],
+    zero_points: Int[Tensor, "out groups"] | None,
+    group_size: int,
+) -> Float[Tensor, "out in"]:
+    """`s * (z - zero_point)` in float32; the last group may be shorter than `group_size`."""
+    columns = codes.shape[1]
+
+    def spread(per_group: Tensor) -> Tensor:
+        return per_group.float().repeat_interleave(group_size, dim=1)[:, :columns]
+
+    values = codes.float()
+    if zero_points is not None:
+        values -= spread(zero_points)
+    return values.mul_(spread(scales))

@@ -1,0 +1,109 @@
+"""Boxed Babai (GPTQ): scales searched as the recursion reaches a group, damping chosen on held-out moments."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from geoquant.lattice.babai import boxed_babai
+from geoquant.lattice.basis import NotPositiveDefinite, compensation_factor, expected_error
+from geoquant.lattice.grid import search_scales
+from geoquant.lattice.order import column_order
+from geoquant.methods.problem import Problem, Solution
+
+__all__ = ["DAMPINGS", "choose_damping", "combined", "solve", "solve_with"]
+
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
+DEFAULT_DAMPING = 0.01
+
+
+def combined(problem: Problem) -> Float[Tensor, "in in"]:
+    """The metric on all tokens: once the damping is chosen, held-out tokens are data like any other."""
+    if problem.heldout is None:
+        return problem.hessian
+    return problem.hessian + problem.heldout
+
+
+def solve(problem: Problem) -> Solution:
+    """Choose the damping if it is open, then solve on all moments.
+
+    Raises NotPositiveDefinite when no damping of the list makes the metric factorisable.
+    """
+    return solve_with(problem, torch.zeros(0, dtype=torch.int64, device=problem.weight.device))
+
+
+def solve_with(problem: Problem, kept: Int[Tensor, " k"]) -> Solution:
+    """Boxed Babai with the columns `kept` ordered last and left continuous."""
+    damping = problem.damping or choose_damping(problem, kept)
+    return _solve(problem.weight, combined(problem), problem, damping, kept)
+
+
+def choose_damping(problem: Problem, kept: Int[Tensor, " k"]) -> float:
+    """The lambda of DAMPINGS with the least expected error on the held-out moments.
+
+    Solving on one set of tokens and paying on another has a closed form (`expected_error`), so no trial solve is
+    needed. Kept columns are continuous and pay nothing.
+    """
+    if problem.heldout is None:
+        return DEFAULT_DAMPING
+    order = column_order(problem.order, problem.hessian, problem.grid.group_size, last=kept)
+    count = len(order) - len(kept)
+    errors: dict[float, float] = {}
+    for damping in DAMPINGS:
+        try:
+            factor = compensation_factor(problem.hessian, order, damping)
+        except NotPositiveDefinite:
+            continue
+        errors[damping] = expected_error(factor, problem.heldout, order)[:count].sum().item()
+    if not errors:
+        raise NotPositiveDefinite(f"metric is not positive definite even at damping {DAMPINGS[-1]}")
+    return min(errors, key=errors.__getitem__)
+
+
+def _solve(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    problem: Problem,
+    damping: float,
+    kept: Int[Tensor, " k"],
+) -> Solution:
+    grid = problem.grid
+    order = column_order(problem.order, hessian, grid.group_size, last=kept)
+    factor = compensation_factor(hessian, order, damping)
+    importance = hessian.diagonal().clone()
+    importance[kept] = 0.0
+    scales = zeros = None
+    if problem.static_scales:
+        scales, zeros = _static_scales(weight, importance, problem)
+    result = boxed_babai(weight, factor, order, grid, importance, free=len(kept), scales=scales, zeros=zeros)
+    codes, free = result.codes, result.free
+    index = torch.sort(order[len(order) - len(kept) :])
+    if len(kept):
+        # The base checkpoint holds zero there; the columns themselves travel beside it.
+        group = index.values // grid.group_size
+        codes[index.values] = 0 if grid.symmetric else result.zeros[group].to(codes.dtype)
+        free = free[index.indices]
+    lengths = torch.empty_like(importance)
+    lengths[order] = factor.diagonal().reciprocal()
+    return Solution(
+        codes=codes.T.contiguous(),
+        scales=result.scales.T.to(torch.bfloat16).contiguous(),
+        zero_points=None if result.zeros is None else result.zeros.T.to(torch.uint8).contiguous(),
+        kept_index=index.values.to(torch.int64),
+        kept_weight=free.T.to(torch.bfloat16).contiguous(),
+        damping=damping,
+        gram_schmidt=lengths,
+        saturated=result.clipped / max(1, len(order) - len(kept)),
+        grid=grid,
+    )
+
+
+def _static_scales(weight: Tensor, importance: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    grid, columns = problem.grid, weight.shape[1]
+    parts = [
+        slice(start, min(start + grid.group_size, columns)) for start in range(0, columns, grid.group_size)
+    ]
+    found = [search_scales(weight.T[part].contiguous(), importance[part], grid) for part in parts]
+    scales = torch.stack([scale for scale, _ in found])
+    return scales, None if grid.symmetric else torch.stack([zero for _, zero in found])

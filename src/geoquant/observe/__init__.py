@@ -1,0 +1,1 @@
+"""Moments of the inputs that reach each site, streamed block by block."""

@@ -1,0 +1,50 @@
+"""Which number format the forward passes of observation run in.
+
+Weights, residual stream and moments stay in float32; only matrix products may run in bfloat16, and only where
+the hardware multiplies it faster (AMX or AVX512-BF16 on CPUs, tensor cores on GPUs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import torch
+from torch import nn
+
+__all__ = ["autocast", "compute_dtype", "working_copy"]
+
+
+def compute_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """`float32`, `bfloat16`, or for `auto` the faster of both on this device."""
+    if requested != "auto":
+        return getattr(torch, requested)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        # Private torch probes, absent in some builds; without them float32 is the safe answer.
+        probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+        fast = bool(probe and probe())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Matrix products in `dtype`, everything else as stored."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def working_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The block with its weight matrices in the compute dtype: one block's working set, dropped after use.
+
+    Converting once per block beats autocast's conversion at every call.
+    """
+    stored = {parameter.dtype for parameter in block.parameters()}
+    if stored == {dtype}:
+        return block
+    work = copy.deepcopy(block)
+    for parameter in work.parameters():
+        # Vectors (norm gains, biases) stay in float32 beside the float32 residual stream.
+        parameter.data = parameter.data.to(dtype if parameter.ndim >= 2 else torch.float32)
+    return work

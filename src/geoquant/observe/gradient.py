@@ -1,0 +1,125 @@
+"""Gradient energy per token: `||g_t||^2`, with g_t the loss gradient at a site's output, summed over the sites
+that share an input.
+
+Only this one number per token and stage is kept (a few megabytes for a whole model), so the backward pass runs
+once on the full-precision model and the moments can be accumulated later on whatever inputs the quantized blocks
+produce. Windows go through in chunks; blocks are recomputed in the backward pass, so memory holds the block
+inputs of one chunk and the activations of one block on one batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from geoquant.evaluate.perplexity import head_logits
+from geoquant.model.walk import Block, find_blocks
+from geoquant.observe.compute import autocast, working_copy
+from geoquant.observe.stream import BlockCall, hooks, open_stream, run_block
+from geoquant.progress import Progress, silent
+
+__all__ = ["token_energies"]
+
+CHUNK = 8  # windows per chunk
+HEAD_ROWS = 512
+
+
+def token_energies(
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    tokens: Int[Tensor, "n length"],
+    *,
+    compute: torch.dtype,
+    progress: Progress = silent,
+) -> dict[str, Float[Tensor, "n length"]]:
+    """Per stage, `||g_t||^2` of every token of every window, scaled to mean one over all tokens."""
+    _, modules = find_blocks(model)
+    device = next(model.parameters()).device
+    names = dict(model.named_modules())
+    energies = {stage.name: torch.zeros(tokens.shape) for block in blocks for stage in block.stages}
+    steps = -(-len(tokens) // CHUNK) * len(blocks)
+    done = 0
+    for start in range(0, len(tokens), CHUNK):
+        chunk = tokens[start : start + CHUNK].to(device)
+        stream = open_stream(model, chunk)
+        hidden, calls = stream.batches, stream.calls
+        inputs: list[list[Tensor]] = []
+        for block, call in zip(modules, calls):
+            inputs.append([x.to(compute) for x in hidden])
+            work = working_copy(block, compute)
+            with torch.no_grad(), autocast(device, compute):
+                hidden = [run_block(work, call, x).float() for x in hidden]
+        size = hidden[0].shape[0]
+        gradients = [
+            _head_gradient(model, x, chunk[i * size : (i + 1) * size], compute) for i, x in enumerate(hidden)
+        ]
+        for block, module, call in zip(reversed(blocks), reversed(list(modules)), reversed(calls)):
+            work = working_copy(module, compute)
+            inside = {f"{block.name}.{name}": part for name, part in work.named_modules()} if work is not module else names
+            for index, (x, gradient) in enumerate(zip(inputs.pop(), gradients)):
+                first = start + index * size
+                with autocast(device, compute):
+                    gradients[index] = _block_gradient(work, inside, block, call, x.float(), gradient, energies, first)
+            done += 1
+            progress("gradients", done, steps, block.name)
+    return {name: energy / energy.mean().clamp_min(1e-30) for name, energy in energies.items()}
+
+
+@torch.enable_grad()
+def _head_gradient(
+    model: nn.Module, hidden: Float[Tensor, "b l h"], tokens: Int[Tensor, "b l"], compute: torch.dtype
+) -> Float[Tensor, "b l h"]:
+    """Gradient of the summed next-token loss at the last block's output, a few positions at a time."""
+    norm = _final_norm(model)
+    result = torch.zeros_like(hidden)
+    flat, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    parts = []
+    for h, t in zip(flat.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
+        leaf = h.detach().requires_grad_()
+        with autocast(hidden.device, compute):
+            logits = head_logits(model, norm(leaf).to(model.get_output_embeddings().weight.dtype))
+            loss = torch.nn.functional.cross_entropy(logits.float(), t, reduction="sum")
+        parts.append(torch.autograd.grad(loss, leaf)[0])
+    result[:, :-1] = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
+    return result
+
+
+def _final_norm(model: nn.Module) -> nn.Module:
+    """The normalisation between the last block and the vocabulary projection: the norm next to the block list."""
+    name, _ = find_blocks(model)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    found = [child for label, child in parent.named_children() if "norm" in label.lower() or label == "ln_f"]
+    return found[-1] if found else nn.Identity()
+
+
+@torch.enable_grad()
+def _block_gradient(
+    work: nn.Module,
+    inside: dict[str, nn.Module],
+    block: Block,
+    call: BlockCall,
+    x: Float[Tensor, "b l h"],
+    gradient: Float[Tensor, "b l h"],
+    energies: dict[str, Float[Tensor, "n length"]],
+    first: int,
+) -> Float[Tensor, "b l h"]:
+    """Back through one block on one batch; adds the energies of its sites' output gradients."""
+
+    def watch(stage: str):
+        def forward(_: nn.Module, __: tuple, output: Tensor) -> None:
+            def backward(g: Tensor) -> None:
+                energy = g.detach().float().square().sum(-1).cpu()
+                energies[stage][first : first + len(energy)] += energy
+
+            output.register_hook(backward)
+
+        return forward
+
+    handles = [
+        inside[site.name].register_forward_hook(watch(stage.name)) for stage in block.stages for site in stage.sites
+    ]
+    leaf = x.requires_grad_()
+    with hooks(handles):
+        output = run_block(work, call, leaf)
+        return torch.autograd.grad(output, leaf, gradient.to(output.dtype))[0].float()

@@ -1,0 +1,88 @@
+"""Second moments of a site's input: `A = sum_t w_t x_t x_t^T`, one for solving and one held out.
+
+Token weights w_t decide the metric:
+
+plain     1 for every token.
+clipped   min(1, 10 * median ||x||^2 / ||x_t||^2): massive tokens (attention sinks) count like large ordinary ones.
+gradient  ||g_t||^2, the squared loss gradient at the outputs of the sites that read this input: the input factor
+          of the Gauss-Newton metric, with every token weighted by what it matters.
+
+Weights are scaled to mean one, so the three kinds have the units of plain moments. Sums, not means: moments of
+two sets of tokens add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["METRICS", "Accumulator", "MassiveTokens", "Moments", "clipped_weights"]
+
+METRICS = ("plain", "clipped", "gradient")
+CLIP = 10.0
+TILE = 512  # columns per tile of the symmetric product: tiles below the diagonal are mirrored, not computed
+
+
+@dataclass(frozen=True)
+class MassiveTokens:
+    """How unevenly the input energy is spread over tokens, before any weighting.
+
+    largest:   max ||x_t||^2 over the median.
+    top_share: share of all input energy in the 0.1% of tokens with the most (at least one token).
+    """
+
+    largest: float
+    top_share: float
+
+
+@dataclass(frozen=True)
+class Moments:
+    """`hessian` and `heldout` (in, in) float32 sums over disjoint tokens, their token counts, massive tokens."""
+
+    hessian: Float[Tensor, "in in"]
+    heldout: Float[Tensor, "in in"] | None
+    tokens: int
+    heldout_tokens: int
+    massive: MassiveTokens
+
+
+def clipped_weights(energy: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    """Token weights of the metric `clipped` from ||x_t||^2."""
+    return (CLIP * energy.median() / energy.clamp_min(1e-30)).clamp_max(1.0)
+
+
+class Accumulator:
+    """Adds up the moments of one stage, batch by batch; `finish` gives the frozen value."""
+
+    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device):
+        self.sums = {held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)}
+        self.counts = {False: 0, True: 0}
+        self.energies: list[Tensor] = []
+
+    def add(self, x: Float[Tensor, "tokens in"], weights: Float[Tensor, " tokens"] | None, *, held: bool) -> None:
+        """Add the tokens of one batch; `held` sends them to the held-out twin."""
+        total = self.sums[held]
+        x = x.to(total.dtype)
+        self.energies.append(x.square().sum(1).float().cpu())
+        if weights is not None:
+            x = x * weights.to(total.dtype).sqrt()[:, None]
+        for start in range(0, x.shape[1], TILE):
+            # Only the tiles on and right of the diagonal: the matrix is symmetric.
+            total[start : start + TILE, start:].addmm_(x[:, start : start + TILE].T, x[:, start:])
+        self.counts[held] += x.shape[0]
+
+    def finish(self) -> Moments:
+        for total in self.sums.values():
+            upper = torch.triu(total)
+            total.copy_(upper).add_(torch.triu(upper, 1).T)
+        energy = torch.cat(self.energies)
+        top = max(1, len(energy) // 1000)
+        massive = MassiveTokens(
+            largest=(energy.max() / energy.median().clamp_min(1e-30)).item(),
+            top_share=(energy.topk(top).values.sum() / energy.sum().clamp_min(1e-30)).item(),
+        )
+        held = self.sums[True].float() if self.counts[True] else None
+        return Moments(self.sums[False].float(), held, self.counts[False], self.counts[True], massive)

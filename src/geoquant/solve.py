@@ -1,0 +1,159 @@
+"""Walk the model once: observe a stage's inputs, solve it, put the codes in, move on.
+
+Sequential in the strict sense by default: the inputs of a stage are those that the already quantized stages
+before it produce at run time. One block's working set is in memory at a time, the weights of the model once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from geoquant.lattice.basis import NotPositiveDefinite
+from geoquant.methods import METHODS, Problem, Solution
+from geoquant.methods.rtn import solve as round_to_nearest
+from geoquant.model.walk import Block, Stage, find_blocks, read_weight, write_weight
+from geoquant.observe.compute import autocast, working_copy
+from geoquant.observe.moments import Accumulator, Moments, clipped_weights
+from geoquant.observe.stream import Stream, run_block, watch_input
+from geoquant.progress import Progress, silent
+
+__all__ = ["StageResult", "solve_model"]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A solved stage: the joint solution of its stacked sites, its moments, and what happened."""
+
+    stage: Stage
+    solution: Solution
+    moments: Moments
+    original: Float[Tensor, "out in"]
+    seconds: dict[str, float]
+    warning: str | None = None
+
+
+def solve_model(
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    stream: Stream,
+    settings: Callable[[Stage], tuple[str, dict]],
+    *,
+    metric: str,
+    energies: dict[str, Float[Tensor, "n length"]] | None,
+    sequential: str,
+    compute: torch.dtype,
+    moments_dtype: torch.dtype = torch.float32,
+    finished: Callable[[Stage], Solution | None] = lambda stage: None,
+    done: Callable[[StageResult], None],
+    progress: Progress = silent,
+) -> None:
+    """Quantize every stage in place.
+
+    settings:   stage -> (method name, keyword arguments of `Problem` besides weight and moments).
+    sequential: `site` (each stage sees the quantized stages before it), `block` (the quantized blocks before),
+                `off` (full-precision inputs throughout).
+    finished:   a stage's solution from an interrupted run, or None.
+    done:       called with each new result, before its weights are put into the model.
+    """
+    _, modules = find_blocks(model)
+    device = next(model.parameters()).device
+    batches = list(stream.batches)
+    held_from = heldout_start(sum(len(batch) for batch in batches))
+    for block, module, call in zip(blocks, modules, stream.calls):
+        # With full-precision inputs throughout, the outputs must be computed before the weights change.
+        if sequential == "off":
+            work = working_copy(module, compute)
+            following = _outputs(work, call, batches, compute)
+        pending: list[tuple[Stage, Solution]] = []
+        for stage in block.stages:
+            solution = finished(stage)
+            if solution is None:
+                work = working_copy(module, compute)
+                target = work.get_submodule(stage.name.removeprefix(block.name + "."))
+                started = time.process_time()
+                moments = _observe(
+                    work, call, target, batches, stage, metric, energies, held_from, compute, moments_dtype
+                )
+                observed = time.process_time()
+                original = torch.cat([read_weight(model.get_submodule(site.name)) for site in stage.sites])
+                name, options = settings(stage)
+                problem = Problem(original, moments.hessian, moments.heldout, **options)
+                solution, warning = _solve(name, problem, stage)
+                seconds = {"observe": observed - started, "solve": time.process_time() - observed}
+                done(StageResult(stage, solution, moments, original, seconds, warning))
+            if sequential == "site":
+                _install(model, stage, solution)
+            else:
+                pending.append((stage, solution))
+        for stage, solution in pending:
+            _install(model, stage, solution)
+        batches = following if sequential == "off" else _outputs(working_copy(module, compute), call, batches, compute)
+        progress("solve", block.index + 1, len(blocks), block.name)
+
+
+def heldout_start(windows: int) -> int:
+    """Windows from here on are held out while choosing the damping: one in eight, none if there are fewer than four."""
+    return windows - max(1, windows // 8) if windows >= 4 else windows
+
+
+@torch.no_grad()
+def _outputs(work: nn.Module, call, batches: list[Tensor], compute: torch.dtype) -> list[Tensor]:
+    with autocast(batches[0].device, compute):
+        return [run_block(work, call, hidden).float() for hidden in batches]
+
+
+def _observe(
+    work: nn.Module,
+    call,
+    target: nn.Module,
+    batches: list[Tensor],
+    stage: Stage,
+    metric: str,
+    energies: dict[str, Tensor] | None,
+    held_from: int,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+) -> Moments:
+    """Moments of one stage's input over all batches."""
+    size, length = batches[0].shape[:2]
+    accumulator = Accumulator(stage.columns, dtype=dtype, device=batches[0].device)
+
+    def see(index: int, x: Tensor) -> None:
+        x = x.float()
+        weights = None
+        if metric == "clipped":
+            weights = clipped_weights(x.square().sum(1))
+        elif metric == "gradient":
+            weights = energies[stage.name][index * size : (index + 1) * size].flatten().to(x.device)
+        # A batch may straddle the border of the held-out windows.
+        cut = min(max(held_from - index * size, 0), size) * length
+        for part, held in ((slice(0, cut), False), (slice(cut, None), True)):
+            if x[part].shape[0]:
+                accumulator.add(x[part], None if weights is None else weights[part], held=held)
+
+    with autocast(batches[0].device, compute):
+        watch_input(work, call, target, batches, see)
+    return accumulator.finish()
+
+
+def _solve(name: str, problem: Problem, stage: Stage) -> tuple[Solution, str | None]:
+    """Solve; a metric that cannot be factorised falls back to rounding, and says so."""
+    try:
+        return METHODS[name](problem), None
+    except NotPositiveDefinite as error:
+        return round_to_nearest(problem), f"{stage.name}: {error}; rounded to nearest instead"
+
+
+def _install(model: nn.Module, stage: Stage, solution: Solution) -> None:
+    """Overwrite the weights of a stage's sites with the quantized values."""
+    weight = solution.dequantize()
+    start = 0
+    for site in stage.sites:
+        write_weight(model.get_submodule(site.name), weight[start : start + site.shape[0]])
+        start += site.shape[0]
