@@ -17,21 +17,13 @@ from importlib import resources
 from pathlib import Path
 from statistics import median
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup, escape
 
 from geoquant import runs
 from geoquant.errors import UserError
 from geoquant.report import figures
-from geoquant.report.words import (
-    SUBJECTS,
-    attack_label,
-    count,
-    extraction_total,
-    headline,
-    strongest,
-    untested,
-)
+from geoquant.report.words import SUBJECTS, attack_label, extraction_total, headline, strongest, untested
 
 __all__ = ["check_schema", "fingerprint", "render", "write_report"]
 
@@ -278,6 +270,7 @@ def layer_panels(sites: list[dict]) -> dict:
         "clip_top": clip_top,
         "ratio": (median(ratios), max(ratios)) if ratios else None,
         "worst": worst,
+        "solvers": sorted({(str(site["method"]), str(site["order"])) for site in sites}),
     }
 
 
@@ -299,6 +292,19 @@ def fingerprint(report: dict) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def breakable(name: str) -> Markup:
+    """A dotted name that may be broken after its dots, and copies without marks."""
+    return Markup(".<wbr>").join(name.split("."))
+
+
+def code(text: str) -> Markup:
+    """Text with `backticks` as code elements."""
+    pieces = [escape(piece) for piece in text.split("`")]
+    return Markup("").join(
+        Markup("<code>") + p + Markup("</code>") if i % 2 else p for i, p in enumerate(pieces)
+    )
+
+
 @cache
 def _part(name: str) -> str:
     return resources.files("geoquant.report").joinpath(name).read_text(encoding="utf-8")
@@ -308,19 +314,15 @@ def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
-def render(report: dict) -> str:
-    """The whole page as one string. Raises `UserError` where the report breaks the contract."""
-    check_schema(report)
-    mark = fingerprint(report)
-    report = finite(report)
+@cache
+def _template() -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals.update(
-        {name: getattr(figures, name) for name in ("dot_interval", "level_bar")},
+        {name: getattr(figures, name) for name in ("cell_axis", "dot_interval", "level_bar")},
         attack_label=attack_label,
         subjects=SUBJECTS,
-        kinds=KINDS,
     )
     environment.filters.update(
         number=figures.number,
@@ -328,10 +330,19 @@ def render(report: dict) -> str:
         percent=figures.percent,
         spread=figures.spread,
         bytes=figures.size,
-        count=count,
+        breakable=breakable,
+        code=code,
     )
+    return environment.from_string(_part("template.html.jinja"))
+
+
+def render(report: dict) -> str:
+    """The whole page as one string. Raises `UserError` where the report breaks the contract."""
+    check_schema(report)
+    mark = fingerprint(report)
+    report = finite(report)
     privacy, style, script = report["privacy"], _part("style.css"), _part("copy.js")
-    return environment.from_string(_part("template.html.jinja")).render(
+    return _template().render(
         r=report,
         headline=headline(report),
         fingerprint=mark,

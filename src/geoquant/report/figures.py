@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 __all__ = [
     "Curve",
     "LayerPoint",
+    "cell_axis",
     "dot_interval",
     "layer_panel",
     "level_bar",
@@ -145,6 +146,12 @@ def stacked_bar(segments: Sequence[tuple[str, float, str]], scale: float, label:
     )
 
 
+def _at(value: float, domain: tuple[float, float]) -> str:
+    """Where `value` lies in `domain`, in percent of the width: the drawing then fits any column unbent."""
+    low, high = domain
+    return f"{100 * (min(max(value, low), high) - low) / ((high - low) or 1):.1f}%"
+
+
 def dot_interval(
     point: float | None,
     bounds: Sequence[float | None] | None,
@@ -154,31 +161,34 @@ def dot_interval(
     reference: float | None = None,
 ) -> Markup:
     """A dot with its interval on a small axis; `reference` (chance, zero, control) is the dashed tick."""
-    width, height, pad = 112.0, 18.0, 5.0
-    low, high = domain
-
-    def x(value: float) -> float:
-        return pad + (width - 2 * pad) * (min(max(value, low), high) - low) / ((high - low) or 1)
-
-    parts = [tag("line", x1=pad, x2=width - pad, y1=9, y2=9, class_="axis")]
+    parts = [tag("line", x1="0%", x2="100%", y1=9, y2=9, class_="axis")]
     if reference is not None:
-        parts.append(tag("line", x1=x(reference), x2=x(reference), y1=1, y2=17, class_="reference"))
+        x = _at(reference, domain)
+        parts.append(tag("line", x1=x, x2=x, y1=0, y2=18, class_="reference"))
     if bounds and None not in bounds:
-        parts.append(tag("line", x1=x(bounds[0]), x2=x(bounds[1]), y1=9, y2=9, class_=f"whisker s-{subject}"))
+        low, high = (_at(bound, domain) for bound in bounds)
+        parts.append(tag("line", x1=low, x2=high, y1=9, y2=9, class_=f"whisker s-{subject}"))
     if point is not None:
-        parts.append(tag("circle", cx=x(point), cy=9, r=3.6, class_=f"dot s-{subject}"))
+        parts.append(tag("circle", cx=_at(point, domain), cy=9, r=3.8, class_=f"dot s-{subject}"))
     # The numbers stand in the cells beside it.
-    return tag(
-        "svg", *parts, viewBox=f"0 0 {width:g} {height:g}", width=width, height=height, aria_hidden="true"
-    )
+    return tag("svg", *parts, width="100%", height=18, aria_hidden="true", class_="cell-figure")
+
+
+def cell_axis(marks: Sequence[tuple[float, str]], domain: tuple[float, float]) -> Markup:
+    """The labels over a column of `dot_interval`s; the outermost are set inside the column."""
+    parts = []
+    for value, label in marks:
+        side = "start" if value <= domain[0] else "end" if value >= domain[1] else "middle"
+        parts.append(tag("text", label, x=_at(value, domain), y=11, class_=f"tick {side}"))
+    return tag("svg", *parts, width="100%", height=14, aria_hidden="true", class_="cell-figure")
 
 
 def level_bar(value: float | None, limit: float | None, subject: str) -> Markup:
     """A small bar of `value` on a scale from 0 to `limit`."""
-    share = min(max((value or 0) / limit, 0), 1) if limit else 0.0
-    track = tag("rect", x=0, y=3, width=72, height=6, class_="track")
-    fill = tag("rect", x=0, y=3, width=72 * share, height=6, class_=f"fill s-{subject}")
-    return tag("svg", track, fill, viewBox="0 0 72 12", width=72, height=12, aria_hidden="true")
+    share = _at(value or 0.0, (0.0, limit)) if limit else "0%"
+    track = tag("rect", x=0, y=3, width="100%", height=6, class_="track")
+    fill = tag("rect", x=0, y=3, width=share, height=6, class_=f"fill s-{subject}")
+    return tag("svg", track, fill, width=64, height=12, aria_hidden="true")
 
 
 # --- panels ---
@@ -271,7 +281,7 @@ def layer_panel(
     name: str, points: Sequence[LayerPoint], *, blocks: int, domain: tuple[float, float], clip_top: float
 ) -> Markup:
     """Errors (log axis, shared `domain`) over clip rate (0 to `clip_top`) by block, for sites of one name."""
-    height, h, strip, gap = 216.0, 132.0, 26.0, 14.0
+    height, h, strip, gap = 198.0, 132.0, 26.0, 14.0
     w = WIDTH - LEFT - RIGHT
     step = w / max(blocks, 1)
     low, high = (math.log10(bound) for bound in domain)
