@@ -168,10 +168,19 @@ def test_a_killed_build_is_started_again_from_nothing(furnished, monkeypatch, ca
     door.ensure()
     said = capfd.readouterr().err
     assert "waiting for it" in said  # the orphaned pip was still writing
-    assert "the last build was interrupted: starting it again" in said
+    assert "the last build was interrupted: removing it and starting again" in said
     assert made == [True]
     assert pip_calls(furnished) == ["torch==2.13.0", *ALL_STEPS]
     assert door.ready(door.fingerprint())
+
+
+def test_a_removal_that_is_killed_half_way_is_not_taken_for_a_build(furnished, monkeypatch):
+    door = load_door(furnished)
+    door.write_whole(door.BUILDING, "")
+    monkeypatch.setattr(door.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        door.make_venv()
+    assert os.path.exists(door.BUILDING)
 
 
 def test_a_pip_that_gives_up_is_one_line_and_the_next_call_goes_on(furnished, monkeypatch):
