@@ -165,6 +165,16 @@ def test_help_states_the_defaults_of_the_recipe(capsys):
         assert stated == words.get(name, str(default)), name
 
 
+def test_the_package_itself_costs_nothing_and_names_its_api():
+    child = python("import sys, geoquant\nprint(*dir(geoquant))\nsys.exit('torch' in sys.modules)")
+    assert child.returncode == 0
+    assert child.stdout.split() == sorted(geoquant.__all__)
+    assert geoquant.UserError is UserError
+    assert geoquant.Recipe is Recipe
+    with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
+        _ = geoquant.quantise
+
+
 # --- exit codes ---------------------------------------------------------------------------------------------
 
 

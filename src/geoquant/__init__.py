@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from geoquant.errors import UserError
     from geoquant.model.load import load
-    from geoquant.pipeline import make_plan as plan
-    from geoquant.pipeline import quantize
+    from geoquant.pipeline import make_plan, quantize
     from geoquant.recipe import Recipe
 
-__all__ = ["Recipe", "UserError", "__version__", "load", "plan", "quantize"]
+__all__ = ["Recipe", "UserError", "__version__", "load", "make_plan", "quantize"]
 
 __version__ = "0.1.0"
 
@@ -28,7 +27,7 @@ PUBLIC = {
     "Recipe": ("geoquant.recipe", "Recipe"),
     "UserError": ("geoquant.errors", "UserError"),
     "load": ("geoquant.model.load", "load"),
-    "plan": ("geoquant.pipeline", "make_plan"),
+    "make_plan": ("geoquant.pipeline", "make_plan"),
     "quantize": ("geoquant.pipeline", "quantize"),
 }
 
