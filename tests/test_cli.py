@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -173,6 +175,11 @@ def test_the_package_itself_costs_nothing_and_names_its_api():
     assert geoquant.Recipe is Recipe
     with pytest.raises(AttributeError, match="has no attribute 'quantise'"):
         _ = geoquant.quantise
+
+
+def test_the_version_is_that_of_the_package():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert geoquant.__version__ == project["version"]
 
 
 # --- exit codes ---------------------------------------------------------------------------------------------
