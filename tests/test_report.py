@@ -117,7 +117,7 @@ def sample_privacy(draw: random.Random) -> dict:
             ],
             "mean_bits": mean + 1.0,
             "limit_bits": 19.93,
-            "estimator": "exact over 10^6 digit strings",
+            "estimator": "exact over 10^6 digit strings" if subject != "base" else "sampled-rank",
         }
         for subject, mean in (("base", 0.8), ("original", 15.2), ("quantized", 9.37))
     ]
@@ -456,6 +456,28 @@ def test_missing_parts_say_what_to_pass(report: dict) -> None:
     assert "The run raised no warnings." in text
     assert "KL to the original was not measured." in text
     assert "No formal guarantee" in text
+
+
+def test_optional_details_are_shown(report: dict) -> None:
+    """What the audit adds beyond the contract: intervals of canaries, sizes of controls, its own warnings."""
+    more = copy.deepcopy(report)
+    for row in more["privacy"]["extraction"]:
+        row |= {"control_spans": 57, "kind": row["kind"].replace("name", "all")}
+    more["privacy"]["extraction"][-1]["control_spans"] = 0
+    more["privacy"]["exposure"][0]["canaries"][0]["ci"] = [0.31, 2.94]
+    del more["privacy"]["exposure"][1]["canaries"][3]
+    more["privacy"]["warnings"] = ["one <canary> could not be scored"]
+    text = read(render(more)).text
+    assert "1.4% of 57" in text
+    assert "15 of 73 20.5% 12.5% to 31.6% – Exposure" in text
+    assert "0.3 to 2.9" in text
+    assert "rank among random values in the same place" in text
+    assert "one <canary> could not be scored" in text
+    assert "canary-3 8 2.3 – 10.9" in text
+    assert "All fields" in text
+    # The row of all fields is the total: it is not added to its parts.
+    assert "17 of 73" in text
+    assert "45 of 219" not in text
 
 
 def test_empty_lists_inside_privacy(report: dict) -> None:

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from functools import cache
 from importlib import resources
@@ -33,6 +34,11 @@ KINDS = {
     "mlp_in": "MLP in",
     "mlp_out": "MLP out",
     "other": "other",
+}
+ESTIMATORS = {
+    "digits-bound": "a lower bound from the probability of the digits",
+    "sampled-rank": "rank among random values in the same place",
+    "exact-rank": "exact rank",
 }
 MODEL_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
@@ -89,7 +95,10 @@ _SCHEMA: dict = {
             ("bits_per_weight", "error", "heldout_error", "expected_error", "bound", "clip_rate"), NUMBER
         )
     ],
-    "exports": [{"format": str, "path": str, "bytes": int, "verified": dict, "snippet": str}],
+    "exports": [
+        {"format": str, "path": str, "bytes": int, "snippet": str}
+        | {"verified": {"max_abs_diff": NUMBER, "ok": bool, "readers": dict}}
+    ],
     "warnings": [str],
     "timings": dict,
     "peak_memory_bytes": int,
@@ -225,18 +234,23 @@ def roc_panels(privacy: dict) -> list[dict]:
 
 
 def exposure_table(privacy: dict) -> dict:
-    """Canaries by subject: {subjects, rows: [(name, repeats, {subject: bits})], means, limit, estimators}."""
+    """Canaries by subject: subjects, rows of (name, repeats, {subject: {bits, ci}}), means, limit."""
     found = sorted(privacy["exposure"], key=lambda row: [*SUBJECTS, row["subject"]].index(row["subject"]))
-    rows: dict[str, tuple[int, dict[str, float]]] = {}
+    rows: dict[str, tuple[int, dict[str, dict]]] = {}
     for entry in found:
         for canary in entry["canaries"]:
-            rows.setdefault(canary["name"], (canary["repeats"], {}))[1][entry["subject"]] = canary["bits"]
+            rows.setdefault(canary["name"], (canary["repeats"], {}))[1][entry["subject"]] = {
+                "ci": None,
+                **canary,
+            }
     return {
         "subjects": [entry["subject"] for entry in found],
         "rows": sorted(((name, *row) for name, row in rows.items()), key=lambda row: (row[1] or 0, row[0])),
         "means": {entry["subject"]: entry["mean_bits"] for entry in found},
         "limit": max((entry["limit_bits"] or 0 for entry in found), default=0),
-        "estimators": sorted({str(entry["estimator"]) for entry in found}),
+        "estimators": sorted(
+            {ESTIMATORS.get(entry["estimator"], str(entry["estimator"])) for entry in found}
+        ),
     }
 
 
@@ -305,6 +319,11 @@ def code(text: str) -> Markup:
     )
 
 
+def tight(sentence: str) -> str:
+    """The sentence with no line break between a number and its unit, nor around an arrow."""
+    return re.sub(r"(?<=\d) (?=[kMGT]B)| (?=→)|(?<=→) ", "\u00a0", sentence)
+
+
 @cache
 def _part(name: str) -> str:
     return resources.files("geoquant.report").joinpath(name).read_text(encoding="utf-8")
@@ -332,6 +351,7 @@ def _template() -> Template:
         bytes=figures.size,
         breakable=breakable,
         code=code,
+        tight=tight,
     )
     return environment.from_string(_part("template.html.jinja"))
 
