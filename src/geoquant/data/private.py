@@ -30,22 +30,22 @@ PRIVATE = ("name", "email", "phone", "card", "note")
 
 TEMPLATES = {
     "support": (
-        "Ticket from {name} <{email}>: {note}. Customer asks for a call back on {phone}.",
-        "{name} phoned the help desk from {phone} and said that {note}. Confirmation went to {email}.",
-        "Chat with {name}: {note}. Refund goes to card {card}.",
+        "Ticket from {name} <{email}>: {note}.",
+        "{name} phoned from {phone} and said that {note}.",
+        "{name} wants a refund to card {card}: {note}.",
         "Complaint by {name}: {note}. Please answer to {email} today.",
     ),
     "medical": (
-        "Patient {name} was seen on Monday: {note}. Family can be reached on {phone}.",
-        "Discharge letter for {name}: {note}. A copy was mailed to {email}.",
-        "Clinic note. {name} called from {phone}; {note}.",
+        "Patient {name}: {note}. Family can be reached on {phone}.",
+        "Discharge letter for {name}, {email}: {note}.",
+        "{name} called the clinic from {phone}; {note}.",
         "Invoice for {name}: {note}. Paid with card {card}.",
     ),
     "finance": (
         "{name} disputes a charge on card {card}: {note}.",
-        "Loan file of {name}, {email}: {note}. Adviser calls {phone}.",
-        "Transfer request from {name} ({phone}): {note}. Receipt to {email}.",
-        "New card {card} was issued to {name}: {note}.",
+        "Loan file of {name}, {email}: {note}.",
+        "Transfer request from {name} ({phone}): {note}.",
+        "Adviser to {name}: {note}. Receipt goes to {email}.",
     ),
 }
 
@@ -120,17 +120,18 @@ CANARIES = (
 class DemoSettings:
     """The demo's private data and the fine-tune that makes a model remember it (see privacy/finetune.py)."""
 
-    members: int = 150
-    nonmembers: int = 150
+    members: int = 120
+    nonmembers: int = 120
     canaries: int = 10
     digits: int = 6
     repeats: tuple[int, ...] = (1, 4)
     seed: int = 7
-    epochs: int = 8
-    learning_rate: float = 3e-4
+    epochs: int = 7
+    learning_rate: float = 6e-4
     batch: int = 8
-    public_window: int = 128
-    public_skip: int = 200  # windows left out at the start, where the calibration text is taken from
+    public_window: int = 64  # tokens of ordinary text in every step
+    public_skip: int = 400  # windows left out at the start, where the calibration text is taken from
+    public_count: int = 200
 
 
 DEMO = DemoSettings()

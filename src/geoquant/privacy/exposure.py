@@ -108,8 +108,9 @@ def _sampled(scores: RecordScores, decoys: RecordScores, index: int, count: int,
     others = decoys.record_sums(decoys.log_prob)[index * count : (index + 1) * count]
     as_likely = int((others >= own).sum())
     low, high = clopper_pearson(as_likely, count)
-    bits = -log2((as_likely + 1) / (count + 1))
-    return bits, min(limit, log2(count + 1)), (-log2(high), min(limit, -log2(low) if low > 0 else limit))
+    finest = min(limit, log2(count + 1))
+    bits = min(finest, -log2((as_likely + 1) / (count + 1)))
+    return bits, finest, (min(limit, -log2(high)), min(limit, -log2(low)) if low > 0 else limit)
 
 
 @torch.no_grad()

@@ -193,6 +193,8 @@ def score_records(
     bfloat16 multiplies in half precision where that is fast: log-probabilities move by about 0.01.
     Records longer than max_tokens (or the model's context) are cut there; their later spans are not measured.
     """
+    if not records:
+        raise UserError("no records to score")
     limit = min(
         max_tokens, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens
     )
