@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from conftest import make_tokenizer
 from export_cases import logits_of, probe, rtn, site_names, small_llama, solve, values
+from geoquant.export import snippet
 from geoquant.export.adapter import export_adapter
 from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
@@ -176,6 +177,22 @@ def test_kept_columns_through_peft_on_dequantized_base(tmp_path):
     assert (logits_of(second) - logits_of(model)).abs().max() < 0.2 * logits_of(model).std()
 
 
+def test_the_printed_snippet_works(tmp_path):
+    model = small_llama()
+    solutions = solve(model, lambda position: Grid(4, 32), lambda name, columns: [0, 9])
+    export_compressed_tensors(model, make_tokenizer(), solutions, tmp_path / "model")
+    export_adapter(solutions, tmp_path / "adapter")
+    export_dense(model, make_tokenizer(), tmp_path / "dense")
+    for lines in (
+        snippet(str(tmp_path / "model"), str(tmp_path / "adapter")),
+        snippet(str(tmp_path / "dense")),
+    ):
+        names: dict = {}
+        exec(lines, names)
+        assert (logits_of(names["model"].eval()) - logits_of(model)).abs().max() < 1e-4
+        assert names["tokenizer"].encode("kept") == make_tokenizer().encode("kept")
+
+
 def test_no_kept_columns_no_adapter(tmp_path):
     model = small_llama()
     assert export_adapter(solve(model, lambda position: Grid(4, 32)), tmp_path / "adapter") is None
@@ -228,7 +245,7 @@ def test_dense_gpt2_and_mixtral(tmp_path):
 
 def test_config_generation_settings_and_tokenizer_come_along(tmp_path):
     model = small_llama()
-    model.config.dtype = torch.float32
+    model.config.use_cache = False  # as a run leaves it
     # transformers' own save_pretrained refuses this pair (temperature without sampling), yet models ship it.
     model.generation_config = GenerationConfig(temperature=0.7, do_sample=False, max_new_tokens=7)
     folder = tmp_path / "model"
@@ -237,5 +254,6 @@ def test_config_generation_settings_and_tokenizer_come_along(tmp_path):
     assert GenerationConfig.from_pretrained(folder).max_new_tokens == 7
     config = AutoConfig.from_pretrained(folder)
     assert config.architectures == ["LlamaForCausalLM"]
+    assert config.use_cache
     assert config.quantization_config["config_groups"]["group_0"]["targets"] == ["Linear"]
     assert not hasattr(model.config, "quantization_config")  # the caller's model is left alone

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from geoquant.lattice.grid import Grid
 
-__all__ = ["FORMATS", "Format", "check"]
+__all__ = ["FORMATS", "Format", "check", "snippet"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +67,21 @@ def check(
             raise missing_package("peft", "peft", "verifying kept columns (a LoRA adapter)")
         notes += ("kept columns go into a PEFT adapter: readers must load model and adapter together",)
     return notes
+
+
+def snippet(folder: str, adapter: str | None = None) -> str:
+    """Python that loads an export with stock readers (a test runs it)."""
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if adapter:
+        lines = ["import torch", "from peft import PeftModel", *lines]
+    lines += [
+        "",
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
+    ]
+    if adapter:
+        lines += [
+            "model(torch.tensor([[0]], device=model.device))  # unpacks: peft cannot wrap packed weights",
+            f"model = PeftModel.from_pretrained(model, {adapter!r})",
+        ]
+    return "\n".join(lines) + "\n"

@@ -14,7 +14,8 @@ file loadable (docs/formats.md has the measurements behind them):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -75,50 +76,57 @@ def stored_bits(grid: Grid, columns: int) -> float:
     return word_bits(grid) + 16 / (columns if group < 0 else group)
 
 
-def refuse_or_note(model: nn.Module, grids: Mapping[str, Grid]) -> tuple[str, ...]:
-    """Raise UserError for the first site that stock readers would not load; else notes on what the file will
-    cost.
+def refuse(name: str, module: nn.Module | None, grid: Grid, tied: Collection[str]) -> None:
+    """Raise UserError if stock readers would not load site `name` with this grid.
+
+    tied: names of all weights that share memory with another.
     """
-    modules = dict(model.named_modules())
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    wider: dict[tuple[str, int], int] = {}
-    regrouped: dict[tuple[int, int, int], int] = {}
+    if module is None:
+        raise ValueError(f"the model has no module {name!r}")
+    if not isinstance(module, nn.Linear):
+        raise UserError(
+            f"compressed-tensors readers know torch.nn.Linear only; {name} is {type(module).__name__}",
+            fix="choose --format dense",
+        )
+    if f"{name}.weight" in tied:
+        raise UserError(
+            f"{name} shares its weight with the embedding; a reader would tie it back",
+            fix="leave it unquantized",
+        )
+    word_bits(grid)
+    columns, size = module.in_features, grid.group_size
+    if 0 <= file_group(grid, columns) < min(SMALLEST_GROUP, size):
+        divisor = max(candidate for candidate in range(1, size + 1) if columns % candidate == 0)
+        raise UserError(
+            f"group size {size} does not divide the {columns} columns of {name}",
+            wanted=f"a group size that shares a divisor of at least {SMALLEST_GROUP} with {columns}",
+            fix=f"choose --group-size {divisor} or --format dense",
+        )
+
+
+def tied_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that the model ties to one another."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    return set(ties) | set(ties.values())
+
+
+def refuse_or_note(model: nn.Module, grids: Mapping[str, Grid]) -> tuple[str, ...]:
+    """Raise UserError for the first site stock readers would not load; else notes on what the file will cost."""
+    modules, tied = dict(model.named_modules()), tied_weights(model)
+    notes: Counter[str] = Counter()
     for name, grid in grids.items():
-        if name not in modules:
-            raise ValueError(f"the model has no module {name!r}")
-        module = modules[name]
-        if not isinstance(module, nn.Linear):
-            raise UserError(
-                f"compressed-tensors readers know torch.nn.Linear only; {name} is {type(module).__name__}",
-                fix="choose --format dense",
-            )
-        if f"{name}.weight" in tied or f"{name}.weight" in tied.values():
-            raise UserError(
-                f"{name} shares its weight with the embedding; a reader would tie it back",
-                fix="leave it unquantized",
-            )
-        columns = module.in_features
+        refuse(name, modules.get(name), grid, tied)
+        columns = modules[name].in_features
         group, word = file_group(grid, columns), word_bits(grid)
-        if 0 <= group < SMALLEST_GROUP and group != grid.group_size:
-            divisor = max(size for size in range(1, grid.group_size + 1) if columns % size == 0)
-            raise UserError(
-                f"group size {grid.group_size} does not divide the {columns} columns of {name}",
-                wanted=f"a group size that shares a divisor of at least {SMALLEST_GROUP} with {columns}",
-                fix=f"choose --group-size {divisor} or --format dense",
-            )
         if word != grid.bits:
-            kind = f"{grid.bits}-bit {'symmetric' if grid.symmetric else 'asymmetric'}"
-            wider[kind, word] = wider.get((kind, word), 0) + 1
+            kind = "symmetric" if grid.symmetric else "asymmetric"
+            notes[f"{grid.bits}-bit {kind} codes are stored in {word}-bit words"] += 1
         if group not in (-1, grid.group_size):
-            key = (grid.group_size, columns, group)
-            regrouped[key] = regrouped.get(key, 0) + 1
-    return tuple(
-        f"{count} sites: {kind} codes are stored in {word}-bit words" for (kind, word), count in wider.items()
-    ) + tuple(
-        f"{count} sites: group size {size} does not divide {columns} columns; "
-        f"written as groups of {group} with repeated scales"
-        for (size, columns, group), count in regrouped.items()
-    )
+            notes[
+                f"group size {grid.group_size} does not divide {columns} columns; "
+                f"written as groups of {group} with repeated scales"
+            ] += 1
+    return tuple(f"{count} sites: {note}" for note, count in notes.items())
 
 
 def pack(codes: Int[Tensor, "out in"], bits: int) -> Int[Tensor, "out words"]:
@@ -225,17 +233,17 @@ def export_compressed_tensors(
 
     solutions: per site name; a lazy mapping or generator is read once, one site at a time. Kept columns are
     written as zeros: they belong to `adapter.export_adapter`. dtype: of all tensors a run did not touch
-    (default: as in the model). Raises UserError for what `refuse_or_note` refuses, and when the disk is full.
+    (default: as in the model). Raises UserError for what `refuse` refuses, and when the disk is full.
     """
     dtype = chosen_dtype(model, dtype)
-    modules = dict(model.named_modules())
+    modules, tied = dict(model.named_modules()), tied_weights(model)
     schemes: dict[str, Scheme] = {}
     linear = 0
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal linear
         for name, solution in solutions.items() if isinstance(solutions, Mapping) else solutions:
-            refuse_or_note(model, {name: solution.grid})
+            refuse(name, modules.get(name), solution.grid, tied)
             if tuple(solution.codes.shape) != tuple(modules[name].weight.shape):
                 raise ValueError(
                     f"{name}: codes {tuple(solution.codes.shape)}, {tuple(modules[name].weight.shape)}"

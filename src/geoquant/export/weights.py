@@ -138,6 +138,8 @@ def write_side_files(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(model).__name__]
+    if getattr(config, "use_cache", None) is False:
+        config.use_cache = True  # a run switches the cache off for itself; readers generate with it
     config.dtype = str(dtype).removeprefix("torch.")
     if quantization is not None:
         config.quantization_config = quantization
