@@ -216,6 +216,8 @@ def dequantize_gptq_model(folder: Path, bits: int) -> tuple[dict, float]:
     for name, part in by_module(read_tensors(folder), "qweight").items():
         codes = unpack(part["qweight"].T.contiguous(), bits)  # (out, in)
         zeros = unpack(part["qzeros"], bits).T + shift  # (out, groups)
+        if not (zeros == 2 ** (bits - 1)).all():
+            raise ValueError(f"{name}: a symmetric grid has zero {2 ** (bits - 1)}, got {zeros.unique()}")
         group = part["g_idx"].long()
         weights[name] = (codes - zeros[:, group]).float() * part["scales"].float().T[:, group]
         stored += sum(t.numel() * t.element_size() for leaf, t in part.items() if leaf != "bias")
