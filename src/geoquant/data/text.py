@@ -66,7 +66,9 @@ def read_text(path: str | Path) -> str:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number} is not JSON: {error.msg}") from None
         except (KeyError, TypeError):
-            raise UserError(f"{path}:{number} has no field 'text'", wanted='{"text": "..."} on every line') from None
+            raise UserError(
+                f"{path}:{number} has no field 'text'", wanted='{"text": "..."} on every line'
+            ) from None
     return "\n\n".join(texts)
 
 

@@ -28,17 +28,21 @@ def damped(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"
 
 
 def compensation_factor(
-    hessian: Float[Tensor, "n n"], order: Int[Tensor, " n"], damping: float
+    hessian: Float[Tensor, "n n"],
+    order: Int[Tensor, " n"],
+    damping: float,
+    *,
+    precision: torch.dtype = torch.float64,
 ) -> Float[Tensor, "n n"]:
     """`U` upper triangular with `(A + damping)^-1 = U^T U`, rows and columns in processing order.
 
     The reversed matrix has a lower Cholesky factor whose reversal is V; its inverse comes by halving, so that the
-    work is matrix products. Float64 throughout: damped metrics reach condition numbers of 1e6.
+    work is matrix products. Float64 by default: damped metrics reach condition numbers of 1e6.
 
     Raises NotPositiveDefinite.
     """
     backwards = order.flip(0)
-    matrix = damped(hessian, damping)[backwards][:, backwards].double()
+    matrix = damped(hessian, damping)[backwards][:, backwards].to(precision)
     lower, info = torch.linalg.cholesky_ex(matrix)
     if info.item() or not torch.isfinite(lower.diagonal()).all():
         raise NotPositiveDefinite(f"metric of {len(order)} columns is not positive definite at damping {damping}")

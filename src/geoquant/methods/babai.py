@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -49,16 +52,26 @@ def choose_damping(problem: Problem, kept: Int[Tensor, " k"]) -> float:
         return DEFAULT_DAMPING
     order = column_order(problem.order, problem.hessian, problem.grid.group_size, last=kept)
     count = len(order) - len(kept)
-    errors: dict[float, float] = {}
-    for damping in DAMPINGS:
+
+    @cache
+    def error(index: int) -> float:
+        if not 0 <= index < len(DAMPINGS):
+            return math.inf
         try:
-            factor = compensation_factor(problem.hessian, order, damping)
+            # Single precision suffices to rank dampings; the solve itself factorises in double.
+            factor = compensation_factor(problem.hessian, order, DAMPINGS[index], precision=torch.float32)
         except NotPositiveDefinite:
-            continue
-        errors[damping] = expected_error(factor, problem.heldout, order)[:count].sum().item()
-    if not errors:
-        raise NotPositiveDefinite(f"metric is not positive definite even at damping {DAMPINGS[-1]}")
-    return min(errors, key=errors.__getitem__)
+            return math.inf
+        return expected_error(factor, problem.heldout, order)[:count].sum().item()
+
+    # The error falls, then rises with the damping: walk downhill from the middle.
+    best = len(DAMPINGS) // 2
+    while error(best) == math.inf and best + 1 < len(DAMPINGS):
+        best += 1
+    for step in (1, -1):
+        while error(best + step) < error(best):
+            best += step
+    return DAMPINGS[best]
 
 
 def _solve(

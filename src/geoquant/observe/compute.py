@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["autocast", "compute_dtype", "working_copy"]
+__all__ = ["BlockCall", "autocast", "cast_call", "compute_dtype", "pure_copy", "working_copy"]
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments with which the model calls a block, besides the hidden states."""
+
+    args: tuple
+    kwargs: dict
 
 
 def compute_dtype(requested: str, device: torch.device) -> torch.dtype:
@@ -48,3 +57,21 @@ def working_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
         # Vectors (norm gains, biases) stay in float32 beside the float32 residual stream.
         parameter.data = parameter.data.to(dtype if parameter.ndim >= 2 else torch.float32)
     return work
+
+
+def pure_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The whole block in the compute dtype, norms included: where a per cent of error does not matter (gradients)."""
+    return block if {p.dtype for p in block.parameters()} == {dtype} else copy.deepcopy(block).to(dtype)
+
+
+def cast_call(call: BlockCall, dtype: torch.dtype) -> BlockCall:
+    """The block's arguments with every floating tensor (rotary tables, additive masks) in `dtype`."""
+
+    def cast(value: object) -> object:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(dtype)
+        if isinstance(value, tuple):
+            return tuple(cast(item) for item in value)
+        return value
+
+    return BlockCall(cast(call.args), {name: cast(value) for name, value in call.kwargs.items()})

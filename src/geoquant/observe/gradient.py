@@ -13,21 +13,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from geoquant.evaluate.perplexity import head_logits
 from geoquant.model.walk import Block, find_blocks
-from geoquant.observe.compute import autocast, working_copy
-from geoquant.observe.stream import BlockCall, hooks, open_stream, run_block
+from geoquant.observe.compute import cast_call, pure_copy
+from geoquant.observe.stream import BlockCall, Stream, hooks, run_block
 from geoquant.progress import Progress, silent
 
 __all__ = ["token_energies"]
 
 CHUNK = 8  # windows per chunk
-HEAD_ROWS = 512
+HEAD_ROWS = 256
 
 
 def token_energies(
     model: nn.Module,
     blocks: tuple[Block, ...],
+    stream: Stream,
     tokens: Int[Tensor, "n length"],
     *,
     compute: torch.dtype,
@@ -35,52 +35,69 @@ def token_energies(
 ) -> dict[str, Float[Tensor, "n length"]]:
     """Per stage, `||g_t||^2` of every token of every window, scaled to mean one over all tokens."""
     _, modules = find_blocks(model)
-    device = next(model.parameters()).device
-    names = dict(model.named_modules())
+    size = len(stream.batches[0])
+    calls = [cast_call(call, compute) for call in stream.calls]
     energies = {stage.name: torch.zeros(tokens.shape) for block in blocks for stage in block.stages}
-    steps = -(-len(tokens) // CHUNK) * len(blocks)
+    per_chunk = max(1, CHUNK // size)
+    steps = -(-len(stream.batches) // per_chunk) * len(blocks)
     done = 0
-    for start in range(0, len(tokens), CHUNK):
-        chunk = tokens[start : start + CHUNK].to(device)
-        stream = open_stream(model, chunk)
-        hidden, calls = stream.batches, stream.calls
+    head = model.get_output_embeddings().weight.to(compute)
+    for first in range(0, len(stream.batches), per_chunk):
+        hidden = [x.to(compute) for x in stream.batches[first : first + per_chunk]]
+        chunk = tokens[first * size : (first + len(hidden)) * size].to(head.device)
         inputs: list[list[Tensor]] = []
-        for block, call in zip(modules, calls):
-            inputs.append([x.to(compute) for x in hidden])
-            work = working_copy(block, compute)
-            with torch.no_grad(), autocast(device, compute):
-                hidden = [run_block(work, call, x).float() for x in hidden]
-        size = hidden[0].shape[0]
+        for module, call in zip(modules, calls):
+            inputs.append(hidden)
+            work = pure_copy(module, compute)
+            with torch.no_grad():
+                hidden = [run_block(work, call, x) for x in hidden]
         gradients = [
-            _head_gradient(model, x, chunk[i * size : (i + 1) * size], compute) for i, x in enumerate(hidden)
+            _head_gradient(model, x, chunk[i * size : (i + 1) * size], head) for i, x in enumerate(hidden)
         ]
         for block, module, call in zip(reversed(blocks), reversed(list(modules)), reversed(calls)):
-            work = working_copy(module, compute)
-            inside = {f"{block.name}.{name}": part for name, part in work.named_modules()} if work is not module else names
+            work = pure_copy(module, compute)
+            inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
             for index, (x, gradient) in enumerate(zip(inputs.pop(), gradients)):
-                first = start + index * size
-                with autocast(device, compute):
-                    gradients[index] = _block_gradient(work, inside, block, call, x.float(), gradient, energies, first)
+                gradients[index] = _block_gradient(
+                    work, inside, block, call, x, gradient, energies, (first + index) * size
+                )
             done += 1
             progress("gradients", done, steps, block.name)
     return {name: energy / energy.mean().clamp_min(1e-30) for name, energy in energies.items()}
 
 
-@torch.enable_grad()
+@torch.no_grad()
 def _head_gradient(
-    model: nn.Module, hidden: Float[Tensor, "b l h"], tokens: Int[Tensor, "b l"], compute: torch.dtype
+    model: nn.Module,
+    hidden: Float[Tensor, "b l h"],
+    tokens: Int[Tensor, "b l"],
+    head: Float[Tensor, "vocab h"],
 ) -> Float[Tensor, "b l h"]:
-    """Gradient of the summed next-token loss at the last block's output, a few positions at a time."""
-    norm = _final_norm(model)
+    """Gradient of the summed next-token loss at the last block's output, a few positions at a time.
+
+    `softmax - onehot` is written in place of the logits: autograd would hold three copies of them.
+    """
+    norm, cap = _final_norm(model), getattr(model.config, "final_logit_softcapping", None)
     result = torch.zeros_like(hidden)
     flat, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     parts = []
     for h, t in zip(flat.split(HEAD_ROWS), targets.split(HEAD_ROWS)):
-        leaf = h.detach().requires_grad_()
-        with autocast(hidden.device, compute):
-            logits = head_logits(model, norm(leaf).to(model.get_output_embeddings().weight.dtype))
-            loss = torch.nn.functional.cross_entropy(logits.float(), t, reduction="sum")
-        parts.append(torch.autograd.grad(loss, leaf)[0])
+        with torch.enable_grad():
+            leaf = h.detach().requires_grad_()
+            normed = norm(leaf)
+        logits = normed.detach().to(head.dtype) @ head.T
+        slope = None
+        if cap:
+            logits = torch.tanh(logits / cap)
+            slope = 1 - logits.square()
+            logits *= cap
+        gradient = torch.softmax(logits, dim=-1)
+        gradient[torch.arange(len(t), device=t.device), t] -= 1.0
+        if slope is not None:
+            gradient *= slope
+        parts.append(
+            torch.autograd.grad(normed, leaf, (gradient @ head).to(normed.dtype))[0].to(hidden.dtype)
+        )
     result[:, :-1] = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
     return result
 
@@ -109,7 +126,7 @@ def _block_gradient(
     def watch(stage: str):
         def forward(_: nn.Module, __: tuple, output: Tensor) -> None:
             def backward(g: Tensor) -> None:
-                energy = g.detach().float().square().sum(-1).cpu()
+                energy = torch.linalg.vector_norm(g.detach(), dim=-1, dtype=torch.float32).square().cpu()
                 energies[stage][first : first + len(energy)] += energy
 
             output.register_hook(backward)
@@ -117,9 +134,11 @@ def _block_gradient(
         return forward
 
     handles = [
-        inside[site.name].register_forward_hook(watch(stage.name)) for stage in block.stages for site in stage.sites
+        inside[site.name].register_forward_hook(watch(stage.name))
+        for stage in block.stages
+        for site in stage.sites
     ]
-    leaf = x.requires_grad_()
+    leaf = x.detach().requires_grad_()
     with hooks(handles):
         output = run_block(work, call, leaf)
-        return torch.autograd.grad(output, leaf, gradient.to(output.dtype))[0].float()
+        return torch.autograd.grad(output, leaf, gradient)[0]

@@ -58,11 +58,15 @@ class Accumulator:
     """Adds up the moments of one stage, batch by batch; `finish` gives the frozen value."""
 
     def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device):
-        self.sums = {held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)}
+        self.sums = {
+            held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)
+        }
         self.counts = {False: 0, True: 0}
         self.energies: list[Tensor] = []
 
-    def add(self, x: Float[Tensor, "tokens in"], weights: Float[Tensor, " tokens"] | None, *, held: bool) -> None:
+    def add(
+        self, x: Float[Tensor, "tokens in"], weights: Float[Tensor, " tokens"] | None, *, held: bool
+    ) -> None:
         """Add the tokens of one batch; `held` sends them to the held-out twin."""
         total = self.sums[held]
         x = x.to(total.dtype)

@@ -15,20 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from geoquant.model.walk import find_blocks
+from geoquant.observe.compute import BlockCall, autocast
 
 __all__ = ["BlockCall", "Stop", "Stream", "hooks", "open_stream", "run_block"]
 
 
 class Stop(Exception):
     """Ends a forward pass early, once what it was run for has been seen."""
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """The arguments with which the model calls a block, besides the hidden states."""
-
-    args: tuple
-    kwargs: dict
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,10 @@ def hooks(handles: Sequence) -> Iterator[None]:
 
 
 @torch.no_grad()
-def open_stream(model: nn.Module, tokens: Int[Tensor, "n length"]) -> Stream:
-    """Embed all windows and capture each block's call."""
+def open_stream(
+    model: nn.Module, tokens: Int[Tensor, "n length"], compute: torch.dtype = torch.float32
+) -> Stream:
+    """Embed all windows and capture each block's call (one real forward pass of the first batch)."""
     _, blocks = find_blocks(model)
     device = next(model.parameters()).device
     size = batch_size(len(tokens))
@@ -71,7 +66,8 @@ def open_stream(model: nn.Module, tokens: Int[Tensor, "n length"]) -> Stream:
         batches.append((args[0] if args else kwargs["hidden_states"]).float())
         raise Stop
 
-    with hooks([block.register_forward_pre_hook(capture, with_kwargs=True) for block in blocks]):
+    handles = [block.register_forward_pre_hook(capture, with_kwargs=True) for block in blocks]
+    with hooks(handles), autocast(device, compute):
         model.base_model(tokens[:size].to(device), use_cache=False)
     with hooks([blocks[0].register_forward_pre_hook(first, with_kwargs=True)]):
         for start in range(0, len(tokens), size):
