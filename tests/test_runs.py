@@ -76,9 +76,7 @@ def test_nan_is_not_json(tmp_path):
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk full while writing .*x.bin"),
         (OSError(errno.EROFS, "Read-only file system"), "cannot write .*x.bin: Read-only file system"),
         (
-            SafetensorError(
-                'Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'
-            ),
+            SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
             "disk full while writing .*x.bin",
         ),
     ],

@@ -29,9 +29,7 @@ def compare(
       geoquant compare runs/* --json
     """
     if not runs:
-        raise UserError(
-            "no runs given", wanted="folders of finished runs", fix="e.g. geoquant compare RUN4 RUN3"
-        )
+        raise UserError("no runs given", wanted="folders of finished runs", fix="e.g. geoquant compare RUN4 RUN3")
     with output(json) as result:
         from geoquant.runs import read_json
 
@@ -61,9 +59,7 @@ def show(reports: dict[str, dict]) -> None:
         headers.append(f"{report['model'].get('name')} (original)")
         columns.append(metrics(report, "original"))
     differing = [
-        name
-        for name in SETTINGS
-        if len({str((r.get("recipe") or {}).get(name)) for r in reports.values()}) > 1
+        name for name in SETTINGS if len({str((r.get("recipe") or {}).get(name)) for r in reports.values()}) > 1
     ]
     for run, report in reports.items():
         headers.append(run)
@@ -74,9 +70,7 @@ def show(reports: dict[str, dict]) -> None:
     stdout_console().print(columns_table("", headers, columns))
     texts = {(report["quality"].get("text"), report["quality"].get("windows")) for report in reports.values()}
     if len(texts) > 1:
-        print(
-            "note: these runs measured perplexity on different texts; their perplexities cannot be compared"
-        )
+        print("note: these runs measured perplexity on different texts; their perplexities cannot be compared")
 
 
 def original_key(report: dict) -> str:

@@ -17,9 +17,7 @@ __all__ = ["demo"]
 def demo(
     *,
     out: Annotated[Path, Parameter(help="Folder for the tour.")] = Path("runs/demo"),
-    fresh: Annotated[
-        bool, Parameter(help="Start over, the fine-tuned model included.", show_default=False)
-    ] = False,
+    fresh: Annotated[bool, Parameter(help="Start over, the fine-tuned model included.", show_default=False)] = False,
     json: Json = False,
 ) -> None:
     """Fine-tune a small model on invented private records, compress it, and measure what it still reveals.

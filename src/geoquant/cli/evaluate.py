@@ -44,9 +44,7 @@ def evaluate(
         with progress_display() as progress:
             from geoquant import pipeline
 
-            measured = pipeline.evaluate(
-                model, text, windows, window, tasks or [], reference, device, progress
-            )
+            measured = pipeline.evaluate(model, text, windows, window, tasks or [], reference, device, progress)
         result(measured, lambda: show(measured))
 
 

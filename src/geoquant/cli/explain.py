@@ -49,9 +49,7 @@ def find_site(name: str, sites: list[dict]) -> dict:
     if len(ending) == 1:
         return ending[0]
     if ending:
-        raise UserError(
-            f"{len(ending)} sites end with {name!r}", wanted="one site", fix=f"e.g. {ending[0]['name']}"
-        )
+        raise UserError(f"{len(ending)} sites end with {name!r}", wanted="one site", fix=f"e.g. {ending[0]['name']}")
     names = [site["name"] for site in sites]
     # Compare with ends of the same depth, so that a short name finds its long one.
     depth = name.count(".") + 1
@@ -75,20 +73,15 @@ def sentences(site: dict, sites: list[dict]) -> list[str]:
         columns = (site.get("shape") or [0, 0])[1]
         share = f" ({site['kept'] / columns:.1%} of {columns})" if columns else ""
         kept = site.get("kept_columns") or []
-        listed = ", ".join(
-            str(column["column"] if isinstance(column, dict) else column) for column in kept[:8]
-        )
+        listed = ", ".join(str(column["column"] if isinstance(column, dict) else column) for column in kept[:8])
         more = ", ..." if len(kept) > 8 else ""
         lines.append(
-            f"  kept          {site['kept']} columns at 16 bits{share}"
-            + (f": {listed}{more}" if kept else "")
+            f"  kept          {site['kept']} columns at 16 bits{share}" + (f": {listed}{more}" if kept else "")
         )
     error, heldout = site.get("error"), site.get("heldout_error")
     lines.append(f"  error         {scientific(error)} on calibration tokens, {scientific(heldout)} held out")
     if error and heldout:
-        lines.append(
-            f"                held out / calibration = {heldout / error:.2f} (1 means no over-fitting)"
-        )
+        lines.append(f"                held out / calibration = {heldout / error:.2f} (1 means no over-fitting)")
     if error and site.get("expected_error"):
         lines.append(
             f"  certificate   expected {scientific(site['expected_error'])}, so achieved / expected = "

@@ -18,9 +18,7 @@ def export(
     /,
     *,
     to: Annotated[str, Parameter(help="Format: see `geoquant list formats`.")],
-    verify: Annotated[
-        bool, Parameter(negative="--no-verify", help="Reload it in a fresh process and compare.")
-    ] = True,
+    verify: Annotated[bool, Parameter(negative="--no-verify", help="Reload it in a fresh process and compare.")] = True,
     json: Json = False,
 ) -> None:
     """Write the codes of a finished run in one more format; nothing is solved again.

@@ -57,9 +57,7 @@ class RecipeFlags:
     """The recipe's fields as flags; None means not given."""
 
     bits: Annotated[int | None, option("Bits per code, 2 to 8 (default 4).", group=GRID)] = None
-    group_size: Annotated[
-        int | None, option("Input columns that share one scale (default 64).", group=GRID)
-    ] = None
+    group_size: Annotated[int | None, option("Input columns that share one scale (default 64).", group=GRID)] = None
     symmetric: Annotated[
         bool | None,
         option(
@@ -80,9 +78,7 @@ class RecipeFlags:
     ] = None
     order: Annotated[
         str | None,
-        option(
-            "Column order: natural, activation, group-aware, min-pivot (default group-aware).", group=SOLVER
-        ),
+        option("Column order: natural, activation, group-aware, min-pivot (default group-aware).", group=SOLVER),
     ] = None
     damping: Annotated[
         float | None,
@@ -121,12 +117,8 @@ class RecipeFlags:
     nonmembers: Annotated[
         str | None, option("Records of the same kind it was not trained on, .jsonl.", group=PRIVACY)
     ] = None
-    canaries: Annotated[
-        str | None, option("Canaries planted in the training data, .jsonl.", group=PRIVACY)
-    ] = None
-    reference: Annotated[
-        str | None, option("Public base model that calibrates the attack.", group=PRIVACY)
-    ] = None
+    canaries: Annotated[str | None, option("Canaries planted in the training data, .jsonl.", group=PRIVACY)] = None
+    reference: Annotated[str | None, option("Public base model that calibrates the attack.", group=PRIVACY)] = None
     formats: Annotated[
         list[str] | None,
         option(

@@ -45,9 +45,7 @@ def show(planned: dict) -> None:
     console = stdout_console()
     table = Table(title=f"plan for {name_of(planned['model'])}", title_justify="left", title_style="bold")
     for header in ("sites", "", "shape", "bits", "group", "bits/weight", "method", "why"):
-        table.add_column(
-            header, justify="right" if header in ("", "bits", "group", "bits/weight") else "left"
-        )
+        table.add_column(header, justify="right" if header in ("", "bits", "group", "bits/weight") else "left")
     for pattern, sites in alike(planned["sites"]):
         site = sites[0]
         table.add_row(

@@ -22,9 +22,7 @@ def quantize(
     /,
     *,
     out: Annotated[Path, Parameter(help="New folder for the run: models, report, everything measured.")],
-    resume: Annotated[
-        bool, Parameter(help="Go on with the interrupted run in --out.", show_default=False)
-    ] = False,
+    resume: Annotated[bool, Parameter(help="Go on with the interrupted run in --out.", show_default=False)] = False,
     recipe: Annotated[Path | None, Parameter(help="TOML file with these options; flags win.")] = None,
     flags: RecipeFlags = RecipeFlags(),  # noqa: B008 (frozen)
     json: Json = False,
@@ -41,9 +39,7 @@ def quantize(
     The last one goes on after Ctrl-C, a crash or a full disk.
     """
     with output(json) as result:
-        wanted = (
-            interrupted_recipe(out, flags) if unsaid(model, recipe, resume) else flags.recipe(model, recipe)
-        )
+        wanted = interrupted_recipe(out, flags) if unsaid(model, recipe, resume) else flags.recipe(model, recipe)
         with progress_display() as progress:
             from geoquant import pipeline
 
@@ -63,7 +59,5 @@ def interrupted_recipe(out: Path, flags: RecipeFlags) -> Recipe:
     from geoquant.runs import read_json
 
     if not (out / "manifest.json").exists():
-        raise UserError(
-            f"nothing to resume in {out}", wanted="the folder of an interrupted run", fix="give a MODEL"
-        )
+        raise UserError(f"nothing to resume in {out}", wanted="the folder of an interrupted run", fix="give a MODEL")
     return checked({**read_json(out / "manifest.json")["recipe"], **flags.given()})

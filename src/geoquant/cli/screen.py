@@ -55,9 +55,7 @@ def bars(stream) -> Iterator[Progress]:
             if phase not in tasks:
                 tasks[phase] = display.add_task(phase, total=total or None, note="")
             finished = total > 0 and done >= total
-            display.update(
-                tasks[phase], completed=done, total=total or None, note="" if finished else escaped(note)
-            )
+            display.update(tasks[phase], completed=done, total=total or None, note="" if finished else escaped(note))
 
         yield progress
 
@@ -84,9 +82,7 @@ class Lines:
         first = phase not in self.phases
         began, base = self.phases.setdefault(phase, (now, done))
         finished = total > 0 and done >= total
-        if (finished and phase in self.ended) or not (
-            first or finished or now - self.last[phase] >= LINE_SECONDS
-        ):
+        if (finished and phase in self.ended) or not (first or finished or now - self.last[phase] >= LINE_SECONDS):
             return
         self.last[phase] = now
         parts = [f"[{duration(now - self.start):>7}] {phase}"]

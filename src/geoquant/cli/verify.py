@@ -64,15 +64,10 @@ def exports_in(folder: Path) -> list[tuple[Path, Path, Path | None]]:
         )
     models = [folder] if run != folder else sorted(path.parent for path in run.glob("*/config.json"))
     if not models:
-        raise UserError(
-            f"the run {run} holds no exported model", fix=f"run: geoquant export {run} --to dense"
-        )
+        raise UserError(f"the run {run} holds no exported model", fix=f"run: geoquant export {run} --to dense")
     # Kept columns live in the adapter beside the packed model; the dense export already holds them.
     adapter = run / "adapter"
-    return [
-        (path, run / EXPECTED, adapter if path.name == "model" and adapter.is_dir() else None)
-        for path in models
-    ]
+    return [(path, run / EXPECTED, adapter if path.name == "model" and adapter.is_dir() else None) for path in models]
 
 
 def show(rows: list[dict]) -> None:
