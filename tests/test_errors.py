@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geoquant.errors import UserError, missing_package, unknown_name
@@ -20,7 +20,8 @@ def test_falsy_values_are_still_shown():
     assert str(UserError("name", got="''")) == "name; got ''"
 
 
-@given(st.text(), st.text(), st.text())
+@settings(deadline=None, max_examples=50)
+@given(*[st.text(max_size=30)] * 3)
 def test_it_is_one_line_whatever_other_libraries_put_in(what, got, fix):
     assert len(str(UserError(what, got=got, fix=fix)).splitlines()) <= 1
 
