@@ -46,6 +46,7 @@ SITE = {
     "expected_error": 0.016,
     "bound": 0.05,
     "clip_rate": 0.001,
+    "massive_tokens": {"largest": 1234.0, "top_share": 0.75},
     "reason": "column 7 kept: would cost 40% of the error",
 }
 REPORT = {
@@ -444,6 +445,7 @@ def test_explain_gives_the_decision_in_numbers(finished, capsys):
         "achieved / expected = 1.25",
         "0.05 holds",
         "clipped: 0.10% of codes",
+        "1,234 times the median energy; the top 0.1% of tokens hold 75.0% of it",
         "1 of 2 by error",
     ):
         assert fact in text

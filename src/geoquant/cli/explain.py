@@ -94,6 +94,12 @@ def sentences(site: dict, sites: list[dict]) -> list[str]:
             f"  bound         {scientific(site['bound'])} {holds}; valid only where nothing was clipped "
             f"(clipped: {clip:.2%} of codes)"
         )
+    massive = site.get("massive_tokens")
+    if massive:
+        lines.append(
+            f"  input         the largest token has {massive['largest']:,.0f} times the median energy; the top 0.1% "
+            f"of tokens hold {massive['top_share']:.1%} of it"
+        )
     place = rank(site, sites)
     if place is not None:
         lines.append(f"  rank          {place}")

@@ -44,14 +44,14 @@ def list_(
         result(found, lambda: show(found))
 
 
-def first_sentence(text: str | None) -> str:
-    """The first line of a docstring."""
-    return (text or "").strip().split("\n")[0]
+def first_paragraph(text: str | None) -> str:
+    """What a docstring says first, on one line."""
+    return " ".join((text or "").strip().split("\n\n")[0].split())
 
 
 def module_line(function: Callable) -> str:
     """What the file of a method or attack says about itself: one idea per file."""
-    return first_sentence(sys.modules[function.__module__].__doc__)
+    return first_paragraph(sys.modules[function.__module__].__doc__)
 
 
 def methods() -> dict[str, str]:
@@ -69,7 +69,7 @@ def metrics() -> dict[str, str]:
 def orders() -> dict[str, str]:
     from geoquant.lattice.order import ORDERS
 
-    return {name: first_sentence(function.__doc__) for name, function in ORDERS.items()}
+    return {name: first_paragraph(function.__doc__) for name, function in ORDERS.items()}
 
 
 def formats() -> dict[str, str]:
