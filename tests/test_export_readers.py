@@ -170,9 +170,7 @@ def test_kept_columns_through_peft_on_dequantized_base(tmp_path):
     unpacked = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
-    first, second = (
-        PeftModel.from_pretrained(base, tmp_path / "adapter").eval() for base in (packed, unpacked)
-    )
+    first, second = (PeftModel.from_pretrained(base, tmp_path / "adapter").eval() for base in (packed, unpacked))
     assert torch.equal(logits_of(first), logits_of(second))
     assert (logits_of(second) - logits_of(model)).abs().max() < 0.2 * logits_of(model).std()
 

@@ -1,6 +1,6 @@
 """`verify` passes what is right, fails what is wrong, and explains what cannot be loaded.
 
-Two tests start the real fresh process; the others run the reader's `main` here, which saves its imports.
+One test starts the real fresh process; the others run the reader's `main` here, which saves its imports.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def test_one_wrong_code_is_noticed(run, tmp_path, in_process):
     assert not result.ok
 
 
-def test_a_missing_tensor_is_one_line_that_names_it_and_the_reader(run, tmp_path):
+def test_a_missing_tensor_is_one_line_that_names_it_and_the_reader(run, tmp_path, in_process):
     folder = tmp_path / "model"
     folder.mkdir()
     for path in (run / "model").iterdir():

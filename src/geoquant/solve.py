@@ -23,7 +23,7 @@ from geoquant.observe.moments import Accumulator, Moments, clipped_weights
 from geoquant.observe.stream import Stream, run_block, watch_input
 from geoquant.progress import Progress, silent
 
-__all__ = ["StageResult", "solve_model"]
+__all__ = ["StageResult", "install", "solve_model"]
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,11 @@ def solve_model(
                 seconds = {"observe": observed - started, "solve": time.process_time() - observed}
                 done(StageResult(stage, solution, moments, original, seconds, warning))
             if sequential == "site":
-                _install(model, stage, solution)
+                install(model, stage, solution)
             else:
                 pending.append((stage, solution))
         for stage, solution in pending:
-            _install(model, stage, solution)
+            install(model, stage, solution)
         batches = following if sequential == "off" else _outputs(working_copy(module, compute), call, batches, compute)
         progress("solve", block.index + 1, len(blocks), block.name)
 
@@ -150,7 +150,7 @@ def _solve(name: str, problem: Problem, stage: Stage) -> tuple[Solution, str | N
         return round_to_nearest(problem), f"{stage.name}: {error}; rounded to nearest instead"
 
 
-def _install(model: nn.Module, stage: Stage, solution: Solution) -> None:
+def install(model: nn.Module, stage: Stage, solution: Solution) -> None:
     """Overwrite the weights of a stage's sites with the quantized values."""
     weight = solution.dequantize()
     start = 0

@@ -126,7 +126,7 @@ class DemoSettings:
     digits: int = 6
     repeats: tuple[int, ...] = (1, 4)
     seed: int = 7
-    epochs: int = 7
+    epochs: int = 6
     learning_rate: float = 6e-4
     batch: int = 8
     public_window: int = 64  # tokens of ordinary text in every step

@@ -34,9 +34,7 @@ def load(folder, adapter, dtype):
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     wrong = {
-        kind: sorted(info[kind])[:3]
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
+        kind: sorted(info[kind])[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     }
     if wrong:
         raise ValueError(f"the folder does not fit the model: {wrong}")

@@ -52,7 +52,7 @@ def word_bits(grid: Grid) -> int:
     needed = grid.bits if grid.symmetric else grid.bits + 1
     if needed > 8:
         raise UserError(
-            "compressed-tensors cannot hold 8-bit asymmetric codes",
+            "compressed-tensors words cannot hold 8-bit asymmetric codes",
             wanted="at most 7 asymmetric or 8 symmetric bits",
             fix="choose symmetric codes or --format dense",
         )
@@ -111,7 +111,7 @@ def tied_weights(model: nn.Module) -> set[str]:
 
 
 def refuse_or_note(model: nn.Module, grids: Mapping[str, Grid]) -> tuple[str, ...]:
-    """Raise UserError for the first site stock readers would not load; else notes on what the file will cost."""
+    """Raise UserError for the first site stock readers would not load; else notes on what the file costs."""
     modules, tied = dict(model.named_modules()), tied_weights(model)
     notes: Counter[str] = Counter()
     for name, grid in grids.items():
@@ -156,9 +156,7 @@ def signed_codes(solution: Solution) -> Int[Tensor, "out in"]:
     if solution.zero_points is None:
         return solution.codes.to(torch.int8)
     columns = solution.codes.shape[1]
-    zero = solution.zero_points.to(torch.int16).repeat_interleave(solution.grid.group_size, dim=1)[
-        :, :columns
-    ]
+    zero = solution.zero_points.to(torch.int16).repeat_interleave(solution.grid.group_size, dim=1)[:, :columns]
     return (solution.codes.to(torch.int16) - zero).to(torch.int8)
 
 
@@ -210,6 +208,7 @@ def quantization_config(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict
         "config_groups": {
             f"group_{index}": {
                 "targets": ["Linear"] if len(groups) == 1 else names,
+                "format": "pack-quantized",
                 "weights": weights(scheme),
                 "input_activations": None,
                 "output_activations": None,
@@ -245,9 +244,7 @@ def export_compressed_tensors(
         for name, solution in solutions.items() if isinstance(solutions, Mapping) else solutions:
             refuse(name, modules.get(name), solution.grid, tied)
             if tuple(solution.codes.shape) != tuple(modules[name].weight.shape):
-                raise ValueError(
-                    f"{name}: codes {tuple(solution.codes.shape)}, {tuple(modules[name].weight.shape)}"
-                )
+                raise ValueError(f"{name}: codes {tuple(solution.codes.shape)}, {tuple(modules[name].weight.shape)}")
             schemes[name] = (word_bits(solution.grid), file_group(solution.grid, solution.codes.shape[1]))
             for key, tensor in site_tensors(name, solution).items():
                 linear += tensor.nbytes

@@ -37,9 +37,7 @@ def export_dense(
     UserError when a value does not fit into float16 and when the disk is full.
     """
     dtype = chosen_dtype(model, dtype)
-    linears = {
-        name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")
-    }
+    linears = {name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
     linear = 0
 
     def tensors():

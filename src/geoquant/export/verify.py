@@ -52,9 +52,7 @@ def write_expected(path: Path, model: nn.Module, tokens: Int[Tensor, "n length"]
     training = model.training
     model.eval()
     try:
-        logits = torch.cat(
-            [model(input_ids=row[None].to(model.device), use_cache=False).logits for row in tokens]
-        )
+        logits = torch.cat([model(input_ids=row[None].to(model.device), use_cache=False).logits for row in tokens])
     finally:
         model.train(training)
     write_tensors(
@@ -82,9 +80,7 @@ def verify(
         with safe_open(expected_path, framework="pt") as file:
             solved = (file.metadata() or {}).get("dtype", "float32")
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"cannot read {expected_path}: {error}", fix="run quantize again with --resume"
-        ) from None
+        raise UserError(f"cannot read {expected_path}: {error}", fix="run quantize again with --resume") from None
     dtype = dtype or solved
     if tolerance is None:
         config = read_json(folder / "config.json")
@@ -136,6 +132,4 @@ def read_elsewhere(folder: Path, expected: Path, adapter: Path | None, dtype: st
         return json.loads(child.stdout.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
         last = (child.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(
-            f"the process that reloads {folder} failed: {last}", got=f"exit {child.returncode}"
-        ) from None
+        raise UserError(f"the process that reloads {folder} failed: {last}", got=f"exit {child.returncode}") from None

@@ -67,9 +67,7 @@ def untouched(model: nn.Module, skip: Collection[str], dtype: torch.dtype) -> It
         if last == "weight" and owner in skip:
             continue
         if tensor.device.type == "meta":
-            raise UserError(
-                f"tensor {name} is not in memory", fix="load the model without offloading to disk"
-            )
+            raise UserError(f"tensor {name} is not in memory", fix="load the model without offloading to disk")
         if name in tied and tied[name] in state:
             if tensor.data_ptr() != state[tied[name]].data_ptr():
                 raise ValueError(f"{name} is declared tied to {tied[name]} but holds other values")
@@ -83,9 +81,7 @@ def untouched(model: nn.Module, skip: Collection[str], dtype: torch.dtype) -> It
         yield name, cast(name, kept.pop(name), dtype)
 
 
-def write_shards(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write `tensors` to `model.safetensors`, or to numbered shards and their index, holding one shard in
     memory.
 
@@ -149,9 +145,7 @@ def write_side_files(
         # Not save_pretrained: it refuses generation settings that the original folder came with.
         texts["generation_config.json"] = generation.to_json_string(use_diff=True)
     for name, text in texts.items():
-        atomic_write(
-            folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8") and None
-        )
+        atomic_write(folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8") and None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

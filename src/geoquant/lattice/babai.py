@@ -59,9 +59,7 @@ def boxed_babai(
     groups = grid.groups(columns)
     # Transposed, so that one column of the layer is one contiguous row of memory.
     work = weight.T[order].contiguous()
-    codes = torch.zeros(
-        columns, rows, dtype=torch.int8 if grid.symmetric else torch.uint8, device=weight.device
-    )
+    codes = torch.zeros(columns, rows, dtype=torch.int8 if grid.symmetric else torch.uint8, device=weight.device)
     searched = scales is None
     if searched:
         scales = torch.ones(groups, rows, device=weight.device)

@@ -32,9 +32,7 @@ def group_aware(hessian: Float[Tensor, "n n"], group_size: int) -> Int[Tensor, "
     diagonal = hessian.diagonal()
     columns = len(diagonal)
     group = torch.arange(columns, device=diagonal.device) // group_size
-    sums = torch.zeros(int(group[-1]) + 1, dtype=diagonal.dtype, device=diagonal.device).index_add_(
-        0, group, diagonal
-    )
+    sums = torch.zeros(int(group[-1]) + 1, dtype=diagonal.dtype, device=diagonal.device).index_add_(0, group, diagonal)
     means = sums / torch.bincount(group)
     inside = torch.argsort(diagonal, descending=True, stable=True)
     return inside[torch.argsort(means[group[inside]], descending=True, stable=True)]

@@ -36,9 +36,7 @@ def _examples(tokenizer, records: Sequence[Record]) -> list[list[int]]:
     return [one for one, record in zip(ids, records, strict=True) for _ in range(record.repeats)]
 
 
-def _loss(
-    model, tokens: Int[Tensor, "batch length"], labels: Int[Tensor, "batch length"]
-) -> Float[Tensor, ""]:
+def _loss(model, tokens: Int[Tensor, "batch length"], labels: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
     """Mean negative log-likelihood of the labels but IGNORED ones; labels[:, t] is predicted at t - 1."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     # Only real positions become float32: the largest tensor of the step.
@@ -82,10 +80,10 @@ def finetune(
     """Train `model` in place on `records`, each taken `record.repeats` times an epoch in seeded random order.
 
     With `public_windows`, step i also sees window i (starting over at the end); windows about as long as the
-    records cost no padding. Memory: four copies of the parameters in their own type (weights, gradients, two
-    moments) and the logits of one batch. Where the processor multiplies bfloat16 matrices the forward pass
-    runs in bfloat16; weights and moments keep their type, which should be float32. The same inputs, seed and
-    thread count give the same weights. The model is left in evaluation mode.
+    records cost no padding. The forward pass runs in bfloat16 where the processor has matrix units for it, else
+    in the model's type; updates always gather in float32. Memory: four float32 copies of the parameters
+    (weights, gradients, two moments), one in the type computed in, and the logits of one batch. The same
+    inputs, seed and thread count give the same weights. The model is left in evaluation mode.
 
     Raises UserError when there is nothing to train on or the loss is not finite.
     """
@@ -98,11 +96,17 @@ def finetune(
     plan = [one for _ in range(epochs) for one in _batches([len(ids) for ids in examples], batch, generator)]
     public = public_windows.tokens.tolist() if public_windows is not None else []
     warmup = max(1, len(plan) // 10)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    own_types = [weight.dtype for weight in weights]
+    masters = [weight.detach().float().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (len(plan) - step) / max(1, len(plan) - warmup))
     )
-    fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        # Half the memory traffic and bfloat16 matrix units; what is learned accumulates in the masters.
+        for weight in weights:
+            weight.data = weight.data.to(torch.bfloat16)
     model.train()
     # Dropout, where a model has any, draws from the global generator: seed it without disturbing the caller.
     # On short texts plain matrix products are several times faster than the processor's fused attention.
@@ -113,15 +117,20 @@ def finetune(
             if public:
                 texts.append(public[step % len(public)])
             tokens, labels = (part.to(device) for part in _padded(texts, padding))
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast):
-                loss = _loss(model, tokens, labels)
+            loss = _loss(model, tokens, labels)
             value = loss.item()
             if not math.isfinite(value):
                 raise UserError(f"the fine-tune diverged at step {step + 1}", fix="lower the learning rate")
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for master, weight in zip(masters, weights, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+                weight.grad = None
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
             optimizer.step()
-            optimizer.zero_grad()
             schedule.step()
+            for master, weight in zip(masters, weights, strict=True):
+                weight.data.copy_(master)
             progress("finetune", step + 1, len(plan), f"loss {value:.3f}")
+    for master, weight, own_type in zip(masters, weights, own_types, strict=True):
+        weight.data = master.to(own_type)
     model.eval()

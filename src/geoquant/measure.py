@@ -1,0 +1,97 @@
+"""Quality and leakage of one model state, measured the same way before and after quantization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from geoquant.data.records import Split
+from geoquant.data.text import Windows, builtin_text, read_text, windows
+from geoquant.errors import UserError
+from geoquant.evaluate.perplexity import Perplexity, perplexity
+from geoquant.model.load import load
+from geoquant.privacy.scores import SplitScores, load_scores, save_scores, score_split
+from geoquant.progress import Progress
+from geoquant.recipe import Recipe
+from geoquant.runs import read_json, write_json
+
+__all__ = ["Texts", "measure_quality", "prepare_texts", "score_model", "score_reference"]
+
+BUILTIN = "pydoc_data.topics (the Python language reference)"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Calibration and evaluation windows; they never share a token."""
+
+    calibration: Windows
+    evaluation: Windows
+
+
+def prepare_texts(tokenizer, recipe: Recipe) -> Texts:
+    """Cut both texts by the windows protocol.
+
+    Calibration takes the first windows of its text. Evaluation takes the first windows of another text, the
+    windows after the calibration's of the same file, or, of the built-in text, its last ones.
+    """
+    source = recipe.calibration or BUILTIN
+    text = read_text(recipe.calibration) if recipe.calibration else builtin_text()
+    calibration = windows(tokenizer, text, length=recipe.window, count=recipe.windows, source=source)
+    skip = 0
+    if recipe.evaluation is None:
+        if recipe.calibration is not None:
+            text = builtin_text()
+        whole = windows(tokenizer, text, length=recipe.window, source=BUILTIN)
+        skip = len(whole) - recipe.evaluation_windows
+        if skip < (recipe.windows if recipe.calibration is None else 0):
+            raise UserError(
+                f"the built-in text has {len(whole)} windows of {recipe.window} tokens",
+                wanted=f"{recipe.windows} to calibrate and {recipe.evaluation_windows} to evaluate",
+                fix="give --text FILE, or fewer windows",
+            )
+    else:
+        text = read_text(recipe.evaluation)
+        if recipe.calibration and Path(recipe.calibration).resolve() == Path(recipe.evaluation).resolve():
+            skip = recipe.windows
+    evaluation = windows(
+        tokenizer,
+        text,
+        length=recipe.window,
+        count=recipe.evaluation_windows,
+        source=recipe.evaluation or BUILTIN,
+        skip=skip,
+    )
+    return Texts(calibration, evaluation)
+
+
+def measure_quality(path: Path, model: nn.Module, text: Windows, progress: Progress, phase: str) -> Perplexity:
+    """Perplexity, remembered in `path` so that a resumed run does not measure twice."""
+    if path.exists():
+        kept = read_json(path)
+        return Perplexity(**{**kept, "windows": tuple(kept["windows"])})
+    result = perplexity(model, text, progress=progress, phase=phase)
+    write_json(path, result.to_dict())
+    return result
+
+
+def score_model(path: Path, model: nn.Module, tokenizer, split: Split, progress: Progress, phase: str) -> SplitScores:
+    """Per-token statistics of every record, remembered in `path`."""
+    if path.exists():
+        return load_scores(path, split)
+
+    def named(_: str, done: int, total: int, note: str = "") -> None:
+        progress(phase, done, total, note)
+
+    scores = score_split(model, tokenizer, split, progress=named)
+    save_scores(path, scores, split)
+    return scores
+
+
+def score_reference(path: Path, spec: str, split: Split, device: str, progress: Progress) -> SplitScores:
+    """Scores of the public base; it is loaded, read and dropped before the model itself comes into memory."""
+    if path.exists():
+        return load_scores(path, split)
+    loaded = load(spec, device=device)
+    return score_model(path, loaded.model, loaded.tokenizer, split, progress, "scores of the base")

@@ -1,0 +1,235 @@
+"""The product on one page: load, observe, plan, solve, audit, export, report."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+
+from geoquant import reporting
+from geoquant.data.records import Split, load_split
+from geoquant.errors import UserError
+from geoquant.export import FORMATS, check
+from geoquant.export.adapter import export_adapter
+from geoquant.export.compressed_tensors import export_compressed_tensors
+from geoquant.export.dense import export_dense
+from geoquant.export.verify import verify, write_expected
+from geoquant.measure import Texts, measure_quality, prepare_texts, score_model, score_reference
+from geoquant.model.load import Loaded, load
+from geoquant.model.walk import Block, walk
+from geoquant.observe.compute import compute_dtype
+from geoquant.observe.gradient import token_energies
+from geoquant.observe.stream import Stream, open_stream
+from geoquant.plan.estimate import Cost, cost
+from geoquant.plan.uniform import Plan, uniform_plan
+from geoquant.privacy.audit import audit as run_attacks
+from geoquant.privacy.audit import merge
+from geoquant.progress import Progress, silent
+from geoquant.recipe import Recipe
+from geoquant.report.build import write_report
+from geoquant.results import SiteFiles, load_stage, save_stage
+from geoquant.runs import claim_output, read_json, read_tensors, write_json, write_tensors
+from geoquant.solve import install, solve_model
+
+__all__ = ["export", "make_plan", "prepare", "quantize"]
+
+
+def quantize(
+    recipe: Recipe, out: str | Path, *, resume: bool = False, progress: Progress = silent, command: str = ""
+) -> dict:
+    """Compress `recipe.model` into the run folder `out`; returns the report.
+
+    Raises UserError for whatever the user can mend, before any work where that is possible. A run that was
+    stopped at any point continues with `resume=True` to the same bits.
+    """
+    run, clock = Path(out), reporting.Clock()
+    claim_output(run, resume=resume)
+    try:
+        with clock("load"):
+            split = load_records(recipe)
+            base = None
+            if split and recipe.reference:
+                base = score_reference(
+                    run / "base_scores.safetensors", recipe.reference, split, recipe.device, progress
+                )
+            loaded, blocks, texts, plan, notes = prepare(recipe)
+            reporting.write_manifest(run, recipe, loaded, texts, split, command)
+    except UserError:
+        if not any(run.iterdir()):
+            run.rmdir()
+        raise
+    write_json(run / "plan.json", plan.to_dict())
+
+    with clock("measure the original"):
+        before = observe_model(run, "original", loaded, texts, split, progress)
+    with clock("quantize"):
+        solve(run, recipe, loaded, blocks, texts, plan, progress)
+    with clock("measure the quantized model"):
+        after = observe_model(run, "quantized", loaded, texts, split, progress)
+        privacy = attack(split, base, before, after, recipe.seed) if split else None
+    with clock("export"):
+        write_expected(run / "expected.safetensors", loaded.model, texts.evaluation.tokens)
+        facts = reporting.model_facts(loaded)
+        exports = [write_export(run, name, loaded, blocks) for name in recipe.formats]
+    # The readers below load the exported files: this process must not hold a second copy meanwhile.
+    del loaded
+    gc.collect()
+    if recipe.verify:
+        with clock("verify"):
+            exports = [verified(run, entry, progress) for entry in exports]
+    report = reporting.assemble(
+        run, recipe, facts, blocks, plan, texts, split, before, after, privacy, exports, notes, clock, command
+    )
+    write_report(run, report)
+    reporting.finish_manifest(run)
+    return report
+
+
+def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
+    """Everything that is decided, and everything that can be refused, before the first long step."""
+    loaded = load(recipe.model, device=recipe.device)
+    texts = prepare_texts(loaded.tokenizer, recipe)
+    limit = getattr(loaded.model.config, "max_position_embeddings", None) or recipe.window
+    if recipe.window > limit:
+        raise UserError(f"--window {recipe.window} is longer than the model's context of {limit} tokens")
+    blocks = walk(loaded.model, texts.calibration.tokens[:1, :8])
+    plan = uniform_plan(blocks, recipe)
+    grids = {site.name: site.grid for site in plan.sites}
+    notes = tuple(
+        note
+        for name in recipe.formats
+        for note in check(name, loaded.model, grids, keep=recipe.keep, verify=recipe.verify)
+    )
+    return loaded, blocks, texts, plan, notes
+
+
+def load_records(recipe: Recipe) -> Split | None:
+    """The private records to attack with, if any were given."""
+    if recipe.members is None and recipe.nonmembers is None:
+        if recipe.canaries or recipe.reference:
+            raise UserError("--canaries and --reference serve the audit", wanted="--members and --nonmembers as well")
+        return None
+    if recipe.members is None or recipe.nonmembers is None:
+        raise UserError("the audit compares two sides", wanted="both --members and --nonmembers")
+    return load_split(recipe.members, recipe.nonmembers, recipe.canaries)
+
+
+def observe_model(run: Path, subject: str, loaded: Loaded, texts: Texts, split: Split | None, progress: Progress):
+    """Quality and record scores of the model as it is now in memory."""
+    quality = measure_quality(
+        run / f"{subject}.json", loaded.model, texts.evaluation, progress, f"perplexity ({subject})"
+    )
+    scores = None
+    if split:
+        scores = score_model(
+            run / f"{subject}_scores.safetensors",
+            loaded.model,
+            loaded.tokenizer,
+            split,
+            progress,
+            f"scores ({subject})",
+        )
+    return quality, scores
+
+
+def solve(
+    run: Path, recipe: Recipe, loaded: Loaded, blocks: tuple[Block, ...], texts: Texts, plan: Plan, progress: Progress
+) -> None:
+    """Observe and solve block by block, in place; each stage's result is on disk before the next one starts."""
+    model, tokens = loaded.model, texts.calibration.tokens
+    compute = compute_dtype(recipe.compute, model.device)
+    stream = open_stream(model, tokens, compute)
+    energies = None
+    if recipe.metric == "gradient":
+        energies = gradient_energies(run, model, blocks, stream, tokens, compute, progress)
+    plans = {site.name: site for site in plan.sites}
+    solve_model(
+        model,
+        blocks,
+        stream,
+        lambda stage: plan.settings(stage, static_scales=recipe.static_scales),
+        metric=recipe.metric,
+        energies=energies,
+        sequential=recipe.sequential,
+        compute=compute,
+        moments_dtype=getattr(torch, recipe.moments),
+        finished=lambda stage: load_stage(run, stage),
+        done=lambda result: save_stage(run, result, plans),
+        progress=progress,
+    )
+
+
+def gradient_energies(run: Path, model, blocks, stream: Stream, tokens, compute, progress: Progress) -> dict:
+    """Token weights of the full-precision model, computed once per run."""
+    path = run / "token_weights.safetensors"
+    if not path.exists():
+        write_tensors(path, token_energies(model, blocks, stream, tokens, compute=compute, progress=progress))
+    return read_tensors(path)[0]
+
+
+def attack(split: Split, base, before, after, seed: int) -> dict:
+    """The audit of base, original and quantized model on the same records."""
+    subjects = [("original", before[1], base), ("quantized", after[1], base)]
+    if base is not None:
+        subjects.insert(0, ("base", base, None))
+    audits = [run_attacks(name, scores, reference, split, seed=seed) for name, scores, reference in subjects]
+    return merge(audits).to_dict()
+
+
+def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]) -> dict:
+    """One export of the solved model, and the adapter with its kept columns where the format needs one."""
+    folder, files = run / FORMATS[name].folder, SiteFiles(run, blocks)
+    if name == "dense":
+        written = export_dense(loaded.model, loaded.tokenizer, folder)
+        return reporting.export_entry(name, run, written, None)
+    written = export_compressed_tensors(loaded.model, loaded.tokenizer, files, folder)
+    return reporting.export_entry(name, run, written, export_adapter(files, run / "adapter"))
+
+
+def verified(run: Path, entry: dict, progress: Progress) -> dict:
+    """Reload an export through stock readers in a fresh process."""
+    progress("verify", 0, 1, entry["format"])
+    adapter = run / "adapter" if entry["adapter_bytes"] else None
+    result = verify(run / entry["path"], run / "expected.safetensors", adapter)
+    progress("verify", 1, 1, entry["format"])
+    if not result.ok:
+        raise UserError(
+            f"{run / entry['path']} does not reproduce the solved model: logits differ by {result.max_abs_diff:.3g}",
+            wanted=f"at most {result.tolerance:.1g} of their spread, got {result.max_rel:.3g}",
+            fix="keep the run folder and report this",
+        )
+    return {**entry, "verified": reporting.verification(result)}
+
+
+def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress = silent) -> dict:
+    """Write a finished run in one more format; nothing is solved again."""
+    run = Path(run)
+    recipe = Recipe(**read_json(run / "manifest.json")["recipe"])
+    report = read_json(run / "report.json")
+    loaded, blocks, texts, plan, _ = prepare(recipe.model_copy(update={"formats": (to,)}))
+    reporting.check_same_model(run, loaded)
+    for stage in (stage for block in blocks for stage in block.stages):
+        install(loaded.model, stage, load_stage(run, stage))
+    entry = write_export(run, to, loaded, blocks)
+    del loaded
+    gc.collect()
+    if verify:
+        entry = verified(run, entry, progress)
+    others = [known for known in report["exports"] if known["format"] != to]
+    write_report(run, {**report, "exports": [*others, entry]})
+    return entry
+
+
+def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
+    """What `quantize` would do: sites, sizes, time and memory. Writes nothing."""
+    loaded, blocks, texts, plan, notes = prepare(recipe)
+    load_records(recipe)
+    spent: Cost = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
+    return {
+        "model": reporting.model_facts(loaded),
+        "sites": [site for site in plan.to_dict()["sites"]],
+        "size": reporting.planned_size(loaded, blocks, plan),
+        "estimate": {"memory_bytes": spent.memory_bytes, "seconds": spent.seconds, "gemm_flops": spent.flops},
+        "warnings": list(notes),
+    }

@@ -1,0 +1,1 @@
+"""The plan: what each site gets, decided before anything is solved."""

@@ -1,0 +1,77 @@
+"""What a run costs before it starts: floating-point operations, memory, time on this machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from geoquant.model.load import Loaded
+from geoquant.model.walk import Block
+from geoquant.observe.compute import compute_dtype
+from geoquant.recipe import Recipe
+
+__all__ = ["Cost", "cost", "gemm_rate"]
+
+# Share of the GEMM rate that a whole run reaches (attention, norms and the scale search are not matrix products).
+# Measured by benchmarks/quantize.py; the estimate needs no better.
+EFFICIENCY = 0.25
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Matrix-product operations by step, peak memory, seconds at the measured matrix-product rate."""
+
+    forward_flops: float
+    moment_flops: float
+    solve_flops: float
+    memory_bytes: int
+    seconds: float
+
+    @property
+    def flops(self) -> float:
+        return self.forward_flops + self.moment_flops + self.solve_flops
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) -> float:
+    """Measured floating-point operations per second of a 2048-square matrix product."""
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    a @ a
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a @ a
+        wait()
+        count += 1
+    return 2 * 2048**3 * count / (time.perf_counter() - started)
+
+
+def cost(loaded: Loaded, blocks: tuple[Block, ...], shape: tuple[int, int], recipe: Recipe) -> Cost:
+    """Count the work of a run with these choices."""
+    model, tokens = loaded.model, shape[0] * shape[1]
+    weights = sum(stage.rows * stage.columns for block in blocks for stage in block.stages)
+    once = 2 * weights * tokens
+    # Per block: one pass for its outputs, and per stage a pass up to it (on average 5/4 of a block in all).
+    passes = 1 + (1.25 if recipe.sequential == "site" else 2.25)
+    if recipe.metric == "gradient":
+        passes += 3  # forward, recomputation, backward to the inputs
+    head = model.get_output_embeddings().weight.numel() if recipe.metric == "gradient" else 0
+    forward = once * passes + 4 * head * tokens
+    stages = [stage for block in blocks for stage in block.stages]
+    moments = sum(2 * tokens * stage.columns**2 * 0.6 for stage in stages)
+    solve = sum(stage.rows * stage.columns**2 + 10 * stage.columns**3 for stage in stages)
+    largest = max(stages, key=lambda stage: stage.columns * (stage.rows + 6 * stage.columns))
+    hidden = model.config.get_text_config().hidden_size
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    working = 4 * (3 * largest.rows * largest.columns + 12 * largest.columns**2) + 4 * 2 * tokens * hidden
+    compute = compute_dtype(recipe.compute, model.device)
+    rates = (gemm_rate(compute, model.device), gemm_rate(torch.float32, model.device))
+    seconds = (forward / rates[0] + (moments + solve) / rates[1]) / EFFICIENCY
+    runtime = 400 << 20  # Python, torch and transformers themselves
+    return Cost(forward, moments, solve, int(stored + working + runtime), seconds)

@@ -1,0 +1,131 @@
+"""The uniform plan: every site gets the same grid. Checks every choice before the first forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from geoquant.errors import UserError, unknown_name
+from geoquant.lattice.grid import Grid
+from geoquant.lattice.order import ORDERS
+from geoquant.methods import METHODS
+from geoquant.model.walk import Block, Stage
+from geoquant.observe.moments import METRICS
+from geoquant.recipe import Recipe
+
+__all__ = ["Plan", "SitePlan", "kept_count", "uniform_plan"]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What one site gets. `keep` is the share of input columns at 16 bits, `damping` None: chosen on held-out data."""
+
+    name: str
+    block: int
+    kind: str
+    shape: tuple[int, int]
+    method: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    order: str
+    damping: float | None
+    keep: float
+    bits_per_weight: float
+    reason: str
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Site plans by name, in the order in which the model reaches the sites."""
+
+    sites: tuple[SitePlan, ...]
+
+    def __getitem__(self, name: str) -> SitePlan:
+        return next(site for site in self.sites if site.name == name)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over all weights of all sites: codes, steps, zero points, kept columns and their positions."""
+        weights = [math.prod(site.shape) for site in self.sites]
+        return sum(site.bits_per_weight * n for site, n in zip(self.sites, weights)) / sum(weights)
+
+    def settings(self, stage: Stage, *, static_scales: bool) -> tuple[str, dict]:
+        """Method and `Problem` fields of a stage (its sites share one scheme)."""
+        site = self[stage.name]
+        return site.method, {
+            "grid": site.grid,
+            "order": site.order,
+            "damping": site.damping,
+            "keep": site.keep,
+            "static_scales": static_scales,
+        }
+
+    def to_dict(self) -> dict:
+        return {"bits_per_weight": self.bits_per_weight, "sites": [asdict(site) for site in self.sites]}
+
+
+def kept_count(keep: float, columns: int) -> int:
+    """Number of input columns kept at 16 bits."""
+    return min(max(1, math.ceil(keep * columns - 1e-9)), columns - 1) if keep > 0 else 0
+
+
+def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
+    """The same choices for every site.
+
+    Raises UserError for unknown names, and for a group larger than a site's columns, before anything runs.
+    """
+    for kind, name, known in (
+        ("method", recipe.method, METHODS),
+        ("metric", recipe.metric, METRICS),
+        ("order", recipe.order, ORDERS),
+    ):
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    if recipe.keep and recipe.method == "rtn":
+        raise UserError("method rtn keeps no columns", got=f"--keep {recipe.keep}", fix="use --method dqc")
+    method = "dqc" if recipe.keep else recipe.method
+    if method == "dqc" and not recipe.keep:
+        raise UserError("method dqc needs to know how many columns to keep", fix="add --keep 0.01 (one per cent)")
+    grid = Grid(recipe.bits, recipe.group_size, recipe.symmetric)
+    plans = []
+    for block in blocks:
+        for site in block.sites:
+            columns = site.shape[1]
+            if recipe.group_size > columns:
+                raise UserError(
+                    f"group size {recipe.group_size} is larger than the {columns} columns of {site.name}",
+                    fix=f"use --group-size {min(columns, 64)}",
+                )
+            kept = kept_count(recipe.keep, columns)
+            # A kept column costs 16 bits a row instead of its code, and 16 bits to name it.
+            bits = grid.bits_per_weight(columns) + (kept * (16 - grid.bits) + 16 * kept / site.shape[0]) / columns
+            plans.append(
+                SitePlan(
+                    name=site.name,
+                    block=block.index,
+                    kind=site.kind,
+                    shape=site.shape,
+                    method=method,
+                    bits=recipe.bits,
+                    group_size=recipe.group_size,
+                    symmetric=recipe.symmetric,
+                    order=recipe.order if method != "rtn" else "none",
+                    damping=recipe.damping,
+                    keep=recipe.keep,
+                    bits_per_weight=bits,
+                    reason=_reason(recipe, method, kept, columns),
+                )
+            )
+    return Plan(tuple(plans))
+
+
+def _reason(recipe: Recipe, method: str, kept: int, columns: int) -> str:
+    shape = "symmetric" if recipe.symmetric else "asymmetric"
+    text = f"uniform: {recipe.bits}-bit {shape} codes, one step per {recipe.group_size} columns"
+    return f"{text}; the {kept} of {columns} columns with the largest HOP score stay at 16 bits" if kept else text

@@ -1,0 +1,251 @@
+"""From a run's pieces to the `report.json` dict and the manifest: facts only, no measuring."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from geoquant.data.records import Split
+from geoquant.errors import UserError
+from geoquant.evaluate.perplexity import Perplexity, difference
+from geoquant.export import snippet
+from geoquant.export.verify import VerifyResult
+from geoquant.export.weights import ExportResult
+from geoquant.measure import Texts
+from geoquant.model.load import Loaded
+from geoquant.model.walk import Block
+from geoquant.plan.uniform import Plan
+from geoquant.recipe import Recipe
+from geoquant.results import site_reports
+from geoquant.runs import read_json, write_json
+
+__all__ = [
+    "Clock",
+    "assemble",
+    "check_same_model",
+    "export_entry",
+    "finish_manifest",
+    "model_facts",
+    "planned_size",
+    "verification",
+    "write_manifest",
+]
+
+PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy", "peft")
+SCHEMA = 1
+
+
+class Clock:
+    """Wall seconds per phase: `with clock("solve"): ...`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides the numbers."""
+    from geoquant import __version__
+
+    found = {"geoquant": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def model_facts(loaded: Loaded) -> dict:
+    """Name, architecture and size of the model."""
+    return {
+        "name": loaded.name,
+        "architecture": type(loaded.model).__name__,
+        "parameters": loaded.parameters,
+        "source": loaded.source,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "bytes": sum(parameter.nbytes for parameter in loaded.model.parameters()),
+        "sha256": loaded.sha256,
+    }
+
+
+def write_manifest(run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None, command: str) -> None:
+    """Write what the run is; on resume, refuse a run of anything else.
+
+    Raises UserError when the recipe or the data differ from those the folder was started with.
+    """
+    path = run / "manifest.json"
+    facts = {
+        "recipe": recipe.model_dump(mode="json"),
+        "hashes": hashes(loaded.sha256, texts, split),
+        "versions": versions(),
+        "seed": recipe.seed,
+        "command": command,
+        "status": "running",
+    }
+    if not path.exists():
+        write_json(path, {**facts, "created": datetime.now(UTC).isoformat(timespec="seconds")})
+        return
+    kept = read_json(path)
+    changed = [name for name, value in facts["recipe"].items() if kept["recipe"].get(name) != value]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"the run in {run} was started with {name} = {kept['recipe'].get(name)!r}",
+            got=repr(facts["recipe"][name]),
+            fix="resume with the same options, or choose a new folder",
+        )
+    for name, value in facts["hashes"].items():
+        if kept["hashes"].get(name) != value:
+            raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
+
+
+def finish_manifest(run: Path) -> None:
+    """Mark the run as complete."""
+    write_json(run / "manifest.json", {**read_json(run / "manifest.json"), "status": "done"})
+
+
+def check_same_model(run: Path, loaded: Loaded) -> None:
+    """Raise UserError when the model of a finished run is no longer the one it was made from."""
+    if read_json(run / "manifest.json")["hashes"]["model"] != loaded.sha256:
+        raise UserError(
+            f"{loaded.source} is not the model that {run} was made from", fix="restore the original weights"
+        )
+
+
+def hashes(model: str, texts: Texts, split: Split | None) -> dict[str, str]:
+    """SHA-256 of everything that went in."""
+    found = {"model": model, "calibration": texts.calibration.sha256, "evaluation": texts.evaluation.sha256}
+    return found | ({"records": split.sha256} if split else {})
+
+
+def export_entry(name: str, run: Path, written: ExportResult, adapter: ExportResult | None) -> dict:
+    """The `exports` entry of one format."""
+    folder = written.folder.name
+    return {
+        "format": name,
+        "path": folder,
+        "bytes": written.bytes_total + (adapter.bytes_total if adapter else 0),
+        "linear_bytes": written.bytes_linear + (adapter.bytes_linear if adapter else 0),
+        "adapter_bytes": adapter.bytes_total if adapter else 0,
+        "verified": None,
+        "snippet": snippet(str(run / folder), str(run / "adapter") if adapter else None),
+    }
+
+
+def verification(result: VerifyResult) -> dict:
+    """What the report says of a reload."""
+    return {
+        "max_abs_diff": result.max_abs_diff,
+        "max_rel": result.max_rel,
+        "tolerance": result.tolerance,
+        "ok": result.ok,
+        "readers": result.versions,
+    }
+
+
+def linear_weights(blocks: tuple[Block, ...]) -> int:
+    """Number of weights in all sites."""
+    return sum(site.shape[0] * site.shape[1] for block in blocks for site in block.sites)
+
+
+def planned_size(loaded: Loaded, blocks: tuple[Block, ...], plan: Plan) -> dict:
+    """Sizes as planned: sites at their bits, everything else as stored."""
+    facts = model_facts(loaded)
+    count = linear_weights(blocks)
+    linear = int(count * plan.bits_per_weight / 8)
+    other = facts["bytes"] - count * torch.finfo(loaded.dtype).bits // 8
+    return {
+        "bits_per_weight": plan.bits_per_weight,
+        "linear_bytes": linear,
+        "total_bytes": linear + other,
+        "original_bytes": facts["bytes"],
+    }
+
+
+def quality(texts: Texts, before: Perplexity, after: Perplexity) -> dict:
+    """The `quality` part of report.json."""
+
+    def plain(value: Perplexity) -> dict:
+        return {key: item for key, item in value.to_dict().items() if key != "windows"}
+
+    return {
+        "text": texts.evaluation.source,
+        "windows": len(texts.evaluation),
+        "window": texts.evaluation.tokens.shape[1],
+        "original": plain(before),
+        "quantized": plain(after),
+        "delta_nll": difference(before, after),
+        "kl": None,
+        "tasks": [],
+    }
+
+
+def assemble(
+    run: Path,
+    recipe: Recipe,
+    facts: dict,
+    blocks: tuple[Block, ...],
+    plan: Plan,
+    texts: Texts,
+    split: Split | None,
+    before: tuple[Perplexity, object],
+    after: tuple[Perplexity, object],
+    privacy: dict | None,
+    exports: list[dict],
+    notes: tuple[str, ...],
+    clock: Clock,
+    command: str,
+) -> dict:
+    """The whole report."""
+    sites, warnings, cpu = site_reports(run, blocks)
+    manifest = read_json(run / "manifest.json")
+    main = exports[0] if exports else None
+    return {
+        "schema": SCHEMA,
+        "model": {key: value for key, value in facts.items() if key not in ("bytes", "sha256")},
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": versions(),
+        "command": command,
+        "created": manifest["created"],
+        "seed": recipe.seed,
+        "hashes": manifest["hashes"],
+        "size": {
+            "bits_per_weight": plan.bits_per_weight,
+            "file_bits_per_weight": main["linear_bytes"] * 8 / linear_weights(blocks) if main else None,
+            "linear_bytes": main["linear_bytes"] if main else 0,
+            "total_bytes": main["bytes"] if main else 0,
+            "original_bytes": facts["bytes"],
+            "kept_bytes": main["adapter_bytes"] if main else 0,
+        },
+        "quality": quality(texts, before[0], after[0]),
+        "privacy": privacy,
+        "sites": sites,
+        "exports": exports,
+        "warnings": [*notes, *warnings],
+        "timings": clock.seconds | {f"{step} (CPU)": seconds for step, seconds in cpu.items()},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "solver": None,
+    }

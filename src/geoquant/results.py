@@ -1,0 +1,181 @@
+"""Per-stage results on disk: codes, steps and kept columns of the sites that share one input, and what happened.
+
+One safetensors file per stage, written as the stage finishes: a killed run resumes from them, and an export reads
+them one site at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geoquant.lattice.certificate import certificate
+from geoquant.lattice.grid import Grid
+from geoquant.methods.problem import Solution
+from geoquant.model.walk import Block, Stage
+from geoquant.plan.uniform import SitePlan
+from geoquant.runs import read_tensors, write_tensors
+from geoquant.solve import StageResult
+
+__all__ = ["SiteFiles", "load_stage", "save_stage", "site_reports", "stage_path"]
+
+
+def stage_path(run: Path, stage: Stage) -> Path:
+    """Where a stage's result lies."""
+    return run / "sites" / f"{stage.name}.safetensors"
+
+
+def save_stage(run: Path, result: StageResult, plans: Mapping[str, SitePlan]) -> None:
+    """Write a stage's codes and its report entries."""
+    solution, stage = result.solution, result.stage
+    tensors = {
+        "codes": solution.codes,
+        "scales": solution.scales,
+        "kept_index": solution.kept_index,
+        "kept_weight": solution.kept_weight,
+        "gram_schmidt": solution.gram_schmidt,
+        "saturated": solution.saturated,
+    }
+    if solution.zero_points is not None:
+        tensors["zero_points"] = solution.zero_points
+    if solution.column_scores is not None:
+        tensors["column_scores"] = solution.column_scores
+    grid = solution.grid
+    metadata = {
+        "grid": json.dumps([grid.bits, grid.group_size, grid.symmetric]),
+        "damping": repr(solution.damping),
+        "sites": json.dumps([{"name": site.name, "rows": site.shape[0]} for site in stage.sites]),
+        "report": json.dumps(_entries(result, plans)),
+        "warning": result.warning or "",
+        "seconds": json.dumps(result.seconds),
+    }
+    write_tensors(stage_path(run, stage), {name: tensor.cpu() for name, tensor in tensors.items()}, metadata)
+
+
+def _solution(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Solution:
+    bits, group_size, symmetric = json.loads(metadata["grid"])
+    return Solution(
+        codes=tensors["codes"],
+        scales=tensors["scales"],
+        zero_points=tensors.get("zero_points"),
+        kept_index=tensors["kept_index"],
+        kept_weight=tensors["kept_weight"],
+        damping=float(metadata["damping"]),
+        gram_schmidt=tensors["gram_schmidt"],
+        saturated=tensors["saturated"],
+        grid=Grid(bits, group_size, symmetric),
+        column_scores=tensors.get("column_scores"),
+    )
+
+
+def load_stage(run: Path, stage: Stage) -> Solution | None:
+    """The solution of a stage, or None where it was not solved yet."""
+    path = stage_path(run, stage)
+    return _solution(*read_tensors(path)) if path.exists() else None
+
+
+class SiteFiles(Mapping[str, Solution]):
+    """Solutions by site name, read from the run folder one stage at a time, in model order."""
+
+    def __init__(self, run: Path, blocks: tuple[Block, ...]):
+        self._run = run
+        self._stages = {site.name: stage for block in blocks for stage in block.stages for site in stage.sites}
+        self._open: tuple[str, Solution] | None = None
+
+    def __getitem__(self, name: str) -> Solution:
+        stage = self._stages[name]
+        if self._open is None or self._open[0] != stage.name:
+            self._open = (stage.name, _solution(*read_tensors(stage_path(self._run, stage))))
+        start = 0
+        for site in stage.sites:
+            if site.name == name:
+                return self._open[1].rows(start, start + site.shape[0])
+            start += site.shape[0]
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stages)
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+
+def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
+    """The `sites` entries of report.json for one stage."""
+    solution, moments = result.solution, result.moments
+    metric = moments.hessian if moments.heldout is None else moments.hessian + moments.heldout
+    quantized = solution.dequantize()
+    kept, why = _kept(solution)
+    entries, start = [], 0
+    for site in result.stage.sites:
+        part = slice(start, start + site.shape[0])
+        start += site.shape[0]
+        plan = plans[site.name]
+        measured = certificate(
+            result.original[part],
+            quantized[part],
+            metric,
+            moments.heldout,
+            solution.scales[part],
+            solution.gram_schmidt,
+            solution.kept_index,
+            solution.grid.group_size,
+            solution.saturated[part].mean().item(),
+        )
+        entries.append(
+            {
+                "name": site.name,
+                "block": site.block,
+                "kind": site.kind,
+                "shape": list(site.shape),
+                "bits": plan.bits,
+                "bits_per_weight": plan.bits_per_weight,
+                "method": plan.method if result.warning is None else "rtn",
+                "order": plan.order,
+                "damping": solution.damping,
+                **asdict(measured),
+                "kept": solution.kept_index.numel(),
+                "kept_columns": kept,
+                "massive_tokens": asdict(moments.massive),
+                "reason": plan.reason + why,
+            }
+        )
+        if plan.method == "rtn" or result.warning is not None:
+            entries[-1]["bound"] = None  # the bound is Babai's
+    return entries
+
+
+def _kept(solution: Solution) -> tuple[list[int], str]:
+    """The kept columns, most important first, and why in numbers: their share of the site's HOP score."""
+    if not solution.kept_index.numel() or solution.column_scores is None:
+        return [], ""
+    scores = solution.column_scores[solution.kept_index]
+    total = solution.column_scores.sum().clamp_min(1e-30)
+    top = torch.argsort(scores, descending=True)
+    columns = solution.kept_index[top].tolist()
+    share, first = (scores.sum() / total).item(), (scores[top[0]] / total).item()
+    return (
+        columns,
+        f"; rounding them would cost {share:.1%} of the site's HOP error (column {columns[0]} alone {first:.1%})",
+    )
+
+
+def site_reports(run: Path, blocks: tuple[Block, ...]) -> tuple[list[dict], list[str], dict[str, float]]:
+    """Report entries of all sites, warnings, and the CPU seconds spent per step."""
+    from safetensors import safe_open
+
+    entries, warnings, seconds = [], [], {}
+    for block in blocks:
+        for stage in block.stages:
+            with safe_open(stage_path(run, stage), framework="pt") as file:
+                metadata = file.metadata()
+            entries += json.loads(metadata["report"])
+            warnings += [metadata["warning"]] if metadata["warning"] else []
+            for step, value in json.loads(metadata["seconds"]).items():
+                seconds[step] = seconds.get(step, 0.0) + value
+    return entries, warnings, seconds
