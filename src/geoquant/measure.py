@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import nn
@@ -10,14 +10,24 @@ from torch import nn
 from geoquant.data.records import Split
 from geoquant.data.text import Windows, builtin_text, read_text, windows
 from geoquant.errors import UserError
-from geoquant.evaluate.perplexity import Perplexity, perplexity
+from geoquant.evaluate import divergence
+from geoquant.evaluate.divergence import Divergence
+from geoquant.evaluate.perplexity import Perplexity
 from geoquant.model.load import load
 from geoquant.privacy.scores import SplitScores, load_scores, save_scores, score_split
 from geoquant.progress import Progress
 from geoquant.recipe import Recipe
 from geoquant.runs import read_json, write_json
 
-__all__ = ["Texts", "measure_quality", "prepare_texts", "score_model", "score_reference"]
+__all__ = [
+    "Quality",
+    "Texts",
+    "measure_original",
+    "measure_quantized",
+    "prepare_texts",
+    "score_model",
+    "score_reference",
+]
 
 BUILTIN = "pydoc_data.topics (the Python language reference)"
 
@@ -66,14 +76,40 @@ def prepare_texts(tokenizer, recipe: Recipe) -> Texts:
     return Texts(calibration, evaluation)
 
 
-def measure_quality(path: Path, model: nn.Module, text: Windows, progress: Progress, phase: str) -> Perplexity:
-    """Perplexity, remembered in `path` so that a resumed run does not measure twice."""
+@dataclass(frozen=True)
+class Quality:
+    """Perplexity of one model state; of a quantized one also its divergence from the original."""
+
+    perplexity: Perplexity
+    divergence: Divergence | None = None
+
+
+def measure_original(run: Path, model: nn.Module, text: Windows, progress: Progress) -> Quality:
+    """Perplexity of the original, and its final states on disk for the divergence later; measured once per run."""
+    path, states_path = run / "original.json", run / "original_states.safetensors"
+    if path.exists() and states_path.exists():
+        return Quality(_perplexity(read_json(path)))
+    result, states = divergence.measure_original(model, text, progress=progress, phase="perplexity (original)")
+    divergence.save_states(states_path, states, text)
+    write_json(path, result.to_dict())
+    return Quality(result)
+
+
+def measure_quantized(run: Path, model: nn.Module, text: Windows, progress: Progress) -> Quality:
+    """Perplexity of the quantized model and its divergence from the original, remembered in the run folder."""
+    path = run / "quantized.json"
     if path.exists():
         kept = read_json(path)
-        return Perplexity(**{**kept, "windows": tuple(kept["windows"])})
-    result = perplexity(model, text, progress=progress, phase=phase)
-    write_json(path, result.to_dict())
-    return result
+        found = Divergence(**{**kept["divergence"], "windows": tuple(kept["divergence"]["windows"])})
+        return Quality(_perplexity(kept["perplexity"]), found)
+    states = divergence.load_states(run / "original_states.safetensors", text)
+    result, found = divergence.measure(model, text, states, progress=progress, phase="perplexity (quantized)")
+    write_json(path, {"perplexity": result.to_dict(), "divergence": asdict(found)})
+    return Quality(result, found)
+
+
+def _perplexity(kept: dict) -> Perplexity:
+    return Perplexity(**{**kept, "windows": tuple(kept["windows"])})
 
 
 def score_model(path: Path, model: nn.Module, tokenizer, split: Split, progress: Progress, phase: str) -> SplitScores:

@@ -10,12 +10,23 @@ import torch
 from geoquant import reporting
 from geoquant.data.records import Split, load_split
 from geoquant.errors import UserError
+from geoquant.evaluate.choices import choices, load_task
+from geoquant.evaluate.divergence import final_states, measure
+from geoquant.evaluate.perplexity import perplexity
 from geoquant.export import FORMATS, check
 from geoquant.export.adapter import export_adapter
 from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
 from geoquant.export.verify import verify, write_expected
-from geoquant.measure import Texts, measure_quality, prepare_texts, score_model, score_reference
+from geoquant.measure import (
+    BUILTIN,
+    Texts,
+    measure_original,
+    measure_quantized,
+    prepare_texts,
+    score_model,
+    score_reference,
+)
 from geoquant.model.load import Loaded, load
 from geoquant.model.walk import Block, walk
 from geoquant.observe.compute import compute_dtype
@@ -25,6 +36,7 @@ from geoquant.plan.estimate import Cost, cost
 from geoquant.plan.uniform import Plan, uniform_plan
 from geoquant.privacy.audit import audit as run_attacks
 from geoquant.privacy.audit import merge
+from geoquant.privacy.scores import SplitScores, score_split
 from geoquant.progress import Progress, silent
 from geoquant.recipe import Recipe
 from geoquant.report.build import write_report
@@ -32,7 +44,7 @@ from geoquant.results import SiteFiles, load_stage, save_stage
 from geoquant.runs import claim_output, read_json, read_tensors, write_json, write_tensors
 from geoquant.solve import install, solve_model
 
-__all__ = ["export", "make_plan", "prepare", "quantize"]
+__all__ = ["audit", "evaluate", "export", "make_plan", "prepare", "quantize"]
 
 
 def quantize(
@@ -62,12 +74,15 @@ def quantize(
     write_json(run / "plan.json", plan.to_dict())
 
     with clock("measure the original"):
-        before = observe_model(run, "original", loaded, texts, split, progress)
+        before = measure_original(run, loaded.model, texts.evaluation, progress)
+        original = score(run, "original", loaded, split, progress)
     with clock("quantize"):
         solve(run, recipe, loaded, blocks, texts, plan, progress)
     with clock("measure the quantized model"):
-        after = observe_model(run, "quantized", loaded, texts, split, progress)
-        privacy = attack(split, base, before, after, recipe.seed) if split else None
+        after = measure_quantized(run, loaded.model, texts.evaluation, progress)
+        quantized = score(run, "quantized", loaded, split, progress)
+        subjects = {"base": base, "original": original, "quantized": quantized}
+        privacy = attack(split, subjects, recipe.seed) if split else None
     with clock("export"):
         write_expected(run / "expected.safetensors", loaded.model, texts.evaluation.tokens)
         facts = reporting.model_facts(loaded)
@@ -115,22 +130,12 @@ def load_records(recipe: Recipe) -> Split | None:
     return load_split(recipe.members, recipe.nonmembers, recipe.canaries)
 
 
-def observe_model(run: Path, subject: str, loaded: Loaded, texts: Texts, split: Split | None, progress: Progress):
-    """Quality and record scores of the model as it is now in memory."""
-    quality = measure_quality(
-        run / f"{subject}.json", loaded.model, texts.evaluation, progress, f"perplexity ({subject})"
-    )
-    scores = None
-    if split:
-        scores = score_model(
-            run / f"{subject}_scores.safetensors",
-            loaded.model,
-            loaded.tokenizer,
-            split,
-            progress,
-            f"scores ({subject})",
-        )
-    return quality, scores
+def score(run: Path, subject: str, loaded: Loaded, split: Split | None, progress: Progress) -> SplitScores | None:
+    """What the audit needs of the model as it is now in memory."""
+    if split is None:
+        return None
+    path = run / f"{subject}_scores.safetensors"
+    return score_model(path, loaded.model, loaded.tokenizer, split, progress, f"scores ({subject})")
 
 
 def solve(
@@ -168,13 +173,14 @@ def gradient_energies(run: Path, model, blocks, stream: Stream, tokens, compute,
     return read_tensors(path)[0]
 
 
-def attack(split: Split, base, before, after, seed: int) -> dict:
-    """The audit of base, original and quantized model on the same records."""
-    subjects = [("original", before[1], base), ("quantized", after[1], base)]
-    if base is not None:
-        subjects.insert(0, ("base", base, None))
-    audits = [run_attacks(name, scores, reference, split, seed=seed) for name, scores, reference in subjects]
-    return merge(audits).to_dict()
+def attack(split: Split, subjects: dict[str, SplitScores | None], seed: int) -> dict:
+    """The audit of each model state on the same records; the base, where given, calibrates the others' attacks."""
+    base = subjects.get("base")
+    return merge(
+        run_attacks(subject, scores, None if subject == "base" else base, split, seed=seed)
+        for subject, scores in subjects.items()
+        if scores is not None
+    ).to_dict()
 
 
 def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]) -> dict:
@@ -233,3 +239,70 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
         "estimate": {"memory_bytes": spent.memory_bytes, "seconds": spent.seconds, "gemm_flops": spent.flops},
         "warnings": list(notes),
     }
+
+
+def evaluate(
+    model: str,
+    text: str | None = None,
+    count: int = 20,
+    length: int = 512,
+    tasks: Sequence[str | Path] = (),
+    reference: str | None = None,
+    device: str = "cpu",
+    progress: Progress = silent,
+    *,
+    items: int | None = None,
+) -> dict:
+    """Perplexity of any model folder by the windows protocol, divergence from `reference`, multiple-choice accuracy.
+
+    The reference is read first and dropped: only its final states and its head stay in memory.
+    """
+    body = read_text(text) if text else builtin_text()
+    read_tasks = [load_task(path, items) for path in tasks]
+    states = head = None
+    if reference is not None:
+        other = load(reference, device=device)
+        cut = cut_windows(other.tokenizer, body, length=length, count=count, source=text or BUILTIN)
+        states = final_states(other.model, cut, progress=progress)
+        head = other.model.get_output_embeddings().weight.detach().clone()
+        del other
+        gc.collect()
+    loaded = load(model, device=device, quantized=True)
+    cut = cut_windows(loaded.tokenizer, body, length=length, count=count, source=text or BUILTIN)
+    if states is None:
+        result, found = perplexity(loaded.model, cut, progress=progress), None
+    else:
+        result, found = measure(loaded.model, cut, states, head, progress=progress)
+    answers = [(task, choices(loaded.model, loaded.tokenizer, task, progress=progress)) for task in read_tasks]
+    return {
+        **{key: value for key, value in result.to_dict().items() if key != "windows"},
+        "text": cut.source,
+        "kl": None if found is None else {"value": found.kl, "se": found.se, "top1": found.top1},
+        "tasks": [
+            {"name": task.name, "accuracy": got.accuracy, "se": got.se, "items": got.items} for task, got in answers
+        ],
+    }
+
+
+def audit(
+    model: str,
+    members: str,
+    nonmembers: str,
+    *,
+    reference: str | None = None,
+    canaries: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict:
+    """What one model (ours or not) reveals of the given records."""
+    split = load_split(members, nonmembers, canaries)
+    subjects: dict[str, SplitScores | None] = {"base": None}
+    if reference is not None:
+        base = load(reference, device=device)
+        subjects["base"] = score_split(base.model, base.tokenizer, split, progress=progress)
+        del base
+        gc.collect()
+    loaded = load(model, device=device, quantized=True)
+    subjects["original"] = score_split(loaded.model, loaded.tokenizer, split, progress=progress)
+    return attack(split, subjects, seed)

@@ -20,7 +20,7 @@ from geoquant.evaluate.perplexity import Perplexity, difference
 from geoquant.export import snippet
 from geoquant.export.verify import VerifyResult
 from geoquant.export.weights import ExportResult
-from geoquant.measure import Texts
+from geoquant.measure import Quality, Texts
 from geoquant.model.load import Loaded
 from geoquant.model.walk import Block
 from geoquant.plan.uniform import Plan
@@ -185,7 +185,7 @@ def planned_size(loaded: Loaded, blocks: tuple[Block, ...], plan: Plan) -> dict:
     }
 
 
-def quality(texts: Texts, before: Perplexity, after: Perplexity) -> dict:
+def quality(texts: Texts, before: Quality, after: Quality) -> dict:
     """The `quality` part of report.json."""
 
     def plain(value: Perplexity) -> dict:
@@ -195,10 +195,10 @@ def quality(texts: Texts, before: Perplexity, after: Perplexity) -> dict:
         "text": texts.evaluation.source,
         "windows": len(texts.evaluation),
         "window": texts.evaluation.tokens.shape[1],
-        "original": plain(before),
-        "quantized": plain(after),
-        "delta_nll": difference(before, after),
-        "kl": None,
+        "original": plain(before.perplexity),
+        "quantized": plain(after.perplexity),
+        "delta_nll": difference(before.perplexity, after.perplexity),
+        "kl": {"value": after.divergence.kl, "se": after.divergence.se, "top1": after.divergence.top1},
         "tasks": [],
     }
 
@@ -211,8 +211,8 @@ def assemble(
     plan: Plan,
     texts: Texts,
     split: Split | None,
-    before: tuple[Perplexity, object],
-    after: tuple[Perplexity, object],
+    before: Quality,
+    after: Quality,
     privacy: dict | None,
     exports: list[dict],
     notes: tuple[str, ...],
@@ -240,7 +240,7 @@ def assemble(
             "original_bytes": facts["bytes"],
             "kept_bytes": main["adapter_bytes"] if main else 0,
         },
-        "quality": quality(texts, before[0], after[0]),
+        "quality": quality(texts, before, after),
         "privacy": privacy,
         "sites": sites,
         "exports": exports,

@@ -93,12 +93,10 @@ def locate(spec: str) -> tuple[str, dict, str]:
         raise UserError(f"{path} is a file", wanted="an HF folder, a hub id or a .gguf file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith("."):
         return spec, {}, spec.split("/")[1]
-    raise UserError(
-        f"no model at {spec}", wanted="an HF folder, a hub id (owner/name), a .gguf file, or `demo`"
-    )
+    raise UserError(f"no model at {spec}", wanted="an HF folder, a hub id (owner/name), a .gguf file, or `demo`")
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *, quantized: bool = False) -> None:
     """Name what is missing or truncated in an HF folder before transformers tries to read it."""
     config = folder / "config.json"
     if not config.exists():
@@ -107,11 +105,9 @@ def check_folder(folder: Path) -> None:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{config} is damaged: {error}") from None
-    if "quantization_config" in settings:
+    if "quantization_config" in settings and not quantized:
         method = settings["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            f"{folder} is already quantized ({method})", wanted="full-precision weights (fp32, bf16, fp16)"
-        )
+        raise UserError(f"{folder} is already quantized ({method})", wanted="full-precision weights (fp32, bf16, fp16)")
     index = folder / "model.safetensors.index.json"
     shards: list[Path]
     if index.exists():
@@ -122,15 +118,11 @@ def check_folder(folder: Path) -> None:
         shards = [folder / "model.safetensors"]
         if not shards[0].exists():
             if list(folder.glob("*.bin")):
-                raise UserError(
-                    f"{folder} holds pickled .bin weights", wanted="safetensors", fix="convert them first"
-                )
+                raise UserError(f"{folder} holds pickled .bin weights", wanted="safetensors", fix="convert them first")
             raise UserError(f"{folder} holds no model.safetensors", fix="download or save the weights again")
     for shard in shards:
         if not shard.exists():
-            raise UserError(
-                f"weights file {shard} is missing (named in {index.name})", fix="download it again"
-            )
+            raise UserError(f"weights file {shard} is missing (named in {index.name})", fix="download it again")
         try:
             with safe_open(shard, framework="pt") as file:
                 held = set(file.keys())
@@ -140,9 +132,7 @@ def check_folder(folder: Path) -> None:
             ) from None
         lost = sorted(name for name, where in weight_map.items() if where == shard.name and name not in held)
         if lost:
-            raise UserError(
-                f"tensor {lost[0]} is missing from {shard}", fix="download or save the weights again"
-            )
+            raise UserError(f"tensor {lost[0]} is missing from {shard}", fix="download or save the weights again")
 
 
 def first_line(error: BaseException) -> str:
@@ -185,9 +175,7 @@ def stored_dtype(folder: Path) -> torch.dtype | None:
             for name in file.keys():  # noqa: SIM118
                 piece = file.get_slice(name)
                 if len(piece.get_shape()) == 2:
-                    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(
-                        piece.get_dtype()
-                    )
+                    return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(piece.get_dtype())
     return None
 
 
@@ -213,8 +201,10 @@ def check_values(model: nn.Module) -> None:
             )
 
 
-def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Loaded:
+def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", quantized: bool = False) -> Loaded:
     """Load `spec` once, in its stored dtype unless `dtype` is given.
+
+    quantized: also accept a folder of packed weights that stock transformers reads, to measure it.
 
     Raises UserError for everything the user can mend: nothing there, no tokenizer, truncated, missing or
     non-finite tensors, an unreadable GGUF type, an architecture that transformers does not know.
@@ -223,7 +213,7 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu") ->
 
     where, extra, name = locate(spec)
     if not extra and Path(where).is_dir():
-        check_folder(Path(where))
+        check_folder(Path(where), quantized=quantized)
         dtype = dtype or stored_dtype(Path(where))
     elif not extra and os.environ.get("HF_HUB_OFFLINE") == "1":
         raise UserError(f"no folder {spec}, and the hub is switched off (HF_HUB_OFFLINE=1)")
