@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from geoquant import reporting
 from geoquant.data.records import Split, load_split
+from geoquant.data.text import builtin_text, read_text
+from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
 from geoquant.evaluate.choices import choices, load_task
 from geoquant.evaluate.divergence import final_states, measure
@@ -213,7 +216,7 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     run = Path(run)
     recipe = Recipe(**read_json(run / "manifest.json")["recipe"])
     report = read_json(run / "report.json")
-    loaded, blocks, texts, plan, _ = prepare(recipe.model_copy(update={"formats": (to,)}))
+    loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
     reporting.check_same_model(run, loaded)
     for stage in (stage for block in blocks for stage in block.stages):
         install(loaded.model, stage, load_stage(run, stage))
@@ -234,7 +237,7 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     spent: Cost = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
     return {
         "model": reporting.model_facts(loaded),
-        "sites": [site for site in plan.to_dict()["sites"]],
+        "sites": plan.to_dict()["sites"],
         "size": reporting.planned_size(loaded, blocks, plan),
         "estimate": {"memory_bytes": spent.memory_bytes, "seconds": spent.seconds, "gemm_flops": spent.flops},
         "warnings": list(notes),
