@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from geoquant.errors import UserError
+from geoquant.errors import UserError, missing_package
 from geoquant.runs import file_hash
 
 __all__ = ["Loaded", "load", "load_tokenizer"]
@@ -204,13 +204,19 @@ def check_values(model: nn.Module) -> None:
 def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", quantized: bool = False) -> Loaded:
     """Load `spec` once, in its stored dtype unless `dtype` is given.
 
-    quantized: also accept a folder of packed weights that stock transformers reads, to measure it.
+    quantized: also accept a folder of packed weights that stock transformers reads, or a whole run folder (its
+    packed model with the adapter of kept columns merged in), to measure it.
 
     Raises UserError for everything the user can mend: nothing there, no tokenizer, truncated, missing or
     non-finite tensors, an unreadable GGUF type, an architecture that transformers does not know.
     """
     import transformers
 
+    run = Path(spec)
+    adapter = None
+    if quantized and (run / "manifest.json").exists():
+        spec = str(next((run / name for name in ("model", "dense") if (run / name).is_dir()), run))
+        adapter = run / "adapter" if spec.endswith("model") and (run / "adapter").is_dir() else None
     where, extra, name = locate(spec)
     if not extra and Path(where).is_dir():
         check_folder(Path(where), quantized=quantized)
@@ -243,6 +249,21 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     if model.dtype not in FLOATS:
         raise UserError(f"{spec} holds {model.dtype} weights", wanted="float32, bfloat16 or float16")
     check_values(model)
+    if quantized and getattr(model.config, "quantization_config", None) is not None:
+        # The reader unpacks at the first forward pass of the whole model; parts of it cannot be called before.
+        model(torch.zeros(1, 1, dtype=torch.int64))
+        if adapter:
+            model = merge_adapter(model, adapter)
     model.requires_grad_(False)
     model.config.use_cache = False
     return Loaded(model.eval().to(device), tokenizer, name, where, model.dtype, identity(where, extra))
+
+
+def merge_adapter(model: nn.Module, adapter: Path) -> nn.Module:
+    """The unpacked model with its kept columns added in."""
+    if importlib.util.find_spec("peft") is None:
+        raise missing_package("peft", "peft", f"reading the kept columns in {adapter}")
+    from peft import PeftModel
+
+    with quiet():
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
