@@ -79,8 +79,13 @@ def quantize(
     with clock("measure the original"):
         before = measure_original(run, loaded.model, texts.evaluation, progress)
         original = score(run, "original", loaded, split, progress)
+    solver = None
+    fresh = not (run / "sites").exists()
     with clock("quantize"):
         solve(run, recipe, loaded, blocks, texts, plan, progress)
+    if fresh:  # a resumed run did only part of the work in this time
+        spent = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
+        solver = spent.achieved(clock.seconds["quantize"])
     with clock("measure the quantized model"):
         after = measure_quantized(run, loaded.model, texts.evaluation, progress)
         quantized = score(run, "quantized", loaded, split, progress)
@@ -97,7 +102,7 @@ def quantize(
         with clock("verify"):
             exports = [verified(run, entry, progress) for entry in exports]
     report = reporting.assemble(
-        run, recipe, facts, blocks, plan, texts, split, before, after, privacy, exports, notes, clock, command
+        run, recipe, facts, blocks, plan, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
     write_report(run, report)
     reporting.finish_manifest(run)

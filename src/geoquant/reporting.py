@@ -216,6 +216,7 @@ def assemble(
     privacy: dict | None,
     exports: list[dict],
     notes: tuple[str, ...],
+    solver: dict | None,
     clock: Clock,
     command: str,
 ) -> dict:
@@ -247,5 +248,5 @@ def assemble(
         "warnings": [*notes, *warnings],
         "timings": clock.seconds | {f"{step} (CPU)": seconds for step, seconds in cpu.items()},
         "peak_memory_bytes": peak_memory_bytes(),
-        "solver": None,
+        "solver": solver,
     }

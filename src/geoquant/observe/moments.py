@@ -23,7 +23,7 @@ __all__ = ["METRICS", "Accumulator", "MassiveTokens", "Moments", "clipped_weight
 
 METRICS = ("plain", "clipped", "gradient")
 CLIP = 10.0
-TILE = 512  # columns per tile of the symmetric product: tiles below the diagonal are mirrored, not computed
+TILE = 256  # columns per tile of the symmetric product: tiles below the diagonal are mirrored, not computed
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,11 @@ class Accumulator:
     """Adds up the moments of one stage, batch by batch; `finish` gives the frozen value."""
 
     def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device):
-        self.sums = {
-            held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)
-        }
+        self.sums = {held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)}
         self.counts = {False: 0, True: 0}
         self.energies: list[Tensor] = []
 
-    def add(
-        self, x: Float[Tensor, "tokens in"], weights: Float[Tensor, " tokens"] | None, *, held: bool
-    ) -> None:
+    def add(self, x: Float[Tensor, "tokens in"], weights: Float[Tensor, " tokens"] | None, *, held: bool) -> None:
         """Add the tokens of one batch; `held` sends them to the held-out twin."""
         total = self.sums[held]
         x = x.to(total.dtype)
@@ -82,11 +78,13 @@ class Accumulator:
         for total in self.sums.values():
             upper = torch.triu(total)
             total.copy_(upper).add_(torch.triu(upper, 1).T)
+        held = self.sums[True].float() if self.counts[True] else None
+        if not self.energies:  # an expert that no token reached
+            return Moments(self.sums[False].float(), held, 0, 0, MassiveTokens(0.0, 0.0))
         energy = torch.cat(self.energies)
         top = max(1, len(energy) // 1000)
         massive = MassiveTokens(
             largest=(energy.max() / energy.median().clamp_min(1e-30)).item(),
             top_share=(energy.topk(top).values.sum() / energy.sum().clamp_min(1e-30)).item(),
         )
-        held = self.sums[True].float() if self.counts[True] else None
         return Moments(self.sums[False].float(), held, self.counts[False], self.counts[True], massive)

@@ -21,17 +21,37 @@ EFFICIENCY = 0.25
 
 @dataclass(frozen=True)
 class Cost:
-    """Matrix-product operations by step, peak memory, seconds at the measured matrix-product rate."""
+    """Matrix-product operations by step, the machine's measured rates for them (per second), peak memory."""
 
     forward_flops: float
     moment_flops: float
     solve_flops: float
+    compute_rate: float  # in the format of the forward passes
+    float32_rate: float  # moments and solving
     memory_bytes: int
-    seconds: float
 
     @property
     def flops(self) -> float:
         return self.forward_flops + self.moment_flops + self.solve_flops
+
+    @property
+    def ideal_seconds(self) -> float:
+        """Time if nothing but matrix products ran, each at the measured peak."""
+        return self.forward_flops / self.compute_rate + (self.moment_flops + self.solve_flops) / self.float32_rate
+
+    @property
+    def seconds(self) -> float:
+        """Expected time."""
+        return self.ideal_seconds / EFFICIENCY
+
+    def achieved(self, seconds: float) -> dict[str, float]:
+        """The `solver` part of report.json: what share of the machine a run of that many seconds reached."""
+        return {
+            "flops": self.flops,
+            "seconds": seconds,
+            "gemm_peak_flops": self.flops / self.ideal_seconds,
+            "share_of_peak": self.ideal_seconds / seconds,
+        }
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) -> float:
@@ -71,7 +91,12 @@ def cost(loaded: Loaded, blocks: tuple[Block, ...], shape: tuple[int, int], reci
     stored = sum(parameter.nbytes for parameter in model.parameters())
     working = 4 * (3 * largest.rows * largest.columns + 12 * largest.columns**2) + 4 * 2 * tokens * hidden
     compute = compute_dtype(recipe.compute, model.device)
-    rates = (gemm_rate(compute, model.device), gemm_rate(torch.float32, model.device))
-    seconds = (forward / rates[0] + (moments + solve) / rates[1]) / EFFICIENCY
     runtime = 400 << 20  # Python, torch and transformers themselves
-    return Cost(forward, moments, solve, int(stored + working + runtime), seconds)
+    return Cost(
+        forward_flops=forward,
+        moment_flops=moments,
+        solve_flops=solve,
+        compute_rate=gemm_rate(compute, model.device),
+        float32_rate=gemm_rate(torch.float32, model.device),
+        memory_bytes=int(stored + working + runtime),
+    )
