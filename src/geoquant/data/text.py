@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geoquant.errors import UserError
 
-__all__ = ["Windows", "builtin_text", "read_text", "windows"]
+__all__ = ["Windows", "adds_bos", "builtin_text", "read_text", "windows"]
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,34 @@ def read_text(path: str | Path) -> str:
     """The text of a `.txt` file, or of the `text` fields of a `.jsonl` file joined by blank lines."""
     path = Path(path)
     try:
-        raw = path.read_text(encoding="utf-8")
+        raw = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"no text file {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder", wanted="a .txt or .jsonl file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})", fix="convert it to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     if path.suffix != ".jsonl":
         return raw
-    texts = []
-    for number, line in enumerate(raw.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            texts.append(json.loads(line)["text"])
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number} is not JSON: {error.msg}") from None
-        except (KeyError, TypeError):
-            raise UserError(
-                f"{path}:{number} has no field 'text'", wanted='{"text": "..."} on every line'
-            ) from None
-    return "\n\n".join(texts)
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    lines = enumerate(raw.split("\n"), start=1)
+    return "\n\n".join(_text_field(f"{path}:{number}", line) for number, line in lines if line.strip())
+
+
+def _text_field(where: str, line: str) -> str:
+    """The `text` of one JSON line; `where` is file:line."""
+    try:
+        text = json.loads(line)["text"]
+        text.encode()
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character (a lone surrogate)", fix="remove it") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{where} has no text in a field 'text'", wanted='{"text": "..."} on every line') from None
+    return text
 
 
 def adds_bos(tokenizer) -> bool:
@@ -86,6 +92,10 @@ def windows(
     """
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     body = length - len(bos)
+    if length < 2:
+        raise UserError(f"a window of {length} tokens predicts nothing", wanted="at least 2 tokens")
+    if count is not None and count < 1:
+        raise UserError(f"cannot cut {count} windows from {source}", wanted="at least 1")
     # A tokenizer warns about texts longer than the model; windows are cut afterwards, so the warning is noise.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     available = len(ids) // body - skip

@@ -29,7 +29,7 @@ from torch import nn
 
 from geoquant.data.text import adds_bos
 from geoquant.errors import UserError
-from geoquant.evaluate.perplexity import final_hidden, head_nll
+from geoquant.evaluate.perplexity import check_head, final_hidden, head_nll
 from geoquant.progress import Progress, silent
 
 __all__ = ["ChoiceResult", "Item", "Task", "choices", "difference", "load_task"]
@@ -220,6 +220,7 @@ def choices(
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     rows = _rows(tokenizer, task.items, limit or 1 << 30)
+    check_head(model, torch.tensor([rows[0].tokens]))
     scores = [[math.nan] * len(item.choices) for item in task.items]
     done = 0
     for batch in _batches(rows, batch_tokens):
