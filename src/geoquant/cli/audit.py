@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from geoquant.cli.options import Device, Json, Model
-from geoquant.cli.screen import output, progress_display, stdout_console
+from geoquant.cli.screen import library, output, progress_display, stdout_console
 from geoquant.cli.summary import exposure, extraction, number, percent
 
 __all__ = ["audit"]
@@ -36,8 +36,7 @@ def audit(
     """
     with output(json) as result:
         with progress_display() as progress:
-            from geoquant import pipeline
-
+            pipeline = library("pipeline", progress)
             found = pipeline.audit(
                 model,
                 members,

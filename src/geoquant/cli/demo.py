@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from geoquant.cli.options import Json
-from geoquant.cli.screen import output, progress_display
+from geoquant.cli.screen import library, output, progress_display
 from geoquant.cli.summary import show_summary
 
 __all__ = ["demo"]
@@ -31,8 +31,7 @@ def demo(
     """
     with output(json) as result:
         with progress_display() as progress:
-            from geoquant import demo as tour
-
+            tour = library("demo", progress)
             report = tour.run(out, progress, fresh)
         result(report, lambda: show_summary(report, run_folder(out)))
 

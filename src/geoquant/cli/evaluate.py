@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from geoquant.cli.options import Device, Json, Model
-from geoquant.cli.screen import output, progress_display
+from geoquant.cli.screen import library, output, progress_display
 
 __all__ = ["evaluate"]
 
@@ -42,8 +42,7 @@ def evaluate(
     """
     with output(json) as result:
         with progress_display() as progress:
-            from geoquant import pipeline
-
+            pipeline = library("pipeline", progress)
             measured = pipeline.evaluate(model, text, windows, window, tasks or [], reference, device, progress)
         result(measured, lambda: show(measured))
 

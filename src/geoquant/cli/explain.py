@@ -79,9 +79,9 @@ def sentences(site: dict, sites: list[dict]) -> list[str]:
             f"  kept          {site['kept']} columns at 16 bits{share}" + (f": {listed}{more}" if kept else "")
         )
     error, heldout = site.get("error"), site.get("heldout_error")
-    lines.append(f"  error         {scientific(error)} on calibration tokens, {scientific(heldout)} held out")
-    if error and heldout:
-        lines.append(f"                held out / calibration = {heldout / error:.2f} (1 means no over-fitting)")
+    lines.append(f"  error         {scientific(error)} of the site's output energy on calibration tokens")
+    if heldout is not None:
+        lines.append(f"                {scientific(heldout)} on the tokens that chose the damping")
     if error and site.get("expected_error"):
         lines.append(
             f"  certificate   expected {scientific(site['expected_error'])}, so achieved / expected = "

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from geoquant.cli.options import Json
-from geoquant.cli.screen import output, progress_display
+from geoquant.cli.screen import library, output, progress_display
 
 __all__ = ["export"]
 
@@ -34,8 +34,7 @@ def export(
         raise unknown_name("format", to, FORMATS)
     with output(json) as result:
         with progress_display() as progress:
-            from geoquant import pipeline
-
+            pipeline = library("pipeline", progress)
             written = pipeline.export(run, to, verify=verify, progress=progress)
         result(
             written,

@@ -9,7 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from geoquant.cli.options import Json, Model, RecipeFlags
-from geoquant.cli.screen import duration, output, progress_display, stdout_console
+from geoquant.cli.screen import duration, library, output, progress_display, stdout_console
 
 __all__ = ["plan"]
 
@@ -32,8 +32,7 @@ def plan(
     with output(json) as result:
         wanted = flags.recipe(model, recipe)
         with progress_display() as progress:
-            from geoquant import pipeline
-
+            pipeline = library("pipeline", progress)
             planned = pipeline.make_plan(wanted, progress)
         result(planned, lambda: show(planned))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from geoquant.cli.options import Json, Model, RecipeFlags, command_line
-from geoquant.cli.screen import output, progress_display
+from geoquant.cli.screen import library, output, progress_display
 from geoquant.cli.summary import show_summary
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def quantize(
     with output(json) as result:
         wanted = interrupted_recipe(out, flags) if unsaid(model, recipe, resume) else flags.recipe(model, recipe)
         with progress_display() as progress:
-            from geoquant import pipeline
-
+            pipeline = library("pipeline", progress)
             report = pipeline.quantize(wanted, out, resume=resume, progress=progress, command=command_line())
         result(report, lambda: show_summary(report, out))
 

@@ -9,15 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from rich.console import Console
 
     from geoquant.progress import Progress
 
-__all__ = ["Result", "duration", "output", "plain_value", "progress_display", "stdout_console"]
+__all__ = ["Result", "duration", "library", "output", "plain_value", "progress_display", "stdout_console"]
 
 LINE_SECONDS = 10.0  # plain mode: at most one line of the same phase in this time
 
@@ -41,7 +44,7 @@ def bars(stream) -> Iterator[Progress]:
 
     columns = (
         rich.SpinnerColumn(finished_text="[green]✓"),
-        rich.TextColumn("{task.description:<12}"),
+        rich.TextColumn("{task.description:<22}"),
         rich.BarColumn(bar_width=28),
         rich.MofNCompleteColumn(),
         rich.TimeElapsedColumn(),
@@ -58,6 +61,14 @@ def bars(stream) -> Iterator[Progress]:
             display.update(tasks[phase], completed=done, total=total or None, note="" if finished else escaped(note))
 
         yield progress
+
+
+def library(name: str, progress: Progress) -> ModuleType:
+    """Import a module of this package that needs torch and transformers, which takes seconds, in plain sight."""
+    progress("start", 0, 1, "loading torch and transformers")
+    module = import_module(f"geoquant.{name}")
+    progress("start", 1, 1)
+    return module
 
 
 def escaped(note: str) -> str:
