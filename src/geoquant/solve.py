@@ -62,7 +62,6 @@ def solve_model(
     done:       called with each new result, before its weights are put into the model.
     """
     _, modules = find_blocks(model)
-    device = next(model.parameters()).device
     batches = list(stream.batches)
     held_from = heldout_start(sum(len(batch) for batch in batches))
     for block, module, call in zip(blocks, modules, stream.calls):

@@ -50,8 +50,10 @@ def boxed_babai(
 
     factor:     `U` of `compensation_factor`, in processing order.
     importance: weights of the scale search per column (original order); usually diag(A).
-    scales:     fixed steps; when None, a group's step is searched on the updated weights at the moment the
-                recursion first touches the group.
+    scales:     fixed steps (and `zeros`); when None, a group's step is searched on the updated weights of its
+                columns, free ones left out, at the moment the recursion first touches the group.
+
+    Works in the dtype of `weight`, which all floating arguments share.
     """
     rows, columns = weight.shape
     count = columns - free
@@ -59,19 +61,21 @@ def boxed_babai(
     groups = grid.groups(columns)
     # Transposed, so that one column of the layer is one contiguous row of memory.
     work = weight.T[order].contiguous()
+    like = {"dtype": weight.dtype, "device": weight.device}
     codes = torch.zeros(columns, rows, dtype=torch.int8 if grid.symmetric else torch.uint8, device=weight.device)
     searched = scales is None
     if searched:
-        scales = torch.ones(groups, rows, device=weight.device)
-        zeros = None if grid.symmetric else torch.zeros(groups, rows, device=weight.device)
-    clipped = torch.zeros(rows, device=weight.device)
-    members = [torch.nonzero(group_of == group).flatten() for group in range(groups)]
+        scales = torch.ones(groups, rows, **like)
+        zeros = None if grid.symmetric else torch.zeros(groups, rows, **like)
+    clipped = torch.zeros(rows, **like)
+    # Free columns are no concern of the grid: their weights, often the largest, must not stretch its steps.
+    members = [torch.nonzero(group_of[:count] == group).flatten() for group in range(groups)]
     started = [not searched] * groups
     group_list = group_of.tolist()
     pivot = factor.diagonal().reciprocal().tolist()
-    errors = torch.empty(PANEL, rows, device=weight.device)
-    unboxed = torch.empty(PANEL, rows, device=weight.device)
-    value = torch.empty(rows, device=weight.device)
+    errors = torch.empty(PANEL, rows, **like)
+    unboxed = torch.empty(PANEL, rows, **like)
+    value = torch.empty(rows, **like)
     # Views made once: slicing a tensor costs as much as a short vector operation.
     work_of, errors_of, unboxed_of = work.unbind(0), errors.unbind(0), unboxed.unbind(0)
     scale_of, zero_of = list(scales.unbind(0)), None if zeros is None else list(zeros.unbind(0))

@@ -19,11 +19,10 @@ class NotPositiveDefinite(ValueError):
 
 
 def damped(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    """`A + damping * mean(diag A) * I`. Inputs that never fire get unit variance: any code is right for them."""
-    diagonal = hessian.diagonal()
-    level = damping * diagonal.mean()
+    """`A + damping * mean(diag A) * I`; the identity when no input ever fires: then any code is right."""
+    mean = hessian.diagonal().mean()
     result = hessian.clone()
-    result.diagonal().add_(level if level > 0 else 1.0)
+    result.diagonal().add_(torch.where(mean == 0, 1.0, damping * mean))
     return result
 
 
@@ -70,8 +69,8 @@ def expected_error(
 
     Babai leaves `w - q = sum_j (eps_j / U_jj) U_j:` with eps_j the rounding error of column j. Independent eps_j
     therefore cost `sum_j E[eps_j^2] (U M U^T)_jj / U_jj^2`; this returns the factor of each term. With M the
-    metric that U was made from it is `r_j^2`; with M from other tokens it is the price of over-fitting, and the
-    damping that minimises its sum needs no trial solve.
+    (damped) metric that U was made from it is `r_j^2`; with M from other tokens it is the price of over-fitting, and
+    the damping that minimises its sum needs no trial solve.
     """
     permuted = metric[order][:, order]
     return ((factor @ permuted) * factor).sum(1) / factor.diagonal().square()

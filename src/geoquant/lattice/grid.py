@@ -17,7 +17,10 @@ SCALE_DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Grid:
-    """Intent: which numbers a weight may take. Symmetric codes lie in [-2^(b-1), 2^(b-1)-1], asymmetric in [0, 2^b-1]."""
+    """Intent: which numbers a weight may take.
+
+    Symmetric codes lie in [-2^(b-1), 2^(b-1)-1], asymmetric in [0, 2^b-1].
+    """
 
     bits: int = 4
     group_size: int = 64
@@ -47,8 +50,8 @@ class Grid:
         return self.bits + side * self.groups(columns) / columns
 
 
-# Steps tried, as fractions of the step that just avoids clipping. Each try is followed by the closed-form best
-# step for its codes, so a coarse list is enough.
+# Steps tried, as fractions of the step whose box just reaches the largest weight. Each try is followed by the
+# closed-form best step for its codes, and the best of all by one more rounding, so a coarse list is enough.
 SHRINK = (1.0, 0.9, 0.8, 0.72, 0.64, 0.56)
 
 
@@ -60,10 +63,14 @@ def search_scales(
     Weights come transposed, one row of the tensor per column of the layer. For codes z the best step is
     `a/b` with `a = sum h w z`, `b = sum h z^2`, and its error is `sum h w^2 - a^2/b`: each try therefore costs one
     rounding and two weighted sums. A symmetric grid has one more code below zero than above, so both signs of
-    the step are tried. Steps are rounded to bfloat16, the precision in which they are stored.
+    the step are tried. Steps are rounded to bfloat16, the precision in which they are stored; up to that rounding
+    the error is never above that of the min-max steps `max|w| / 2^(b-1)` and `max|w| / (2^(b-1) - 1)`.
+    Where no column matters (all importances zero) or one is not finite, all columns count the same.
     """
-    # A column without weight must still be reproduced if nothing else decides.
-    importance = importance.clamp_min(1e-9 * importance.max().clamp_min(1e-30))[:, None]
+    importance = importance / importance.max()
+    importance = torch.where(importance.isfinite().all(), importance, 1.0)
+    # A column that does not matter must still be reproduced if nothing else decides.
+    importance = importance.clamp_min(1e-9)[:, None]
     return _symmetric(weight, importance, grid) if grid.symmetric else _asymmetric(weight, importance, grid)
 
 
@@ -73,16 +80,18 @@ def _symmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, 
     best = torch.full_like(largest, -1.0)
     scale = largest / -grid.lowest
     codes = torch.empty_like(weight)
-    for shrink in SHRINK:
-        for sign in (1.0, -1.0):
-            torch.mul(weight, sign * -grid.lowest / (shrink * largest), out=codes)
-            codes.round_().clamp_(grid.lowest, grid.highest)
-            a = (weighted * codes).sum(0)
-            b = (codes.square_() * importance).sum(0)
-            gain = torch.where(b > 0, a * a / b.clamp_min(1e-30), 0.0)
-            better = gain > best
-            best = torch.where(better, gain, best)
-            scale = torch.where(better & (b > 0), a / b.clamp_min(1e-30), scale)
+    inverse_steps = [sign * -grid.lowest / (shrink * largest) for shrink in SHRINK for sign in (1.0, -1.0)]
+    # The one step that clips on neither side.
+    inverse_steps.append(grid.highest / largest)
+    for step in range(len(inverse_steps) + 1):
+        torch.mul(weight, inverse_steps[step] if step < len(inverse_steps) else scale.reciprocal(), out=codes)
+        codes.round_().clamp_(grid.lowest, grid.highest)
+        a = (weighted * codes).sum(0)
+        b = (codes.square_() * importance).sum(0)
+        gain = torch.where(b > 0, a * a / b.clamp_min(1e-30), 0.0)
+        better = gain > best
+        best = torch.where(better, gain, best)
+        scale = torch.where(better & (b > 0), a / b.clamp_min(1e-30), scale)
     return _stored(scale), None
 
 
@@ -90,10 +99,14 @@ def _asymmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor,
     low, high = weight.amin(0).clamp_max(0.0), weight.amax(0).clamp_min(0.0)
     span = (high - low).clamp_min(1e-12)
     best = torch.full_like(span, torch.inf)
-    scale, zero = span.clone(), torch.zeros_like(span)
-    for shrink in SHRINK:
-        step = _stored(span * shrink / grid.highest)
-        point = (-low * shrink / step).round_().clamp_(0, grid.highest)
+    scale = _stored(span / grid.highest)
+    zero = (-low / scale).round_().clamp_(0, grid.highest)
+    for shrink in (*SHRINK, None):
+        if shrink is None:
+            step, point = scale, zero
+        else:
+            step = _stored(span * shrink / grid.highest)
+            point = (-low * shrink / step).round_().clamp_(0, grid.highest)
         codes = (weight / step).round_().add_(point).clamp_(0, grid.highest).sub_(point)
         a = (weight * codes * importance).sum(0)
         b = (codes.square() * importance).sum(0)
@@ -107,7 +120,7 @@ def _asymmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor,
 
 def _stored(scale: Tensor) -> Tensor:
     """The value a reader will see, never zero."""
-    rounded = scale.to(SCALE_DTYPE).float()
+    rounded = scale.to(SCALE_DTYPE).to(scale.dtype)
     tiny = torch.finfo(SCALE_DTYPE).tiny
     return torch.where(rounded.abs() < tiny, tiny, rounded)
 

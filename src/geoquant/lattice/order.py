@@ -5,7 +5,8 @@ activation:   largest diag(A) first (GPTQ's act-order, Frantar et al. 2022).
 group-aware:  whole groups by their mean diag(A), largest first, and by diag(A) inside each group: groups stay
               contiguous, so their scales can be searched on up-to-date weights and no reader needs an index.
 min-pivot:    sorted QR from the other end (Wuebben et al. 2001): the column with the smallest residual norm is
-              processed last, then the smallest given that one, and so on; Lovasz' condition holds by construction.
+              processed last, then the smallest given that one, and so on; Lovasz' condition holds by construction
+              (for the metric at 1% damping; columns that `last` moves to the end are exempt).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from geoquant.lattice.basis import damped
 
 __all__ = ["ORDERS", "column_order"]
 
@@ -34,14 +37,15 @@ def group_aware(hessian: Float[Tensor, "n n"], group_size: int) -> Int[Tensor, "
     group = torch.arange(columns, device=diagonal.device) // group_size
     sums = torch.zeros(int(group[-1]) + 1, dtype=diagonal.dtype, device=diagonal.device).index_add_(0, group, diagonal)
     means = sums / torch.bincount(group)
+    # Ranks, not means: groups with equal means must not interleave.
+    rank = torch.argsort(torch.argsort(means, descending=True, stable=True))
     inside = torch.argsort(diagonal, descending=True, stable=True)
-    return inside[torch.argsort(means[group[inside]], descending=True, stable=True)]
+    return inside[torch.argsort(rank[group[inside]], stable=True)]
 
 
 def min_pivot(hessian: Float[Tensor, "n n"], group_size: int) -> Int[Tensor, " n"]:
     """Right-looking Cholesky with minimum-diagonal pivoting; O(n^3), the last pivot is processed first."""
-    residual = hessian.double().clone()
-    residual.diagonal().add_(0.01 * residual.diagonal().mean())
+    residual = damped(hessian.double(), 0.01)
     columns = len(residual)
     left = torch.full((columns,), 0.0, dtype=torch.float64, device=hessian.device)
     pivots = []

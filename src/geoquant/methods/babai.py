@@ -11,21 +11,14 @@ from torch import Tensor
 
 from geoquant.lattice.babai import boxed_babai
 from geoquant.lattice.basis import NotPositiveDefinite, compensation_factor, expected_error
-from geoquant.lattice.grid import search_scales
+from geoquant.lattice.grid import Grid, search_scales
 from geoquant.lattice.order import column_order
 from geoquant.methods.problem import Problem, Solution
 
-__all__ = ["DAMPINGS", "choose_damping", "combined", "solve", "solve_with"]
+__all__ = ["DAMPINGS", "choose_damping", "solve", "solve_with"]
 
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
 DEFAULT_DAMPING = 0.01
-
-
-def combined(problem: Problem) -> Float[Tensor, "in in"]:
-    """The metric on all tokens: once the damping is chosen, held-out tokens are data like any other."""
-    if problem.heldout is None:
-        return problem.hessian
-    return problem.hessian + problem.heldout
 
 
 def solve(problem: Problem) -> Solution:
@@ -38,8 +31,8 @@ def solve(problem: Problem) -> Solution:
 
 def solve_with(problem: Problem, kept: Int[Tensor, " k"]) -> Solution:
     """Boxed Babai with the columns `kept` ordered last and left continuous."""
-    damping = problem.damping or choose_damping(problem, kept)
-    return _solve(problem.weight, combined(problem), problem, damping, kept)
+    damping = choose_damping(problem, kept) if problem.damping is None else problem.damping
+    return _solve(problem.weight, problem.pooled, problem, damping, kept)
 
 
 def choose_damping(problem: Problem, kept: Int[Tensor, " k"]) -> float:
@@ -84,11 +77,10 @@ def _solve(
     grid = problem.grid
     order = column_order(problem.order, hessian, grid.group_size, last=kept)
     factor = compensation_factor(hessian, order, damping)
-    importance = hessian.diagonal().clone()
-    importance[kept] = 0.0
+    importance = hessian.diagonal()
     scales = zeros = None
     if problem.static_scales:
-        scales, zeros = _static_scales(weight, importance, problem)
+        scales, zeros = _static_scales(weight, importance, kept, problem.grid)
     result = boxed_babai(weight, factor, order, grid, importance, free=len(kept), scales=scales, zeros=zeros)
     codes, free = result.codes, result.free
     index = torch.sort(order[len(order) - len(kept) :])
@@ -112,11 +104,19 @@ def _solve(
     )
 
 
-def _static_scales(weight: Tensor, importance: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
-    grid, columns = problem.grid, weight.shape[1]
-    parts = [
-        slice(start, min(start + grid.group_size, columns)) for start in range(0, columns, grid.group_size)
-    ]
-    found = [search_scales(weight.T[part].contiguous(), importance[part], grid) for part in parts]
+def _static_scales(
+    weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"], kept: Int[Tensor, " k"], grid: Grid
+) -> tuple[Float[Tensor, "groups out"], Float[Tensor, "groups out"] | None]:
+    """Steps of the weights as they are; like the recursion's own search, without the kept columns."""
+    on_grid = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    on_grid[kept] = False
+    rows = weight.shape[0]
+    found = []
+    for columns in torch.arange(weight.shape[1], device=weight.device).split(grid.group_size):
+        columns = columns[on_grid[columns]]
+        if len(columns):
+            found.append(search_scales(weight.T[columns].contiguous(), importance[columns], grid))
+        else:
+            found.append((weight.new_ones(rows), None if grid.symmetric else weight.new_zeros(rows)))
     scales = torch.stack([scale for scale, _ in found])
     return scales, None if grid.symmetric else torch.stack([zero for _, zero in found])

@@ -39,11 +39,9 @@ def kept_columns(scores: Float[Tensor, " in"], share: float) -> Int[Tensor, " k"
 
 def solve(problem: Problem) -> Solution:
     """Score with round-to-nearest errors, keep the top columns, then boxed Babai on the rest."""
-    pooled = babai.combined(problem)
-    rounded = rtn.solve(replace(problem, hessian=pooled, heldout=None))
-    scores = hop_scores(
-        rounded.dequantize() - problem.weight, pooled, problem.damping or babai.DEFAULT_DAMPING
-    )
+    rounded = rtn.solve(problem)
+    damping = babai.DEFAULT_DAMPING if problem.damping is None else problem.damping
+    scores = hop_scores(rounded.dequantize() - problem.weight, problem.pooled, damping)
     if problem.keep <= 0:
         return replace(babai.solve(problem), column_scores=scores)
     return replace(babai.solve_with(problem, kept_columns(scores, problem.keep)), column_scores=scores)

@@ -20,8 +20,8 @@ class Problem:
     Sites that share an input are stacked along the rows (rows are independent given the metric).
 
     weight:   (out, in) float32, the target.
-    hessian:  (in, in) float32, `A = E[w_t x_t x_t^T]` on the calibration tokens.
-    heldout:  the same on held-out tokens (same units), or None.
+    hessian:  (in, in) float32, `A = sum_t w_t x_t x_t^T` over the calibration tokens.
+    heldout:  the same sum over held-out tokens, or None.
     order:    natural | activation | group-aware | min-pivot.
     damping:  lambda in `A + lambda * mean(diag A) * I`, or None: chosen on `heldout`.
     keep:     share of input columns kept at 16 bits (used by `dqc` only).
@@ -37,6 +37,11 @@ class Problem:
     keep: float = 0.0
     static_scales: bool = False
 
+    @property
+    def pooled(self) -> Float[Tensor, "in in"]:
+        """The metric on all tokens: once the damping is chosen, held-out tokens are data like any other."""
+        return self.hessian if self.heldout is None else self.hessian + self.heldout
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -46,7 +51,7 @@ class Solution:
     scales:       (out, groups) bfloat16; zero_points: (out, groups) uint8 or None when symmetric.
     kept_index:   (k,) int64 sorted input columns kept at 16 bits; kept_weight: (out, k) bfloat16.
     damping:      the lambda used.
-    gram_schmidt: (in,) float32 `r_j`, Gram-Schmidt lengths of the damped metric in the order used, original column positions.
+    gram_schmidt: (in,) float32 `r_j`, Gram-Schmidt lengths of the damped metric in the order used, listed by column.
     saturated:    (out,) float32 share of each row's codes whose unclipped value lay outside the box.
     column_scores: (in,) float32 HOP score of each input column if the method computed it, else None.
     """

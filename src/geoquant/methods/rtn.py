@@ -11,11 +11,15 @@ __all__ = ["solve"]
 
 
 def solve(problem: Problem) -> Solution:
-    """Nearest codes with searched steps; no compensation, no order, no damping."""
+    """Nearest codes with searched steps; no compensation, no order, no damping.
+
+    Alone, column j costs `A_jj eps_j^2`: its length in the lattice is `sqrt(A_jj)`.
+    """
     grid, weight = problem.grid, problem.weight
     rows, columns = weight.shape
     transposed = weight.T.contiguous()
-    importance = problem.hessian.diagonal()
+    # A damaged metric (NaN) must not spoil what needs no metric: this is also the fallback of the other methods.
+    importance = problem.pooled.diagonal().nan_to_num(0.0, 0.0, 0.0)
     codes = torch.empty(columns, rows, device=weight.device)
     scales = torch.empty(grid.groups(columns), rows, device=weight.device)
     zeros = None if grid.symmetric else torch.empty_like(scales)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from geoquant.errors import UserError
 from geoquant.model.walk import Block, find_blocks
 from geoquant.observe.compute import cast_call, pure_copy
 from geoquant.observe.stream import BlockCall, Stream, hooks, run_block
@@ -51,9 +52,7 @@ def token_energies(
             work = pure_copy(module, compute)
             with torch.no_grad():
                 hidden = [run_block(work, call, x) for x in hidden]
-        gradients = [
-            _head_gradient(model, x, chunk[i * size : (i + 1) * size], head) for i, x in enumerate(hidden)
-        ]
+        gradients = [_head_gradient(model, x, chunk[i * size : (i + 1) * size], head) for i, x in enumerate(hidden)]
         for block, module, call in zip(reversed(blocks), reversed(list(modules)), reversed(calls)):
             work = pure_copy(module, compute)
             inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
@@ -78,6 +77,7 @@ def _head_gradient(
     `softmax - onehot` is written in place of the logits: autograd would hold three copies of them.
     """
     norm, cap = _final_norm(model), getattr(model.config, "final_logit_softcapping", None)
+    bias = model.get_output_embeddings().bias
     result = torch.zeros_like(hidden)
     flat, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     parts = []
@@ -86,6 +86,8 @@ def _head_gradient(
             leaf = h.detach().requires_grad_()
             normed = norm(leaf)
         logits = normed.detach().to(head.dtype) @ head.T
+        if bias is not None:
+            logits += bias
         slope = None
         if cap:
             logits = torch.tanh(logits / cap)
@@ -95,9 +97,7 @@ def _head_gradient(
         gradient[torch.arange(len(t), device=t.device), t] -= 1.0
         if slope is not None:
             gradient *= slope
-        parts.append(
-            torch.autograd.grad(normed, leaf, (gradient @ head).to(normed.dtype))[0].to(hidden.dtype)
-        )
+        parts.append(torch.autograd.grad(normed, leaf, (gradient @ head).to(normed.dtype))[0].to(hidden.dtype))
     result[:, :-1] = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
     return result
 
@@ -127,16 +127,21 @@ def _block_gradient(
         def forward(_: nn.Module, __: tuple, output: Tensor) -> None:
             def backward(g: Tensor) -> None:
                 energy = torch.linalg.vector_norm(g.detach(), dim=-1, dtype=torch.float32).square().cpu()
-                energies[stage][first : first + len(energy)] += energy
+                if energy.numel() != x.shape[0] * x.shape[1]:
+                    raise UserError(
+                        f"site {stage} sees {energy.numel()} of {x.shape[0] * x.shape[1]} tokens",
+                        wanted="a site that sees every token",
+                        fix="use --metric plain",
+                    )
+                # Some modules flatten their tokens (shared experts).
+                energies[stage][first : first + x.shape[0]] += energy.view(x.shape[:2])
 
             output.register_hook(backward)
 
         return forward
 
     handles = [
-        inside[site.name].register_forward_hook(watch(stage.name))
-        for stage in block.stages
-        for site in stage.sites
+        inside[site.name].register_forward_hook(watch(stage.name)) for stage in block.stages for site in stage.sites
     ]
     leaf = x.detach().requires_grad_()
     with hooks(handles):

@@ -48,9 +48,7 @@ def hooks(handles: Sequence) -> Iterator[None]:
 
 
 @torch.no_grad()
-def open_stream(
-    model: nn.Module, tokens: Int[Tensor, "n length"], compute: torch.dtype = torch.float32
-) -> Stream:
+def open_stream(model: nn.Module, tokens: Int[Tensor, "n length"], compute: torch.dtype = torch.float32) -> Stream:
     """Embed all windows and capture each block's call (one real forward pass of the first batch)."""
     _, blocks = find_blocks(model)
     device = next(model.parameters()).device
