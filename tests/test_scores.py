@@ -65,13 +65,13 @@ def test_scores_equal_the_definition_at_any_batch_size(tiny_model, tiny_tokenize
 
 
 def test_the_vocabulary_chunk_changes_nothing(tiny_model, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr("geoquant.privacy.scores.VOCABULARY_CHUNK", 304 * 7)
+    monkeypatch.setattr("geoquant.evaluate.perplexity.VOCABULARY_CHUNK", 304 * 7)
     agree(score_records(tiny_model, tiny_tokenizer, RECORDS), tiny_model, tiny_tokenizer)
 
 
 def test_the_head_sees_only_the_asked_positions(tiny_model, tiny_tokenizer, monkeypatch):
     """Memory stays bounded: no call of the head projects more than a chunk of positions."""
-    monkeypatch.setattr("geoquant.privacy.scores.VOCABULARY_CHUNK", 304 * 7)
+    monkeypatch.setattr("geoquant.evaluate.perplexity.VOCABULARY_CHUNK", 304 * 7)
     rows = []
     tiny_model.lm_head.register_forward_hook(lambda m, i, o: rows.append(o.numel() // o.shape[-1]))
     score_records(tiny_model, tiny_tokenizer, RECORDS)
@@ -105,8 +105,8 @@ def test_logits_changed_after_the_head_are_the_models_own(tiny_tokenizer):
     agree(score_records(model, tiny_tokenizer, RECORDS), model, tiny_tokenizer)
 
 
-def test_an_unknown_change_of_the_logits_is_noticed(tiny_model, tiny_tokenizer):
-    """No setting announces it: the check against the model's own last logits must catch it."""
+def test_an_unknown_change_of_the_logits_is_refused(tiny_model, tiny_tokenizer):
+    """No setting announces it: the check against the model's own logits must catch it."""
     original = type(tiny_model).forward
 
     class Scaled(type(tiny_model)):
@@ -118,7 +118,8 @@ def test_an_unknown_change_of_the_logits_is_noticed(tiny_model, tiny_tokenizer):
             return output
 
     tiny_model.__class__ = Scaled
-    agree(score_records(tiny_model, tiny_tokenizer, RECORDS), tiny_model, tiny_tokenizer)
+    with pytest.raises(UserError, match="changes its logits"):
+        score_records(tiny_model, tiny_tokenizer, RECORDS)
 
 
 def test_gpt2_style_models(tiny_tokenizer):

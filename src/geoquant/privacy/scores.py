@@ -14,8 +14,7 @@ record has no prefix and is not scored. Logarithms are natural.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from geoquant.data.private import decoy_records
 from geoquant.data.records import Record, Split
 from geoquant.data.text import adds_bos
 from geoquant.errors import UserError
+from geoquant.evaluate.perplexity import check_head, final_hidden, head_logits, head_rows
 from geoquant.progress import Progress, silent
 from geoquant.runs import read_tensors, write_tensors
 
@@ -40,10 +40,6 @@ __all__ = [
     "score_records",
     "score_split",
 ]
-
-VOCABULARY_CHUNK = 1 << 24  # logits held at once (64 MiB each of logits, log-probabilities, probabilities)
-# Settings by which architectures change the logits after the head; only their own forward is right then.
-AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -105,14 +101,10 @@ def digit_tokens(tokenizer) -> Int[Tensor, 10] | None:
     return torch.tensor([ids[pieces.index(digit)] for digit in "0123456789"])
 
 
-def _encode(
-    tokenizer, records: Sequence[Record], limit: int
-) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def _encode(tokenizer, records: Sequence[Record], limit: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Token ids (with BOS where due) and the characters of every token but a BOS, cut to `limit` tokens."""
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            "this tokenizer cannot say which characters a token covers", wanted="a fast tokenizer"
-        )
+        raise UserError("this tokenizer cannot say which characters a token covers", wanted="a fast tokenizer")
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     encoded = tokenizer(
         [record.text for record in records],
@@ -122,9 +114,7 @@ def _encode(
         verbose=False,
     )
     body = limit - len(bos)
-    return [
-        (bos + i[:body], o[:body]) for i, o in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-    ]
+    return [(bos + i[:body], o[:body]) for i, o in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -137,43 +127,6 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
-
-
-def _logits_of(model) -> Callable[[Tensor], Callable[[Tensor, Tensor], Tensor]]:
-    """A function tokens (batch, length) -> function (rows, columns) -> logits at these positions.
-
-    Where the logits are the output embedding of the trunk's last state, only the positions asked for are
-    projected on the vocabulary; this is checked on every batch against the model's own logits of the last
-    position. Otherwise all logits of the batch are computed by the model.
-    """
-    head = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    plain = all(getattr(config, name, None) in (None, 1, 1.0) for name in AFTER_HEAD)
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    trunk = model.base_model
-    seen: list[Tensor] = []
-
-    def remember(module, inputs, output) -> None:
-        seen.append(output[0])
-
-    def forward(tokens: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        if not (plain and keeps and head is not None and trunk is not model):
-            logits = model(input_ids=tokens, use_cache=False).logits
-            return lambda rows, columns: logits[rows, columns]
-        handle = trunk.register_forward_hook(remember)
-        try:
-            last = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
-        finally:
-            handle.remove()
-        hidden = seen.pop()
-        ours = head(hidden[:, -1:])
-        tolerance = max(1e-4, 8 * torch.finfo(last.dtype).eps) * last.abs().max()
-        if ours.shape != last.shape or (ours - last).abs().max() > tolerance:
-            logits = model(input_ids=tokens, use_cache=False).logits
-            return lambda rows, columns: logits[rows, columns]
-        return lambda rows, columns: head(hidden[rows, columns])
-
-    return forward
 
 
 @torch.no_grad()
@@ -195,9 +148,7 @@ def score_records(
     """
     if not records:
         raise UserError("no records to score")
-    limit = min(
-        max_tokens, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens
-    )
+    limit = min(max_tokens, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens)
     encoded = _encode(tokenizer, records, limit)
     # Padding goes to the right: a causal model's real positions never see it, so no mask is needed.
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -210,11 +161,12 @@ def score_records(
     offsets = [pair for _, marks in encoded for pair in marks[1 - bos :]]
     ranges = np.array(offsets, np.int64).reshape(-1, 2)
     digits = digit_tokens(tokenizer)
-    logits_of, device = _logits_of(model), model.device
+    device = model.device
     was_training = model.training
     model.eval()
     done = 0
     try:
+        check_head(model, torch.tensor([next((ids for ids, _ in encoded if len(ids) > 1), [padding, padding])]))
         for batch in _batches([len(ids) for ids, _ in encoded], batch_tokens):
             longest = max(len(encoded[index][0]) for index in batch)
             if longest > 1:
@@ -225,13 +177,13 @@ def score_records(
                 columns = torch.cat([torch.arange(counts[i]) for i in batch])
                 where = np.concatenate([np.arange(splits[i], splits[i + 1]) for i in batch])
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                    logits_at = logits_of(tokens.to(device))
-                chunk = max(1, VOCABULARY_CHUNK // model.config.get_text_config().vocab_size)
+                    hidden = final_hidden(model, tokens.to(device))
+                chunk = head_rows(model)
                 for begin in range(0, len(rows), chunk):
                     part = slice(begin, begin + chunk)
                     truth = tokens[rows[part], columns[part] + 1].to(device)
                     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                        logits = logits_at(rows[part].to(device), columns[part].to(device)).float()
+                        logits = head_logits(model, hidden[rows[part].to(device), columns[part].to(device)])
                     values = _statistics(logits, truth, digits)
                     for target, value in zip((log_prob, mean, std, correct, mass), values, strict=True):
                         target[where[part]] = value.cpu().numpy()
@@ -277,9 +229,7 @@ def score_split(
     def score(records: Sequence[Record]) -> RecordScores | None:
         if not records:
             return None
-        return score_records(
-            model, tokenizer, records, batch_tokens=batch_tokens, bfloat16=bfloat16, progress=progress
-        )
+        return score_records(model, tokenizer, records, batch_tokens=batch_tokens, bfloat16=bfloat16, progress=progress)
 
     merged = split.canaries and digit_tokens(tokenizer) is None
     others = decoy_records(split.canaries, decoys, seed) if merged else ()
