@@ -292,7 +292,7 @@ def test_a_closed_pipe_is_no_error():
 def test_json_is_one_object_whatever_libraries_print():
     child = python(
         "import os, sys, types, geoquant, numpy\n"
-        "def evaluate(*arguments):\n"
+        "def evaluate(*arguments, items):\n"
         "    print('a library talks')\n"
         "    os.write(1, b'so does its C part\\n')\n"
         "    arguments[-1]('measure', 1, 1)\n"

@@ -12,6 +12,9 @@ from geoquant.cli.summary import exposure, extraction, number, percent
 
 __all__ = ["audit"]
 
+# The report compares an original with its quantized twin; here one model is looked at, whatever it is.
+NAMES = {"original": "this model", "base": "reference"}
+
 
 def audit(
     model: Model,
@@ -56,13 +59,13 @@ def show(found: dict) -> None:
 
     table = Table(title="membership attacks", title_justify="left", title_style="bold")
     rates = list(dict.fromkeys(rate for attack in found["attacks"] for rate in attack["tpr_at_fpr"]))
-    for header in ("attack", "model", "AUC", "interval", *(f"TPR at {float(r):.3g} FPR" for r in rates)):
+    for header in ("attack", "model", "AUC", "interval", *(f"TPR at {100 * float(r):g}% FPR" for r in rates)):
         table.add_column(header, justify="left" if header in ("attack", "model") else "right")
     for attack in found["attacks"]:
         low, high = attack.get("ci") or (None, None)
         table.add_row(
             attack["name"],
-            attack["subject"],
+            NAMES.get(attack["subject"], attack["subject"]),
             number(attack["auc"], 3),
             f"{number(low, 3)} – {number(high, 3)}",
             *(percent(rate_value(attack["tpr_at_fpr"].get(rate))) for rate in rates),
@@ -72,7 +75,9 @@ def show(found: dict) -> None:
         seen = {"extracted": extraction(found, subject), "exposure": exposure(found, subject)}
         for label, value in seen.items():
             if value is not None:
-                print(f"{subject}: {label} {value}")
+                print(f"{NAMES.get(subject, subject)}: {label} {value}")
+    for warning in found.get("warnings") or []:
+        print(f"warning: {warning}")
     print("no formal guarantee: these are the attacks that were run, not all that exist")
 
 

@@ -33,9 +33,4 @@ def demo(
         with progress_display() as progress:
             tour = library("demo", progress)
             report = tour.run(out, progress, fresh)
-        result(report, lambda: show_summary(report, run_folder(out)))
-
-
-def run_folder(out: Path) -> Path:
-    """Where the tour put its report: beside the cached model, or in a run folder below."""
-    return next((page.parent for page in sorted(out.glob("**/report.html"))), out)
+        result(report, lambda: show_summary(report, out / "run"))

@@ -26,6 +26,7 @@ def evaluate(
         list[Path] | None,
         Parameter(name="--task", help="Multiple-choice items, .jsonl with query, choices, gold; repeatable."),
     ] = None,
+    items: Annotated[int | None, Parameter(help="Items taken of each task, from its start (default: all).")] = None,
     reference: Annotated[
         str | None, Parameter(help="Model to measure the divergence from (KL per token), e.g. the original.")
     ] = None,
@@ -43,7 +44,9 @@ def evaluate(
     with output(json) as result:
         with progress_display() as progress:
             pipeline = library("pipeline", progress)
-            measured = pipeline.evaluate(model, text, windows, window, tasks or [], reference, device, progress)
+            measured = pipeline.evaluate(
+                model, text, windows, window, tasks or [], reference, device, progress, items=items
+            )
         result(measured, lambda: show(measured))
 
 
@@ -57,6 +60,8 @@ def show(measured: dict) -> None:
         value = kl["value"] if isinstance(kl, dict) else kl
         error = f" ± {kl['se']:.5f}" if isinstance(kl, dict) and kl.get("se") is not None else ""
         print(f"divergence  {value:.5f}{error} nats per token from the reference")
+        if isinstance(kl, dict) and kl.get("top1") is not None:
+            print(f"same guess  {100 * kl['top1']:.1f}% of tokens")
     for task in measured.get("tasks") or []:
         error = f" ± {100 * task['se']:.1f}" if task.get("se") is not None else ""
         print(f"{task['name']:<11} {100 * task['accuracy']:.1f}%{error} of {task['items']} items")
