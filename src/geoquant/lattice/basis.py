@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["NotPositiveDefinite", "compensation_factor", "damped", "expected_error", "triangular_inverse"]
+__all__ = ["NotPositiveDefinite", "compensation_factor", "damped", "expected_error", "permuted", "triangular_inverse"]
 
 
 class NotPositiveDefinite(ValueError):
@@ -40,12 +40,16 @@ def compensation_factor(
 
     Raises NotPositiveDefinite.
     """
-    backwards = order.flip(0)
-    matrix = damped(hessian, damping)[backwards][:, backwards].to(precision)
+    matrix = permuted(damped(hessian, damping).to(precision), order.flip(0))
     lower, info = torch.linalg.cholesky_ex(matrix)
     if info.item() or not torch.isfinite(lower.diagonal()).all():
         raise NotPositiveDefinite(f"metric of {len(order)} columns is not positive definite at damping {damping}")
     return triangular_inverse(lower).flip(0, 1).to(hessian.dtype).contiguous()
+
+
+def permuted(symmetric: Float[Tensor, "n n"], order: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
+    """Rows and columns of a symmetric matrix in `order`: two gathers of rows, several times faster than of columns."""
+    return symmetric.index_select(0, order).T.contiguous().index_select(0, order)
 
 
 def triangular_inverse(lower: Float[Tensor, "n n"], base: int = 128) -> Float[Tensor, "n n"]:
@@ -63,14 +67,14 @@ def triangular_inverse(lower: Float[Tensor, "n n"], base: int = 128) -> Float[Te
 
 
 def expected_error(
-    factor: Float[Tensor, "n n"], metric: Float[Tensor, "n n"], order: Int[Tensor, " n"]
-) -> Float[Tensor, " n"]:
-    """What one unit of squared rounding error in each processed column costs under `metric`, in processing order.
+    factor: Float[Tensor, "n n"], metric: Float[Tensor, "n n"], *, stride: int = 1
+) -> Float[Tensor, " m"]:
+    """What one unit of squared rounding error in a processed column costs under `metric` (both in processing order).
 
     Babai leaves `w - q = sum_j (eps_j / U_jj) U_j:` with eps_j the rounding error of column j. Independent eps_j
-    therefore cost `sum_j E[eps_j^2] (U M U^T)_jj / U_jj^2`; this returns the factor of each term. With M the
-    (damped) metric that U was made from it is `r_j^2`; with M from other tokens it is the price of over-fitting, and
-    the damping that minimises its sum needs no trial solve.
+    therefore cost `sum_j E[eps_j^2] (U M U^T)_jj / U_jj^2`; this returns the factor of every `stride`-th term. With M
+    the (damped) metric that U was made from it is `r_j^2`; with M from other tokens it is the price of over-fitting,
+    and the damping that minimises its sum needs no trial solve.
     """
-    permuted = metric[order][:, order]
-    return ((factor @ permuted) * factor).sum(1) / factor.diagonal().square()
+    rows = factor[::stride]
+    return ((rows @ metric) * rows).sum(1) / factor.diagonal()[::stride].square()
