@@ -60,17 +60,22 @@ def quantize(
     """
     run, clock = Path(out), reporting.Clock()
     claim_output(run, resume=resume)
+    manifest, base_scores, base = run / "manifest.json", run / "base_scores.safetensors", None
+    new = not manifest.exists()
     try:
         with clock("load"):
             split = load_records(recipe)
-            base = None
-            if split and recipe.reference:
-                base = score_reference(
-                    run / "base_scores.safetensors", recipe.reference, split, recipe.device, progress
-                )
             loaded, blocks, texts, plan, notes = prepare(recipe)
             reporting.write_manifest(run, recipe, loaded, texts, split, command)
+            if split and recipe.reference:
+                if not base_scores.exists():
+                    loaded = None  # never two models in memory: this one is read again below
+                base = score_reference(base_scores, recipe.reference, split, recipe.device, progress)
+                loaded = loaded or load(recipe.model, device=recipe.device)
     except UserError:
+        if new:  # nothing worth resuming: leave no trace
+            manifest.unlink(missing_ok=True)
+            base_scores.unlink(missing_ok=True)
         if not any(run.iterdir()):
             run.rmdir()
         raise
@@ -243,7 +248,7 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     return {
         "model": reporting.model_facts(loaded),
         "sites": plan.to_dict()["sites"],
-        "size": reporting.planned_size(loaded, blocks, plan),
+        "size": reporting.planned_size(loaded, plan, recipe.formats[0] if recipe.formats else "dense"),
         "estimate": {"memory_bytes": spent.memory_bytes, "seconds": spent.seconds, "gemm_flops": spent.flops},
         "warnings": list(notes),
     }
