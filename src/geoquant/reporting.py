@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import resource
 import sys
@@ -18,12 +19,13 @@ from geoquant.data.records import Split
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import Perplexity, difference
 from geoquant.export import snippet
+from geoquant.export.compressed_tensors import stored_bits
 from geoquant.export.verify import VerifyResult
 from geoquant.export.weights import ExportResult
 from geoquant.measure import Quality, Texts
 from geoquant.model.load import Loaded
 from geoquant.model.walk import Block
-from geoquant.plan.uniform import Plan
+from geoquant.plan.uniform import Plan, SitePlan, kept_count
 from geoquant.recipe import Recipe
 from geoquant.results import site_reports
 from geoquant.runs import read_json, write_json
@@ -171,18 +173,24 @@ def linear_weights(blocks: tuple[Block, ...]) -> int:
     return sum(site.shape[0] * site.shape[1] for block in blocks for site in block.sites)
 
 
-def planned_size(loaded: Loaded, blocks: tuple[Block, ...], plan: Plan) -> dict:
-    """Sizes as planned: sites at their bits, everything else as stored."""
-    facts = model_facts(loaded)
-    count = linear_weights(blocks)
-    linear = int(count * plan.bits_per_weight / 8)
-    other = facts["bytes"] - count * torch.finfo(loaded.dtype).bits // 8
+def planned_size(loaded: Loaded, plan: Plan, format: str) -> dict:
+    """Sizes of one format's files as planned: sites as the format stores them, everything else as it is."""
+    facts, width = model_facts(loaded), torch.finfo(loaded.dtype).bits // 8
+    weights = sum(math.prod(site.shape) for site in plan.sites)
+    linear = weights * width if format == "dense" else sum(map(_packed_bytes, plan.sites))
     return {
         "bits_per_weight": plan.bits_per_weight,
         "linear_bytes": linear,
-        "total_bytes": linear + other,
+        "total_bytes": linear + facts["bytes"] - weights * width,
         "original_bytes": facts["bytes"],
     }
+
+
+def _packed_bytes(site: SitePlan) -> int:
+    """A site in a compressed-tensors file, and its kept columns in the adapter (16-bit columns and selector)."""
+    rows, columns = site.shape
+    kept = kept_count(site.keep, columns)
+    return int(rows * columns * stored_bits(site.grid, columns) / 8) + 2 * kept * (rows + columns)
 
 
 def quality(texts: Texts, before: Quality, after: Quality) -> dict:
