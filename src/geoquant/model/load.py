@@ -6,9 +6,9 @@ hours later as a failed Cholesky.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
-import os
 import re
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -105,14 +105,20 @@ def check_folder(folder: Path, *, quantized: bool = False) -> None:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{config} is damaged: {error}") from None
-    if "quantization_config" in settings and not quantized:
-        method = settings["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"{folder} is already quantized ({method})", wanted="full-precision weights (fp32, bf16, fp16)")
+    if not isinstance(settings, dict):
+        raise UserError(f"{config} is damaged: it is not a JSON object", fix="download it again")
+    if settings.get("quantization_config") and not quantized:
+        raise already_quantized(folder, settings["quantization_config"])
     index = folder / "model.safetensors.index.json"
     shards: list[Path]
     if index.exists():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = [folder / name for name in sorted(set(weight_map.values()))]
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = [folder / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{index} is damaged", wanted="a JSON object with a weight_map", fix="download it again"
+            ) from None
     else:
         weight_map = {}
         shards = [folder / "model.safetensors"]
@@ -125,14 +131,83 @@ def check_folder(folder: Path, *, quantized: bool = False) -> None:
             raise UserError(f"weights file {shard} is missing (named in {index.name})", fix="download it again")
         try:
             with safe_open(shard, framework="pt") as file:
-                held = set(file.keys())
-        except SafetensorError as error:
+                types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            with shard.open("rb") as stream:
+                if stream.read(19) == b"version https://git":
+                    raise UserError(
+                        f"weights file {shard} is a Git LFS pointer, not the weights", fix="run there: git lfs pull"
+                    ) from None
             raise UserError(
                 f"weights file {shard} is truncated or damaged: {error}", fix="download or copy it again"
             ) from None
-        lost = sorted(name for name, where in weight_map.items() if where == shard.name and name not in held)
+        lost = sorted(name for name, where in weight_map.items() if where == shard.name and name not in types)
         if lost:
             raise UserError(f"tensor {lost[0]} is missing from {shard}", fix="download or save the weights again")
+        # Eight-bit floats without their scales are not the weights.
+        small = sorted(name for name, held in types.items() if held.startswith("F8"))
+        if small and not quantized:
+            raise UserError(
+                f"tensor {small[0]} in {shard} is in the 8-bit type {types[small[0]]}",
+                wanted="full-precision weights (fp32, bf16, fp16)",
+            )
+
+
+def already_quantized(where: object, settings: object) -> UserError:
+    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
+    return UserError(f"{where} is already quantized ({method})", wanted="full-precision weights (fp32, bf16, fp16)")
+
+
+def check_hub(spec: str, *, quantized: bool) -> None:
+    """Whether a hub id can be had (a cached one also offline), and in full precision.
+
+    Raises UserError when it cannot.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(spec)
+    except Exception as error:
+        if HF_HUB_OFFLINE:
+            raise UserError(
+                f"no folder {spec}, and the hub is switched off (HF_HUB_OFFLINE=1)",
+                fix="give a folder, or unset HF_HUB_OFFLINE",
+            ) from None
+        raise UserError(f"no folder {spec}, and the hub does not give it: {first_line(error)}") from None
+    if getattr(config, "quantization_config", None) and not quantized:
+        raise already_quantized(spec, config.quantization_config)
+
+
+def explain_gguf(path: Path, error: BaseException) -> UserError:
+    """Why a GGUF file could not be loaded: not one, cut short, a type nobody here can unpack, or `error`."""
+    import gguf
+
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            return UserError(f"{path} is not a GGUF file (it does not begin with GGUF)", fix="download it again")
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as broken:
+        if found := re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(broken)):
+            return UserError(
+                f"GGUF file {path} holds tensors of the unknown quantization type {found[1]}",
+                fix="use a file in another type (F16, Q8_0, Q4_K...), or the model's Hugging Face folder",
+            )
+        return UserError(f"GGUF file {path} is truncated or damaged: {first_line(broken)}", fix="download it again")
+    for tensor in reader.tensors:
+        try:
+            gguf.dequantize(tensor.data[:1], tensor.tensor_type)
+        except NotImplementedError:
+            return UserError(
+                f"GGUF file {path} holds tensors of a type that cannot be read: {tensor.tensor_type.name}",
+                got=f"it in {tensor.name}",
+                fix="use a file in another type (F16, Q8_0, Q4_K...), or the model's Hugging Face folder",
+            )
+    return UserError(
+        f"cannot load the GGUF file {path}: {first_line(error)}", fix="give the model's Hugging Face folder instead"
+    )
 
 
 def first_line(error: BaseException) -> str:
@@ -165,7 +240,12 @@ def load_tokenizer(spec: str):
         with quiet():
             return AutoTokenizer.from_pretrained(where, **extra)
     except Exception as error:
-        raise UserError(f"cannot load the tokenizer of {spec}: {first_line(error)}") from None
+        if extra:
+            raise explain_gguf(folder / extra["gguf_file"], error) from None
+        raise UserError(
+            f"cannot load the tokenizer of {spec}: {first_line(error)}",
+            fix="copy the base model's tokenizer files there",
+        ) from None
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
@@ -185,8 +265,6 @@ def identity(where: str, extra: dict) -> str:
     if not folder.is_dir():
         return where
     names = [extra["gguf_file"]] if extra else [p.name for p in sorted(folder.glob("*.safetensors"))]
-    import hashlib
-
     return hashlib.sha256("".join(file_hash(folder / name) for name in names).encode()).hexdigest()
 
 
@@ -199,6 +277,14 @@ def check_values(model: nn.Module) -> None:
                 f"tensor {name} holds {bad.numel()} NaN or infinite values (first: {bad[0].item()})",
                 fix="the weights are damaged or the training diverged: use an earlier checkpoint",
             )
+
+
+def check_device(device: str) -> None:
+    """Raises UserError when torch cannot compute there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot compute on device {device!r}: {first_line(error)}", fix="use --device cpu") from None
 
 
 def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", quantized: bool = False) -> Loaded:
@@ -217,12 +303,13 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     if quantized and (run / "manifest.json").exists():
         spec = str(next((run / name for name in ("model", "dense") if (run / name).is_dir()), run))
         adapter = run / "adapter" if spec.endswith("model") and (run / "adapter").is_dir() else None
+    check_device(device)
     where, extra, name = locate(spec)
     if not extra and Path(where).is_dir():
         check_folder(Path(where), quantized=quantized)
         dtype = dtype or stored_dtype(Path(where))
-    elif not extra and os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise UserError(f"no folder {spec}, and the hub is switched off (HF_HUB_OFFLINE=1)")
+    elif not extra:
+        check_hub(where, quantized=quantized)
     tokenizer = load_tokenizer(spec)
     try:
         with quiet():
@@ -232,12 +319,13 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     except UserError:
         raise
     except Exception as error:
-        kind = "GGUF file" if extra else "model"
-        raise UserError(f"cannot load the {kind} {spec}: {first_line(error)}") from None
+        if extra:
+            raise explain_gguf(Path(where) / extra["gguf_file"], error) from None
+        raise UserError(f"cannot load the model {spec}: {first_line(error)}") from None
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise UserError(
-            f"tensor {missing[0]} is missing from {where} ({len(missing)} in all)",
+            f"tensor {missing[0]} is missing from {spec} ({len(missing)} in all)",
             fix="download or save the weights again",
         )
     if extra:

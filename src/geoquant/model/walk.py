@@ -4,6 +4,10 @@ Blocks are the longest list of like modules that hold linear maps. A *site* is o
 Which sites share an input (q/k/v; gate/up) is observed, not guessed: one probe forward pass compares the
 tensors that reach them. GPT-2 stores its linears transposed (`Conv1D`); a site's weight is always read and
 written as (out, in).
+
+Not sites, and so never quantized: the routers of mixtures of experts (a few thousand weights that decide where
+every token goes), and experts that transformers stores as one three-dimensional parameter instead of linear
+modules (Mixtral, Qwen MoE...). `untouched_parameters` lists what is left out, so that nobody is surprised.
 """
 
 from __future__ import annotations
@@ -16,11 +20,23 @@ from torch import Tensor, nn
 
 from geoquant.errors import UserError
 
-__all__ = ["Block", "Site", "Stage", "find_blocks", "read_weight", "site_modules", "walk", "write_weight"]
+__all__ = [
+    "Block",
+    "Site",
+    "Stage",
+    "find_blocks",
+    "read_weight",
+    "site_modules",
+    "untouched_parameters",
+    "walk",
+    "write_weight",
+]
 
 # Names of the parts that write back into the residual stream; everything else of that part reads from it.
-OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "wo", "w2", "fc2", "dense_4h_to_h")
+OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "wo", "w2", "fc2", "fc_out", "dense_4h_to_h")
 ATTENTION_NAMES = ("attn", "attention")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "moe", "expert")
+ROUTER_NAMES = ("gate", "router", "router_gate", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,8 @@ def read_weight(module: nn.Module) -> Float[Tensor, "out in"]:
 
 def write_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
     """Overwrite the weight in place, in the module's own layout and dtype."""
+    if tuple(weight.shape) != site_shape(module):  # copy_ would broadcast a row silently
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} for a site of shape {site_shape(module)}")
     with torch.no_grad():
         module.weight.copy_(weight if isinstance(module, nn.Linear) else weight.T)
 
@@ -115,18 +133,34 @@ def site_modules(model: nn.Module) -> dict[str, nn.Module]:
         f"{prefix}.{index}.{name}": module
         for index, block in enumerate(blocks)
         for name, module in block.named_modules()
-        if is_linear(module)
+        if is_linear(module) and not is_router(name, module)
     }
+
+
+def is_router(name: str, module: nn.Module) -> bool:
+    """Whether a linear map scores experts: so named, and far fewer outputs than inputs."""
+    rows, columns = site_shape(module)
+    return name.rpartition(".")[2] in ROUTER_NAMES and 2 * rows <= columns
+
+
+def untouched_parameters(model: nn.Module, blocks: tuple[Block, ...]) -> list[tuple[str, int]]:
+    """(name, number of elements) of each parameter of two or more dimensions inside the blocks that is no site's
+    weight: it stays in full precision.
+    """
+    prefix, _ = find_blocks(model)
+    weights = {f"{site.name}.weight" for block in blocks for site in block.sites}
+    return [
+        (name, parameter.numel())
+        for name, parameter in model.named_parameters()
+        if name.startswith(f"{prefix}.") and parameter.ndim >= 2 and name not in weights
+    ]
 
 
 def kind_of(name: str) -> str:
     """attention or mlp, in or out, from the path inside the block."""
     *path, last = name.lower().split(".")
     attention = any(part in step for step in path for part in ATTENTION_NAMES)
-    mlp = any("mlp" in step or "feed_forward" in step or "ffn" in step for step in path) or last in (
-        "fc1",
-        "fc2",
-    )
+    mlp = any(part in step for step in path for part in MLP_NAMES) or last in ("fc1", "fc2")
     if not (attention or mlp):
         return "other"
     side = "out" if last in OUTPUT_NAMES else "in"
@@ -144,8 +178,8 @@ def walk(model: nn.Module, probe: Int[Tensor, "n length"]) -> tuple[Block, ...]:
     names = {module: name for name, module in modules.items()}
     reached: dict[str, tuple] = {}
 
-    def record(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        x = inputs[0]
+    def record(module: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
+        x = inputs[0] if inputs else next(iter(named.values()))
         # Keeping the tensor alive keeps its address its own until the block is done.
         reached.setdefault(names[module], (x, x.data_ptr(), tuple(x.shape), tuple(x.stride())))
 
@@ -170,11 +204,8 @@ def walk(model: nn.Module, probe: Int[Tensor, "n length"]) -> tuple[Block, ...]:
         found.append(Block(index, f"{prefix}.{index}", stages))
         reached.clear()
 
-    hooks = [module.register_forward_hook(record) for module in modules.values()]
-    hooks += [
-        block.register_forward_hook(lambda *_, index=index: close(index))
-        for index, block in enumerate(blocks)
-    ]
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules.values()]
+    hooks += [block.register_forward_hook(lambda *_, index=index: close(index)) for index, block in enumerate(blocks)]
     try:
         model(probe.to(next(model.parameters()).device), use_cache=False)
     finally:
