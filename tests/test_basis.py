@@ -60,7 +60,7 @@ def test_damping_adds_a_share_of_the_mean_energy():
     ids=["indefinite", "nan", "nan on the diagonal", "inf", "negative"],
 )
 def test_a_metric_without_a_root_is_refused(metric):
-    with pytest.raises(NotPositiveDefinite, match="metric of 2 columns is not positive definite at damping 0.01"):
+    with pytest.raises(NotPositiveDefinite, match=r"metric of 2 columns is not positive definite at damping 0\.01"):
         compensation_factor(metric, torch.arange(2), 0.01)
 
 

@@ -14,6 +14,7 @@ from geoquant.lattice.grid import Grid
 __all__ = [
     "Recursion",
     "closest_vectors",
+    "column_error",
     "dense_scale_error",
     "grid_error",
     "naive_gptq",
