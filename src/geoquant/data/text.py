@@ -96,8 +96,7 @@ def windows(
         raise UserError(f"a window of {length} tokens predicts nothing", wanted="at least 2 tokens")
     if count is not None and count < 1:
         raise UserError(f"cannot cut {count} windows from {source}", wanted="at least 1")
-    # A tokenizer warns about texts longer than the model; windows are cut afterwards, so the warning is noise.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = _first_tokens(tokenizer, text, None if count is None else (skip + count) * body)
     available = len(ids) // body - skip
     if count is None:
         count = available
@@ -113,3 +112,19 @@ def windows(
     if bos:
         tokens = torch.cat([torch.full((count, 1), bos[0]), tokens], dim=1)
     return Windows(tokens, source, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _first_tokens(tokenizer, text: str, needed: int | None) -> list[int]:
+    """At least the first `needed` tokens of the whole text's (all, when None).
+
+    A tokenizer decides word by word, so a prefix that ends well behind the last token needed gives the same
+    tokens; a megabyte of text would take a quarter of a gigabyte to tokenise.
+    """
+    margin = 64
+    characters = len(text) if needed is None else 8 * (needed + margin)
+    while True:
+        # A tokenizer warns about texts longer than the model; windows are cut afterwards, so the warning is noise.
+        ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False).input_ids
+        if characters >= len(text) or len(ids) >= needed + margin:
+            return ids
+        characters *= 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,21 +48,29 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def working_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The block with its weight matrices in the compute dtype: one block's working set, dropped after use.
 
-    Converting once per block beats autocast's conversion at every call.
+    Vectors (norm gains, biases) stay in float32 beside the float32 residual stream. Converting once per block
+    beats autocast's conversion at every call.
     """
-    stored = {parameter.dtype for parameter in block.parameters()}
-    if stored == {dtype}:
-        return block
-    work = copy.deepcopy(block)
-    for parameter in work.parameters():
-        # Vectors (norm gains, biases) stay in float32 beside the float32 residual stream.
-        parameter.data = parameter.data.to(dtype if parameter.ndim >= 2 else torch.float32)
-    return work
+    return _converted(block, lambda parameter: dtype if parameter.ndim >= 2 else torch.float32)
 
 
 def pure_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The whole block in the compute dtype, norms included: where a per cent of error does not matter (gradients)."""
-    return block if {p.dtype for p in block.parameters()} == {dtype} else copy.deepcopy(block).to(dtype)
+    """The whole block in the compute dtype, norms too: where a per cent of error does not matter (gradients)."""
+    return _converted(block, lambda parameter: dtype)
+
+
+def _converted(block: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype]) -> nn.Module:
+    """A copy with converted parameters that shares those that need no conversion; the block itself if none does."""
+    converted = {
+        id(parameter): nn.Parameter(parameter.detach().to(wanted(parameter)), requires_grad=False)
+        for parameter in block.parameters()
+        if parameter.dtype != wanted(parameter)
+    }
+    if not converted:
+        return block
+    # What the memo holds already, deepcopy takes as copied: no parameter is duplicated on the way.
+    shared = {id(parameter): parameter for parameter in block.parameters()}
+    return copy.deepcopy(block, shared | converted)
 
 
 def cast_call(call: BlockCall, dtype: torch.dtype) -> BlockCall:

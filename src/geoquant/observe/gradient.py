@@ -21,8 +21,8 @@ from geoquant.progress import Progress, silent
 
 __all__ = ["token_energies"]
 
-CHUNK = 8  # windows per chunk
-HEAD_ROWS = 256
+CHUNK = 4  # windows per chunk
+HEAD_ROWS = 128
 
 
 def token_energies(

@@ -32,7 +32,7 @@ class Stream:
     calls: tuple[BlockCall, ...]
 
 
-def batch_size(windows: int, limit: int = 4) -> int:
+def batch_size(windows: int, limit: int = 2) -> int:
     """The largest divisor of `windows` up to `limit`: the captured arguments fit one batch size only."""
     return max(size for size in range(1, min(limit, windows) + 1) if windows % size == 0)
 
