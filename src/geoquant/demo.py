@@ -28,12 +28,13 @@ from geoquant.runs import read_json, write_json
 __all__ = ["recipe_for", "run"]
 
 BITS = 4
+FINETUNED = "smollm2-135m-finetuned"
 
 
 def run(out: str | Path, progress: Progress = silent, fresh: bool = False) -> dict:
     """Play the tour into `out`; returns the report. `fresh` forgets the fine-tuned model as well.
 
-    Folders: base/ and finetuned/ (Hugging Face folders), records/ (JSON lines), run/ (the run folder proper).
+    Folders: base/ and smollm2-135m-finetuned/ (Hugging Face folders), records/ (JSON lines), run/ (the run folder proper).
     An interrupted tour continues where it stopped; a finished one is played again from the fine-tuned model.
     """
     out = Path(out)
@@ -47,7 +48,7 @@ def run(out: str | Path, progress: Progress = silent, fresh: bool = False) -> di
     write_json(out / "tour.json", settings)
     split = demo_split(DEMO)
     write_split(out / "records", split)
-    if not (out / "finetuned").exists():
+    if not (out / FINETUNED).exists():
         teach(out, split, DEMO, progress)
     run_folder = out / "run"
     manifest = run_folder / "manifest.json"
@@ -62,7 +63,7 @@ def recipe_for(out: Path) -> Recipe:
     """What the tour asks of `quantize`."""
     records = out / "records"
     return Recipe(
-        model=str(out / "finetuned"),
+        model=str(out / FINETUNED),
         bits=BITS,
         members=str(records / "members.jsonl"),
         nonmembers=str(records / "nonmembers.jsonl"),
@@ -103,7 +104,7 @@ def teach(out: Path, split: Split, settings: DemoSettings, progress: Progress) -
         public_windows=public,
         progress=progress,
     )
-    save(loaded, out / "finetuned", torch.bfloat16)
+    save(loaded, out / FINETUNED, torch.bfloat16)
     del loaded
     gc.collect()
 

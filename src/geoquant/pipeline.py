@@ -31,7 +31,7 @@ from geoquant.measure import (
     score_reference,
 )
 from geoquant.model.load import Loaded, load
-from geoquant.model.walk import Block, walk
+from geoquant.model.walk import Block, untouched_parameters, walk
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import token_energies
 from geoquant.observe.stream import Stream, open_stream
@@ -129,7 +129,18 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
         for name in recipe.formats
         for note in check(name, loaded.model, grids, keep=recipe.keep, verify=recipe.verify)
     )
-    return loaded, blocks, texts, plan, notes
+    return loaded, blocks, texts, plan, notes + left_alone(loaded, blocks)
+
+
+def left_alone(loaded: Loaded, blocks: tuple[Block, ...]) -> tuple[str, ...]:
+    """A warning where blocks hold matrices that are no sites (fused experts, routers)."""
+    rest = untouched_parameters(loaded.model, blocks)
+    if not rest:
+        return ()
+    share = sum(count for _, count in rest) / loaded.parameters
+    return (
+        f"{len(rest)} matrices inside the blocks stay at full precision, {share:.0%} of the model (e.g. {rest[0][0]})",
+    )
 
 
 def load_records(recipe: Recipe) -> Split | None:
