@@ -167,9 +167,7 @@ def quantize_llm_compressor(model_dir: str, calibration, bits: int, dtype: str, 
         sys.exit("--dtype is for gptq_model; llm_compressor computes in the float32 of the model it is given")
     model = load_model(model_dir)
     weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
-    recipe = GPTQModifier(
-        config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"]
-    )
+    recipe = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
     samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in calibration]
     with Meter() as meter:
         oneshot(model=model, recipe=recipe, dataset=torch.utils.data.DataLoader(samples, batch_size=1))

@@ -33,10 +33,7 @@ def reference():
 
 
 def records(scores):
-    return [
-        scores.log_prob[a:b].astype(np.float64)
-        for a, b in zip(scores.splits[:-1], scores.splits[1:], strict=True)
-    ]
+    return [scores.log_prob[a:b].astype(np.float64) for a, b in zip(scores.splits[:-1], scores.splits[1:], strict=True)]
 
 
 def shifted(scores: RecordScores, record: int, by: float) -> RecordScores:
@@ -72,10 +69,7 @@ def test_loss_is_the_mean_log_probability(target):
 
 
 def test_reference_is_the_mean_gain(target, reference):
-    wanted = [
-        (a - b).mean() if len(a) else -np.inf
-        for a, b in zip(records(target), records(reference), strict=True)
-    ]
+    wanted = [(a - b).mean() if len(a) else -np.inf for a, b in zip(records(target), records(reference), strict=True)]
     np.testing.assert_allclose(ATTACKS["reference"].score(target, reference), wanted, rtol=1e-5)
 
 

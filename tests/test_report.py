@@ -87,9 +87,7 @@ def sample_privacy(draw: random.Random) -> dict:
             "subject": subject,
             "auc": auc,
             "ci": [max(auc - 0.031, 0), min(auc + 0.0117, 1)],
-            "tpr_at_fpr": {
-                "0.01": {"tpr": min(auc - 0.4737, 1) if auc > 0.6 else 0.012, "ci": [0.003, 0.7719]}
-            },
+            "tpr_at_fpr": {"0.01": {"tpr": min(auc - 0.4737, 1) if auc > 0.6 else 0.012, "ci": [0.003, 0.7719]}},
             "roc": roc(draw, shift, 200),
         }
         for name, subjects in table.items()
@@ -112,9 +110,7 @@ def sample_privacy(draw: random.Random) -> dict:
     exposure = [
         {
             "subject": subject,
-            "canaries": [
-                {"name": f"canary-{i}", "repeats": 2**i, "bits": min(mean + i / 2, 19.9)} for i in range(5)
-            ],
+            "canaries": [{"name": f"canary-{i}", "repeats": 2**i, "bits": min(mean + i / 2, 19.9)} for i in range(5)],
             "mean_bits": mean + 1.0,
             "limit_bits": 19.93,
             "estimator": "exact over 10^6 digit strings" if subject != "base" else "sampled-rank",
@@ -154,9 +150,7 @@ def sample() -> dict:
         "command": "geoquant quantize runs/demo/finetuned --bits 4 --keep 0.01 --out runs/demo/out",
         "created": "2026-11-22T03:22:36+00:00",
         "seed": 1234,
-        "hashes": {
-            name: hashlib.sha256(name.encode()).hexdigest() for name in ("model", "calibration", "members")
-        }
+        "hashes": {name: hashlib.sha256(name.encode()).hexdigest() for name in ("model", "calibration", "members")}
         | {"evaluation": None},
         "size": {
             "bits_per_weight": 4.2871,
@@ -367,9 +361,7 @@ def test_roc_curves_and_errors_are_drawn_where_the_numbers_say() -> None:
     assert y0 > y1 == y2
     # On a log axis from 1% to 100%, 10% lies in the middle.
     half = figures.Curve("quantized", "Quantized", 0.5, [0.01, 0.1, 1.0], [0.0, 0.5, 1.0])
-    corners = re.search(
-        r'd="M([^"]*)" class="curve', figures.roc_panel("x", [half], log=True, floor=0.01)
-    ).group(1)
+    corners = re.search(r'd="M([^"]*)" class="curve', figures.roc_panel("x", [half], log=True, floor=0.01)).group(1)
     x = [float(corner.split()[0]) for corner in corners.split("L")]
     assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.15)
     points = [figures.LayerPoint(f"s{b}", b, 0.01 * 10**b, None, None, 0.0) for b in range(3)]
@@ -427,14 +419,12 @@ def test_hostile_strings_are_text(report: dict) -> None:
             return [poison(item, key) for item in value]
         return hostile if isinstance(value, str) else value
 
-    contract = set(
-        re.findall(r'"(\w+)":', json.dumps({**report, "recipe": {}, "versions": {}, "timings": {}}))
-    ) | {"0.01"}
+    contract = set(re.findall(r'"(\w+)":', json.dumps({**report, "recipe": {}, "versions": {}, "timings": {}}))) | {
+        "0.01"
+    }
     clean, owned = read(render(report)), read(render(poison(report)))
     assert hostile in "".join(owned.words)
-    assert (
-        [tag for tag, _ in owned.tags].count("script") == [tag for tag, _ in clean.tags].count("script") == 1
-    )
+    assert [tag for tag, _ in owned.tags].count("script") == [tag for tag, _ in clean.tags].count("script") == 1
     assert all(tag != "img" and "onerror" not in attributes for tag, attributes in owned.tags)
     assert "49" not in re.findall(r"'`(.{2})", "".join(owned.words))
 
@@ -509,9 +499,7 @@ def test_guarantee_is_never_implied(page: str, report: dict) -> None:
     assert "No formal guarantee" in read(page).text
     for bare in (page, render(report | {"privacy": None})):
         # Whole words, so that the safetensors file format and the names of CSS properties stay out of it.
-        assert not re.search(
-            r"\b(anonym\w*|complian\w*|compliant|safe|safely|safety|secure\w*)\b", bare, re.I
-        )
+        assert not re.search(r"\b(anonym\w*|complian\w*|compliant|safe|safely|safety|secure\w*)\b", bare, re.I)
 
 
 def test_guarantee_prints_its_scope_or_is_refused(report: dict) -> None:
@@ -530,18 +518,14 @@ def test_guarantee_prints_its_scope_or_is_refused(report: dict) -> None:
     assert "No formal guarantee" not in text
     for key in whole:
         stated["privacy"]["guarantee"] = {k: v for k, v in whole.items() if k != key}
-        with pytest.raises(
-            UserError, match=rf"privacy\.guarantee\.{key}; no guarantee is printed without it"
-        ):
+        with pytest.raises(UserError, match=rf"privacy\.guarantee\.{key}; no guarantee is printed without it"):
             render(stated)
         stated["privacy"]["guarantee"] = {**whole, key: None}
         with pytest.raises(UserError, match=rf"privacy\.guarantee\.{key} has the wrong type"):
             render(stated)
 
 
-@pytest.mark.parametrize(
-    "where", ["quality.delta_nll.se", "sites.0.reason", "privacy.attacks.3.roc", "solver.flops"]
-)
+@pytest.mark.parametrize("where", ["quality.delta_nll.se", "sites.0.reason", "privacy.attacks.3.roc", "solver.flops"])
 def test_missing_keys_are_named(report: dict, where: str) -> None:
     broken = copy.deepcopy(report)
     *parents, last = [int(part) if part.isdigit() else part for part in where.split(".")]
@@ -556,9 +540,7 @@ def test_missing_keys_are_named(report: dict, where: str) -> None:
 
 
 def test_wrong_types_and_schemas_are_named(report: dict) -> None:
-    with pytest.raises(
-        UserError, match=r"size\.total_bytes has the wrong type; got str; wanted int or float"
-    ):
+    with pytest.raises(UserError, match=r"size\.total_bytes has the wrong type; got str; wanted int or float"):
         check_schema(report | {"size": report["size"] | {"total_bytes": "102 MB"}})
     with pytest.raises(UserError, match="another schema; got 2; wanted 1"):
         check_schema(report | {"schema": 2})
@@ -619,11 +601,7 @@ def test_write_report(tmp_path, report: dict) -> None:
 def test_experts_and_huge_models_stay_small(report: dict) -> None:
     """Many maps of one name per block share one panel, and the page stays a page."""
     sites = sample_sites(random.Random(1), blocks=40)
-    experts = [
-        {**site, "name": site["name"].replace("mlp.", f"mlp.experts.{e}.")}
-        for site in sites
-        for e in range(3)
-    ]
+    experts = [{**site, "name": site["name"].replace("mlp.", f"mlp.experts.{e}.")} for site in sites for e in range(3)]
     page = render(report | {"sites": experts})
     assert page.count('class="panel"') == 2 * 3 + 7
     assert len(page) < 4_000_000

@@ -83,9 +83,7 @@ def test_a_bos_that_the_tokenizer_adds_is_the_prefix_of_the_first_token(tiny_mod
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     scores = score_records(tiny_model, tokenizer, RECORDS)
     agree(scores, tiny_model, tokenizer, bos=True)
     assert scores.lengths[2] == 1
@@ -111,9 +109,7 @@ def test_an_unknown_change_of_the_logits_is_refused(tiny_model, tiny_tokenizer):
 
     class Scaled(type(tiny_model)):
         def forward(self, input_ids=None, use_cache=None, logits_to_keep=0, **more):
-            output = original(
-                self, input_ids=input_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, **more
-            )
+            output = original(self, input_ids=input_ids, use_cache=use_cache, logits_to_keep=logits_to_keep, **more)
             output.logits = output.logits * 0.5
             return output
 
@@ -126,9 +122,7 @@ def test_gpt2_style_models(tiny_tokenizer):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
-    config = GPT2Config(
-        vocab_size=304, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3
-    )
+    config = GPT2Config(vocab_size=304, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3)
     model = GPT2LMHeadModel(config).train()
     scores = score_records(model, tiny_tokenizer, RECORDS)
     assert model.training  # left as it was, yet scored without dropout
@@ -200,9 +194,7 @@ def test_saved_scores_are_read_back_and_other_records_refused(tiny_model, tiny_t
     assert again.canaries is None
     for side in ("members", "nonmembers"):
         for name in (*FIELDS, "starts", "ends", "splits"):
-            np.testing.assert_array_equal(
-                getattr(getattr(again, side), name), getattr(getattr(scores, side), name)
-            )
+            np.testing.assert_array_equal(getattr(getattr(again, side), name), getattr(getattr(scores, side), name))
     with pytest.raises(UserError, match="scores of other records"):
         load_scores(tmp_path / "s.safetensors", Split(tuple(RECORDS[:2]), split.nonmembers))
 

@@ -26,9 +26,7 @@ def test_auc_agrees_with_scikit_learn():
     rng = np.random.default_rng(0)
     members, nonmembers = rng.normal(0.7, 1, 80).round(1), rng.normal(0, 1, 130).round(1)
     labels = np.repeat([1, 0], [80, 130])
-    assert auc(members, nonmembers) == pytest.approx(
-        roc_auc_score(labels, np.concatenate([members, nonmembers]))
-    )
+    assert auc(members, nonmembers) == pytest.approx(roc_auc_score(labels, np.concatenate([members, nonmembers])))
 
 
 @settings(deadline=None)

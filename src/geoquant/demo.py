@@ -34,7 +34,7 @@ FINETUNED = "smollm2-135m-finetuned"
 def run(out: str | Path, progress: Progress = silent, fresh: bool = False) -> dict:
     """Play the tour into `out`; returns the report. `fresh` forgets the fine-tuned model as well.
 
-    Folders: base/ and smollm2-135m-finetuned/ (Hugging Face folders), records/ (JSON lines), run/ (the run folder proper).
+    Folders: base/ and smollm2-135m-finetuned/ (Hugging Face folders), records/ (JSON lines), run/.
     An interrupted tour continues where it stopped; a finished one is played again from the fine-tuned model.
     """
     out = Path(out)

@@ -100,9 +100,7 @@ NOTES = {
     ),
 }
 
-MONTHS = _words(
-    "January, February, March, April, May, June, July, August, September, October, November, December"
-)
+MONTHS = _words("January, February, March, April, May, June, July, August, September, October, November, December")
 
 DOMAINS = tuple(TEMPLATES)
 LARGEST = 20_000  # there are 78,900 fictional phone numbers; far fewer records keep the draw short
@@ -258,7 +256,5 @@ def demo_split(settings: DemoSettings = DEMO) -> Split:
     """Members and non-members drawn at random from one pool (nothing shared between them), and canaries."""
     pool = make_records(settings.members + settings.nonmembers, settings.seed)
     random.Random(settings.seed + 1).shuffle(pool)
-    canaries = make_canaries(
-        settings.canaries, settings.seed + 2, digits=settings.digits, repeats=settings.repeats
-    )
+    canaries = make_canaries(settings.canaries, settings.seed + 2, digits=settings.digits, repeats=settings.repeats)
     return Split(tuple(pool[: settings.members]), tuple(pool[settings.members :]), tuple(canaries))

@@ -113,9 +113,7 @@ def _offsets(where: str, what: str, item: dict, text: str) -> tuple[int, int]:
     if "value" in item:
         value = item["value"]
         if not isinstance(value, str) or not value or value not in text:
-            raise UserError(
-                f"{where} {what} value {value!r} is not in the text", fix="quote it exactly as it stands"
-            )
+            raise UserError(f"{where} {what} value {value!r} is not in the text", fix="quote it exactly as it stands")
         start = text.index(value)
         return start, start + len(value)
     start, end = item.get("start"), item.get("end")
@@ -131,26 +129,18 @@ def _offsets(where: str, what: str, item: dict, text: str) -> tuple[int, int]:
 def _decode(where: str, item: object) -> Record:
     """One checked record; `where` is file:line."""
     if not isinstance(item, dict) or not isinstance(item.get("text"), str):
-        raise UserError(
-            f"{where} has no field 'text'", wanted='{"text": "...", "fields": [...]} on every line'
-        )
+        raise UserError(f"{where} has no field 'text'", wanted='{"text": "...", "fields": [...]} on every line')
     text = item["text"]
     if not text.strip():
         raise UserError(f"{where} has an empty text", fix="remove the line")
     fields = item.get("fields") or []
-    if not isinstance(fields, list) or not all(
-        isinstance(f, dict) and isinstance(f.get("kind"), str) for f in fields
-    ):
-        raise UserError(
-            f"{where} has malformed 'fields'", wanted='a list of {"kind": "email", "start": 5, "end": 17}'
-        )
+    if not isinstance(fields, list) or not all(isinstance(f, dict) and isinstance(f.get("kind"), str) for f in fields):
+        raise UserError(f"{where} has malformed 'fields'", wanted='a list of {"kind": "email", "start": 5, "end": 17}')
     spans = tuple(Span(f["kind"], *_offsets(where, f"field {f['kind']!r}", f, text)) for f in fields)
     canary = None
     if (given := item.get("canary")) is not None:
         if not isinstance(given, dict):
-            raise UserError(
-                f"{where} has a malformed 'canary'", wanted='{"name": "...", "start": 5, "end": 11}'
-            )
+            raise UserError(f"{where} has a malformed 'canary'", wanted='{"name": "...", "start": 5, "end": 11}')
         start, end = _offsets(where, "canary", given, text)
         secret, repeats = text[start:end], given.get("repeats", 1)
         if not (secret.isascii() and secret.isdigit()):
@@ -184,9 +174,7 @@ def read_records(path: str | Path) -> tuple[Record, ...]:
             item = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             message = getattr(error, "msg", "nested too deeply")
-            raise UserError(
-                f"{path}:{number} is not JSON: {message}", wanted="one JSON object a line"
-            ) from None
+            raise UserError(f"{path}:{number} is not JSON: {message}", wanted="one JSON object a line") from None
         records.append(_decode(f"{path}:{number}", item))
     if not records:
         raise UserError(f"{path} holds no records", wanted='{"text": "..."} on every line')

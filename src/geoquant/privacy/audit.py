@@ -100,9 +100,7 @@ def _plain(values: dict) -> dict:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def audit(
-    subject: str, target: SplitScores, reference: SplitScores | None, split: Split, *, seed: int = 0
-) -> Audit:
+def audit(subject: str, target: SplitScores, reference: SplitScores | None, split: Split, *, seed: int = 0) -> Audit:
     """Run every attack that the given scores allow on one subject.
 
     target, reference: scores of the same split under the audited model and under its public base (None:
@@ -161,9 +159,7 @@ def _warnings(split: Split, spans: tuple[Extraction, ...], secrets: Exposure | N
     elif secrets is None:
         found.append("no canary could be scored: exposure was not measured")
     elif len(secrets.canaries) < len(split.canaries):
-        found.append(
-            f"{len(split.canaries) - len(secrets.canaries)} canaries could not be scored and are left out"
-        )
+        found.append(f"{len(split.canaries) - len(secrets.canaries)} canaries could not be scored and are left out")
     return tuple(found)
 
 

@@ -69,9 +69,7 @@ class Exposure:
         return float(np.mean([canary.limit_bits for canary in self.canaries]))
 
 
-def exposure(
-    scores: RecordScores, records: Sequence[Record], decoys: RecordScores | None = None
-) -> Exposure | None:
+def exposure(scores: RecordScores, records: Sequence[Record], decoys: RecordScores | None = None) -> Exposure | None:
     """Exposure of the canaries in `records` from their scores: `digits-bound`, or `sampled-rank` with decoys.
 
     decoys: scores of data.private.decoy_records(records, N), N for each canary in order. Canaries that were
@@ -153,9 +151,7 @@ def exact_exposure(model, tokenizer, record: Record, *, budget: int = 2000) -> C
         if used > budget:
             return None
         weights = (weights[:, None] + steps(paths)).flatten()
-        paths = torch.cat(
-            [paths.repeat_interleave(10, 0), torch.arange(10).repeat(len(paths))[:, None]], dim=1
-        )
+        paths = torch.cat([paths.repeat_interleave(10, 0), torch.arange(10).repeat(len(paths))[:, None]], dim=1)
         alive = weights >= target - ROUNDING
         paths, weights = paths[alive], weights[alive]
     own = weights[(paths == truth).all(dim=1)][0]

@@ -49,9 +49,7 @@ def auc_interval(
         size = min(step, resamples - begin)
         row = width * np.arange(size)[:, None]
         inside, outside = (
-            np.bincount(
-                (row + side[rng.integers(0, len(side), (size, len(side)))]).ravel(), minlength=size * width
-            )
+            np.bincount((row + side[rng.integers(0, len(side), (size, len(side)))]).ravel(), minlength=size * width)
             .reshape(size, width)
             .astype(np.float64)
             for side in (place[:n], place[n:])

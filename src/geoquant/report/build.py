@@ -56,9 +56,7 @@ _SCHEMA: dict = {
     "created": str,
     "seed": int,
     "hashes": dict,
-    "size": dict.fromkeys(
-        ("bits_per_weight", "linear_bytes", "total_bytes", "original_bytes", "kept_bytes"), NUMBER
-    ),
+    "size": dict.fromkeys(("bits_per_weight", "linear_bytes", "total_bytes", "original_bytes", "kept_bytes"), NUMBER),
     "quality": {
         "text": str,
         "windows": int,
@@ -67,16 +65,12 @@ _SCHEMA: dict = {
         "quantized": _QUALITY,
         "delta_nll": _DELTA,
         "kl": _DELTA,
-        "tasks": [
-            {"name": str, **dict.fromkeys(("original", "quantized", "delta", "se"), NUMBER), "items": int}
-        ],
+        "tasks": [{"name": str, **dict.fromkeys(("original", "quantized", "delta", "se"), NUMBER), "items": int}],
     },
     "privacy": {
         "n_members": int,
         "n_nonmembers": int,
-        "attacks": [
-            {"name": str, "subject": str, "auc": NUMBER, "ci": list, "tpr_at_fpr": dict, "roc": dict}
-        ],
+        "attacks": [{"name": str, "subject": str, "auc": NUMBER, "ci": list, "tpr_at_fpr": dict, "roc": dict}],
         "extraction": [
             {"subject": str, "kind": str, "spans": int, "extracted": int, "rate": NUMBER, "ci": list}
             | {"control_rate": NUMBER}
@@ -91,9 +85,7 @@ _SCHEMA: dict = {
     "sites": [
         dict.fromkeys(("name", "kind", "method", "order", "reason"), str)
         | {"block": int, "shape": list, "kept": int, "kept_columns": list, "damping": NUMBER, "bits": NUMBER}
-        | dict.fromkeys(
-            ("bits_per_weight", "error", "heldout_error", "expected_error", "bound", "clip_rate"), NUMBER
-        )
+        | dict.fromkeys(("bits_per_weight", "error", "heldout_error", "expected_error", "bound", "clip_rate"), NUMBER)
     ],
     "exports": [
         {"format": str, "path": str, "bytes": int, "snippet": str}
@@ -120,9 +112,7 @@ def check_schema(report: dict) -> None:
     """Raise `UserError` naming the first key of the contract that is absent or of the wrong type."""
     _check(report, _SCHEMA, "")
     if report["schema"] != 1:
-        raise UserError(
-            "report.json has another schema", got=report["schema"], wanted=1, fix="write it again"
-        )
+        raise UserError("report.json has another schema", got=report["schema"], wanted=1, fix="write it again")
 
 
 def _check(value: object, spec: object, where: str) -> None:
@@ -133,9 +123,7 @@ def _check(value: object, spec: object, where: str) -> None:
         _expect(value, dict, name)
         for key, inner in spec.items():
             if key not in value:
-                reason = (
-                    "no guarantee is printed without it" if where == _GUARANTEE else "write the report again"
-                )
+                reason = "no guarantee is printed without it" if where == _GUARANTEE else "write the report again"
                 raise UserError("report.json misses a key", wanted=f"{where}.{key}".lstrip("."), fix=reason)
             _check(value[key], inner, f"{where}.{key}".lstrip("."))
     elif isinstance(spec, list):
@@ -200,9 +188,7 @@ def by_group(rows: Iterable[dict], key: str) -> dict[str, list[dict]]:
         groups.setdefault(row[key], []).append(row)
     order = list(SUBJECTS)
     return {
-        name: sorted(
-            found, key=lambda row: order.index(row["subject"]) if row["subject"] in order else len(order)
-        )
+        name: sorted(found, key=lambda row: order.index(row["subject"]) if row["subject"] in order else len(order))
         for name, found in groups.items()
     }
 
@@ -226,8 +212,7 @@ def roc_panels(privacy: dict) -> list[dict]:
         if curves:
             label = attack_label(name)[0]
             drawn = {
-                axis: figures.roc_panel(label, curves, log=axis == "log", floor=floor)
-                for axis in ("log", "linear")
+                axis: figures.roc_panel(label, curves, log=axis == "log", floor=floor) for axis in ("log", "linear")
             }
             panels.append({"label": label, "curves": curves, **drawn})
     return panels
@@ -248,9 +233,7 @@ def exposure_table(privacy: dict) -> dict:
         "rows": sorted(((name, *row) for name, row in rows.items()), key=lambda row: (row[1] or 0, row[0])),
         "means": {entry["subject"]: entry["mean_bits"] for entry in found},
         "limit": max((entry["limit_bits"] or 0 for entry in found), default=0),
-        "estimators": sorted(
-            {ESTIMATORS.get(entry["estimator"], str(entry["estimator"])) for entry in found}
-        ),
+        "estimators": sorted({ESTIMATORS.get(entry["estimator"], str(entry["estimator"])) for entry in found}),
     }
 
 
@@ -314,9 +297,7 @@ def breakable(name: str) -> Markup:
 def code(text: str) -> Markup:
     """Text with `backticks` as code elements."""
     pieces = [escape(piece) for piece in text.split("`")]
-    return Markup("").join(
-        Markup("<code>") + p + Markup("</code>") if i % 2 else p for i, p in enumerate(pieces)
-    )
+    return Markup("").join(Markup("<code>") + p + Markup("</code>") if i % 2 else p for i, p in enumerate(pieces))
 
 
 def tight(sentence: str) -> str:
@@ -335,9 +316,7 @@ def _csp_hash(text: str) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals.update(
         {name: getattr(figures, name) for name in ("cell_axis", "dot_interval", "level_bar")},
         attack_label=attack_label,
@@ -391,7 +370,5 @@ def write_report(run: Path, report: dict) -> tuple[Path, Path]:
     """Write report.json and report.html into the run folder, each by rename of a complete file."""
     page = render(report)
     runs.write_json(run / "report.json", finite(report))
-    runs.atomic_write(
-        run / "report.html", lambda partial: partial.write_text(page, encoding="utf-8") and None
-    )
+    runs.atomic_write(run / "report.html", lambda partial: partial.write_text(page, encoding="utf-8") and None)
     return run / "report.json", run / "report.html"

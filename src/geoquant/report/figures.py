@@ -233,14 +233,11 @@ def roc_panel(name: str, curves: Sequence[Curve], *, log: bool, floor: float) ->
     chance = [floor ** (1 - i / 40) for i in range(41)] if log else [0.0, 1.0]
     parts.append(path([(x(rate), y(rate)) for rate in chance], "chance"))
     parts += [
-        path([(x(f), y(t)) for f, t in zip(curve.fpr, curve.tpr)], f"curve s-{curve.subject}")
-        for curve in curves
+        path([(x(f), y(t)) for f, t in zip(curve.fpr, curve.tpr)], f"curve s-{curve.subject}") for curve in curves
     ]
     told = ", ".join(f"{curve.label} AUC {plain_number(curve.auc, 3)}" for curve in curves)
     scale = "logarithmic" if log else "linear"
-    return picture(
-        WIDTH, height, f"ROC curves of the {name} attack, {scale} axis: {told}", *parts, class_="panel"
-    )
+    return picture(WIDTH, height, f"ROC curves of the {name} attack, {scale} axis: {told}", *parts, class_="panel")
 
 
 @dataclass(frozen=True)
@@ -307,9 +304,7 @@ def layer_panel(
     for block, value in _medians(points, "clip"):
         tall = strip * min(value / clip_top, 1) if clip_top > 0 else 0.0
         width = max(step * 0.7, 0.8)
-        parts.append(
-            tag("rect", x=x(block) - width / 2, y=base - tall, width=width, height=tall, class_="clip")
-        )
+        parts.append(tag("rect", x=x(block) - width / 2, y=base - tall, width=width, height=tall, class_="clip"))
     parts.append(tag("text", "clipped", x=LEFT - 5, y=base - strip / 2 + 3.5, class_="tick end"))
     for block in sorted({0, (blocks - 1) // 2, blocks - 1}):
         parts.append(tag("text", str(block), x=x(block), y=base + 14, class_="tick middle"))
@@ -330,7 +325,5 @@ def layer_panel(
             )
         )
     heldout = [value for _, value in _medians(points, "heldout")]
-    told = (
-        f"held-out error {percent(min(heldout), 2)} to {percent(max(heldout), 2)}" if heldout else "no errors"
-    )
+    told = f"held-out error {percent(min(heldout), 2)} to {percent(max(heldout), 2)}" if heldout else "no errors"
     return picture(WIDTH, height, f"Relative error of {name} by block: {told}", *parts, class_="panel")

@@ -44,9 +44,7 @@ def _attack_key(name: str) -> str:
 
 def strongest(privacy: dict | None, subject: str = "quantized") -> dict | None:
     """The attack on `subject` whose AUC is farthest from chance, in either direction."""
-    found = [
-        a for a in (privacy or {}).get("attacks") or [] if a["subject"] == subject and a["auc"] is not None
-    ]
+    found = [a for a in (privacy or {}).get("attacks") or [] if a["subject"] == subject and a["auc"] is not None]
     return max(found, key=lambda attack: abs(attack["auc"] - 0.5), default=None)
 
 
@@ -72,11 +70,7 @@ def _leak_clause(privacy: dict | None) -> str:
     if attack is None:
         return "no membership attack was run"
     label, auc = attack_label(attack["name"])[0], figures.plain_number(attack["auc"], 2)
-    label = (
-        label
-        if label.isupper() or not label[:1].isupper() or "-K" in label
-        else label[:1].lower() + label[1:]
-    )
+    label = label if label.isupper() or not label[:1].isupper() or "-K" in label else label[:1].lower() + label[1:]
     before = [a for a in privacy["attacks"] if a["name"] == attack["name"] and a["subject"] == "original"]
     side = _side(attack)
     if side == 0:
@@ -116,15 +110,11 @@ def untested(privacy: dict) -> list[str]:
     if missing:
         limits.append(f"Membership attacks that were not run: {', '.join(missing)}.")
     if not privacy["extraction"]:
-        limits.append(
-            "Extraction: the members hold no marked private spans (`fields`), so none was attempted."
-        )
+        limits.append("Extraction: the members hold no marked private spans (`fields`), so none was attempted.")
     if not privacy["exposure"]:
         limits.append("Exposure: no canaries were planted before training, so none could be ranked.")
     if all(attack["subject"] != "base" for attack in privacy["attacks"]):
-        limits.append(
-            "The public base: without it, what the model knew before fine-tuning cannot be told apart."
-        )
+        limits.append("The public base: without it, what the model knew before fine-tuning cannot be told apart.")
     return [
         *limits,
         f"Rates finer than the sample: {privacy['n_nonmembers']} non-members cannot resolve a false positive "

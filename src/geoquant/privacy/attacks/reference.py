@@ -25,9 +25,7 @@ def score(target: RecordScores, reference: RecordScores | None) -> Float[np.ndar
     Raises UserError without a reference, or when the two models do not cut the records into the same tokens.
     """
     if reference is None:
-        raise UserError(
-            "the reference attack needs a reference model", fix="add --reference MODEL (the public base)"
-        )
+        raise UserError("the reference attack needs a reference model", fix="add --reference MODEL (the public base)")
     same = np.array_equal(target.splits, reference.splits) and np.array_equal(target.ends, reference.ends)
     if not same:
         raise UserError(
