@@ -6,8 +6,8 @@ The original's hidden states at the vocabulary projection are taken before quant
 hundred numbers a token instead of a vocabulary of logits. The head itself is not quantized; where it changed
 all the same (anchored tied embeddings), its old weight is passed as `original_head`.
 
-States are stored in float16. On SmolLM2-135M that alone is a KL of MEASURED nats (bfloat16: MEASURED); 4-bit
-rounding is at 1e-2 and above.
+States are stored in float16. On SmolLM2-135M (WikiText-2, 4 x 512 tokens) that rounding alone is a KL of 3.7e-7
+nats, bfloat16's is 2.4e-5; what 4-bit rounding does is above 1e-2.
 """
 
 from __future__ import annotations
