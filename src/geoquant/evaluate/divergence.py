@@ -7,7 +7,7 @@ hundred numbers a token instead of a vocabulary of logits. The head itself is no
 all the same (anchored tied embeddings), its old weight is passed as `original_head`.
 
 States are stored in float16. On SmolLM2-135M (WikiText-2, 4 x 512 tokens) that rounding alone is a KL of 3.7e-7
-nats, bfloat16's is 2.4e-5; what 4-bit rounding does is above 1e-2.
+nats (bfloat16: 2.4e-5); rounding every site to 4 bits in groups of 64 is 0.43.
 """
 
 from __future__ import annotations
