@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def measure_original(run: Path, model: nn.Module, text: Windows, progress: Progr
     if path.exists() and states_path.exists():
         return Quality(_perplexity(read_json(path)))
     result, states = divergence.measure_original(model, text, progress=progress, phase="perplexity (original)")
+    _check_finite(result, "the model", "check it with `geoquant eval` on another text")
     divergence.save_states(states_path, states, text)
     write_json(path, result.to_dict())
     return Quality(result)
@@ -104,8 +106,14 @@ def measure_quantized(run: Path, model: nn.Module, text: Windows, progress: Prog
         return Quality(_perplexity(kept["perplexity"]), found)
     states = divergence.load_states(run / "original_states.safetensors", text)
     result, found = divergence.measure(model, text, states, progress=progress, phase="perplexity (quantized)")
+    _check_finite(result, "the quantized model", "use more bits, a larger --damping, or --metric clipped")
     write_json(path, {"perplexity": result.to_dict(), "divergence": asdict(found)})
     return Quality(result, found)
+
+
+def _check_finite(result: Perplexity, subject: str, fix: str) -> None:
+    if not math.isfinite(result.nll):
+        raise UserError(f"{subject} gives no finite likelihood (NaN)", fix=fix)
 
 
 def _perplexity(kept: dict) -> Perplexity:
