@@ -24,6 +24,7 @@ from geoquant.data.private import make_records
 from geoquant.data.records import write_records
 from geoquant.data.text import builtin_text
 from geoquant.errors import UserError
+from geoquant.export.verify import TOLERANCE
 from geoquant.pipeline import make_plan, quantize
 from geoquant.plan import estimate
 from geoquant.recipe import Recipe
@@ -372,7 +373,7 @@ def test_a_bfloat16_model_stays_one(workplace, tmp_path):
         logits = loaded(stored["tokens"]).logits.float()
         wide = with_weights(tiny_llama(seed=4).to(torch.bfloat16).float(), decoded(run))(stored["tokens"]).logits
     torch.testing.assert_close(logits, stored["logits"], atol=0.0, rtol=0.0)
-    assert (wide - stored["logits"]).abs().max() < 0.1 * wide.std()
+    assert (wide - stored["logits"]).abs().max() < TOLERANCE["bfloat16"] * wide.std()  # what verify grants
     # At 8 bits what is left is noise of the arithmetic.
     assert abs(report["quality"]["delta_nll"]["value"]) < 0.02
 

@@ -3,7 +3,7 @@
     import geoquant
 
     report = geoquant.quantize(geoquant.Recipe(model="MODEL", bits=4), out="RUN")
-    loaded = geoquant.load("RUN/model")  # .model, .tokenizer
+    loaded = geoquant.load("RUN", quantized=True)  # .model, .tokenizer; kept columns merged in
 
 Names are imported on first use, so that `import geoquant` costs nothing.
 """

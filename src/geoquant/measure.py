@@ -23,6 +23,7 @@ from geoquant.runs import read_json, write_json
 __all__ = [
     "Quality",
     "Texts",
+    "builtin_tail",
     "measure_original",
     "measure_quantized",
     "prepare_texts",
@@ -50,31 +51,32 @@ def prepare_texts(tokenizer, recipe: Recipe) -> Texts:
     source = recipe.calibration or BUILTIN
     text = read_text(recipe.calibration) if recipe.calibration else builtin_text()
     calibration = windows(tokenizer, text, length=recipe.window, count=recipe.windows, source=source)
-    skip = 0
     if recipe.evaluation is None:
-        if recipe.calibration is not None:
-            text = builtin_text()
-        whole = windows(tokenizer, text, length=recipe.window, source=BUILTIN)
-        skip = len(whole) - recipe.evaluation_windows
-        if skip < (recipe.windows if recipe.calibration is None else 0):
-            raise UserError(
-                f"the built-in text has {len(whole)} windows of {recipe.window} tokens",
-                wanted=f"{recipe.windows} to calibrate and {recipe.evaluation_windows} to evaluate",
-                fix="give --text FILE, or fewer windows",
-            )
-    else:
-        text = read_text(recipe.evaluation)
-        if recipe.calibration and Path(recipe.calibration).resolve() == Path(recipe.evaluation).resolve():
-            skip = recipe.windows
+        spared = recipe.windows if recipe.calibration is None else 0
+        evaluation = builtin_tail(tokenizer, recipe.window, recipe.evaluation_windows, spared=spared)
+        return Texts(calibration, evaluation)
+    same = recipe.calibration and Path(recipe.calibration).resolve() == Path(recipe.evaluation).resolve()
     evaluation = windows(
         tokenizer,
-        text,
+        read_text(recipe.evaluation),
         length=recipe.window,
         count=recipe.evaluation_windows,
-        source=recipe.evaluation or BUILTIN,
-        skip=skip,
+        source=recipe.evaluation,
+        skip=recipe.windows if same else 0,
     )
     return Texts(calibration, evaluation)
+
+
+def builtin_tail(tokenizer, length: int, count: int, *, spared: int = 0) -> Windows:
+    """The last `count` windows of the built-in text; its first `spared` ones serve calibration."""
+    whole = windows(tokenizer, builtin_text(), length=length, source=BUILTIN)
+    if len(whole) < count + spared:
+        raise UserError(
+            f"the built-in text has {len(whole)} windows of {length} tokens",
+            wanted=f"{spared} to calibrate and {count} to evaluate",
+            fix="give --text FILE, or fewer windows",
+        )
+    return Windows(whole.tokens[len(whole) - count :], BUILTIN, whole.sha256)
 
 
 @dataclass(frozen=True)

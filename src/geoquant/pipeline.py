@@ -10,7 +10,7 @@ import torch
 
 from geoquant import reporting
 from geoquant.data.records import Split, load_split
-from geoquant.data.text import builtin_text, read_text
+from geoquant.data.text import Windows, read_text
 from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
 from geoquant.evaluate.choices import choices, load_task
@@ -22,8 +22,8 @@ from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
 from geoquant.export.verify import verify, write_expected
 from geoquant.measure import (
-    BUILTIN,
     Texts,
+    builtin_tail,
     measure_original,
     measure_quantized,
     prepare_texts,
@@ -281,26 +281,30 @@ def evaluate(
 
     The reference is read first and dropped: only its final states and its head stay in memory.
     """
-    body = read_text(text) if text else builtin_text()
+
+    def cut(tokenizer) -> Windows:
+        if text is None:
+            return builtin_tail(tokenizer, length, count)
+        return cut_windows(tokenizer, read_text(text), length=length, count=count, source=text)
+
     read_tasks = [load_task(path, items) for path in tasks]
     states = head = None
     if reference is not None:
         other = load(reference, device=device)
-        cut = cut_windows(other.tokenizer, body, length=length, count=count, source=text or BUILTIN)
-        states = final_states(other.model, cut, progress=progress)
+        states = final_states(other.model, cut(other.tokenizer), progress=progress)
         head = other.model.get_output_embeddings().weight.detach().clone()
         del other
         gc.collect()
     loaded = load(model, device=device, quantized=True)
-    cut = cut_windows(loaded.tokenizer, body, length=length, count=count, source=text or BUILTIN)
+    measured = cut(loaded.tokenizer)
     if states is None:
-        result, found = perplexity(loaded.model, cut, progress=progress), None
+        result, found = perplexity(loaded.model, measured, progress=progress), None
     else:
-        result, found = measure(loaded.model, cut, states, head, progress=progress)
+        result, found = measure(loaded.model, measured, states, head, progress=progress)
     answers = [(task, choices(loaded.model, loaded.tokenizer, task, progress=progress)) for task in read_tasks]
     return {
         **{key: value for key, value in result.to_dict().items() if key != "windows"},
-        "text": cut.source,
+        "text": measured.source,
         "kl": None if found is None else {"value": found.kl, "se": found.se, "top1": found.top1},
         "tasks": [
             {"name": task.name, "accuracy": got.accuracy, "se": got.se, "items": got.items} for task, got in answers

@@ -5,7 +5,9 @@
       plan.json             what each site gets and why
       token_weights.safetensors   gradient energies (metric `gradient`), so that a resumed run repeats no backward pass
       sites/BLOCK-STAGE.safetensors   codes, scales, kept columns of the sites that share one input
-      original.json, quantized.json   quality and leakage before and after
+      original.json, quantized.json   quality before and after
+      original_states.safetensors     final hidden states of the original, for the divergence
+      {base,original,quantized}_scores.safetensors   per-token statistics of the private records, for the attacks
       expected.safetensors  tokens and logits of the solved model, for `verify`
       model/ adapter/ dense/          the exports
       report.json, report.html

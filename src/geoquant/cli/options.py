@@ -107,7 +107,7 @@ class RecipeFlags:
     evaluation: Annotated[
         str | None,
         option(
-            "Text that perplexity is measured on (default: held-out part of the calibration text).",
+            "Text that perplexity is measured on (default: the end of the text every Python carries).",
             group=TEXT,
             name="--text",
         ),
@@ -136,7 +136,7 @@ class RecipeFlags:
             negative="--no-verify",
         ),
     ] = None
-    seed: Annotated[int | None, option("Seed of everything random (default 0).", group=FILES)] = None
+    seed: Annotated[int | None, option("Seed of the audit's bootstrap (default 0).", group=FILES)] = None
     device: Annotated[str | None, option("cpu, cuda, cuda:1 (default cpu).", group=FILES)] = None
 
     def given(self) -> dict[str, object]:

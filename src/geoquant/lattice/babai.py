@@ -26,7 +26,8 @@ STRIP = 16
 
 @dataclass(frozen=True)
 class BoxedCodes:
-    """Result in original column order: codes (in, out), steps and zero points (groups, out), free columns (k, out)."""
+    """Codes (in, out) in original column order, steps and zero points (groups, out), free columns (k, out) in the order
+    of processing."""
 
     codes: Int[Tensor, "in out"]
     scales: Float[Tensor, "groups out"]

@@ -7,8 +7,8 @@ clipped   min(1, 10 * median ||x||^2 / ||x_t||^2): massive tokens (attention sin
 gradient  ||g_t||^2, the squared loss gradient at the outputs of the sites that read this input: the input factor
           of the Gauss-Newton metric, with every token weighted by what it matters.
 
-Weights are scaled to mean one, so the three kinds have the units of plain moments. Sums, not means: moments of
-two sets of tokens add.
+Gradient weights have mean one and clipped ones are at most one, so all three have about the units of plain moments.
+The median is taken over each batch. Sums, not means: moments of two sets of tokens add.
 """
 
 from __future__ import annotations

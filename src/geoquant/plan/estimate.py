@@ -15,7 +15,7 @@ from geoquant.recipe import Recipe
 __all__ = ["Cost", "cost", "gemm_rate"]
 
 # Share of the GEMM rate that a whole run reaches (attention, norms and the scale search are not matrix products).
-# Measured by benchmarks/quantize.py; the estimate needs no better.
+# Measured by benchmarks/figures.py; the estimate needs no better.
 EFFICIENCY = 0.25
 
 
