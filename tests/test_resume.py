@@ -427,7 +427,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(case, rounding, tmp_p
     assert solved(run) == STAGES
 
 
-@pytest.mark.xfail(strict=True, reason="tokenizers raises a plain Exception, which runs._explained does not know")
 def test_a_full_disk_under_the_tokenizer_is_one_line_too(rounding, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
     from transformers import PreTrainedTokenizerFast

@@ -60,8 +60,10 @@ def _explained(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"cannot write {path}: {error.strerror}", fix="choose another --out folder") from None
         raise
-    except SafetensorError as error:
-        # safetensors wraps the OS error in its own text.
+    except UserError:
+        raise
+    except Exception as error:
+        # safetensors and tokenizers wrap the system's error in a type of their own and keep only its text.
         if "No space left" in str(error) or "os error 28" in str(error):
             raise UserError(
                 f"disk full while writing {path}", fix="free some space, then run the same command with --resume"
