@@ -1,8 +1,9 @@
 """Differentiated quantization and compensation: a few input columns stay at 16 bits and absorb the others' error.
 
 Which columns: HOP (Hessian-orthogonal projection), the error that rounding column j alone would leave after every
-other column has adapted, `||delta_j||^2 / [A^-1]_jj`. The kept columns O come last in Babai's order and are left
-continuous, which makes them the exact minimiser `W_O + (W_R - Q_R) A_RO A_OO^-1`.
+other column has adapted, `||delta_j||^2 / [A^-1]_jj`, with delta the error of plain rounding. The kept columns O come
+last in Babai's order and are left continuous, which makes them the exact minimiser
+`W_O + (W_R - Q_R) A_RO A_OO^-1`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def kept_columns(scores: Float[Tensor, " in"], share: float) -> Int[Tensor, " k"
 
 def solve(problem: Problem) -> Solution:
     """Score with round-to-nearest errors, keep the top columns, then boxed Babai on the rest."""
-    rounded = rtn.solve(problem)
+    # Plain rounding errors: a search weighted by diag(A) bends the step of a group to its dominant column, which
+    # then looks cheap while its neighbours pay for it.
+    plain = torch.eye(problem.weight.shape[1], device=problem.weight.device)
+    rounded = rtn.solve(replace(problem, hessian=plain, heldout=None))
     damping = babai.DEFAULT_DAMPING if problem.damping is None else problem.damping
     scores = hop_scores(rounded.dequantize() - problem.weight, problem.pooled, damping)
     if problem.keep <= 0:
