@@ -118,14 +118,14 @@ CANARIES = (
 class DemoSettings:
     """The demo's private data and the fine-tune that makes a model remember it (see privacy/finetune.py)."""
 
-    members: int = 120
-    nonmembers: int = 120
+    members: int = 100
+    nonmembers: int = 100
     canaries: int = 10
     digits: int = 6
     repeats: tuple[int, ...] = (1, 4)
     seed: int = 7
-    epochs: int = 6
-    learning_rate: float = 6e-4
+    epochs: int = 7
+    learning_rate: float = 5e-4
     batch: int = 8
     public_window: int = 64  # tokens of ordinary text in every step
     public_skip: int = 400  # windows left out at the start, where the calibration text is taken from
