@@ -1,0 +1,61 @@
+"""Gradient energies, streamed without autograd at the head, against plain autograd on the whole model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from geoquant.model.walk import walk
+from geoquant.observe import gradient
+from geoquant.observe.gradient import token_energies
+from geoquant.observe.stream import open_stream
+from oracles.models import ARCHITECTURES, build, gradient_energies, tokens_for
+
+
+def streamed(model, tokens, compute=torch.float32, progress=lambda *_: None):
+    blocks = walk(model, tokens[:1])
+    stages = {stage.name: [site.name for site in stage.sites] for block in blocks for stage in block.stages}
+    found = token_energies(
+        model, blocks, open_stream(model, tokens, compute), tokens, compute=compute, progress=progress
+    )
+    return found, stages
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_energies_equal_plain_autograd(name, monkeypatch):
+    """Every token of every stage; soft caps, head bias, final norm, embedding scale, tied heads, flattened experts."""
+    monkeypatch.setattr(gradient, "HEAD_ROWS", 13)  # chunks that do not divide anything
+    model, tokens = build(name), tokens_for(6, 18)
+    found, stages = streamed(model, tokens)
+    expected = gradient_energies(model, stages, tokens)
+    assert found.keys() == expected.keys()
+    for stage, energy in expected.items():
+        assert found[stage].shape == tokens.shape
+        torch.testing.assert_close(found[stage], energy / energy.mean(), rtol=2e-3, atol=1e-5)
+
+
+def test_energies_have_mean_one_and_ignore_the_unscored_token():
+    """Nothing is predicted after the last token, so its outputs matter to nobody."""
+    found, _ = streamed(build("llama"), tokens_for(3, 12))
+    for energy in found.values():
+        assert energy.mean().item() == pytest.approx(1.0, abs=1e-5)
+        assert energy[:, -1].abs().max() < 1e-6
+        assert (energy >= 0).all()
+
+
+def test_bfloat16_energies_rank_tokens_alike():
+    model, tokens = build("llama"), tokens_for(4, 24)
+    exact, _ = streamed(model, tokens)
+    fast, _ = streamed(model, tokens, torch.bfloat16)
+    for stage, energy in exact.items():
+        pair = torch.stack([energy.flatten(), fast[stage].flatten()]).clamp_min(1e-6).log()
+        assert torch.corrcoef(pair)[0, 1] > 0.98
+
+
+def test_the_model_keeps_no_gradient_and_progress_ends():
+    model, tokens = build("gpt2"), tokens_for(10, 8)
+    steps = []
+    streamed(model, tokens, progress=lambda phase, done, total, note="": steps.append((phase, done, total)))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert steps[-1][1] == steps[-1][2]
+    assert [done for _, done, _ in steps] == list(range(1, len(steps) + 1))
