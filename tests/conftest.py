@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+# Tiny tensors: a second thread only waits for the first, and badly so on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
