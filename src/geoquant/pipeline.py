@@ -240,7 +240,10 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
     reporting.check_same_model(run, loaded)
     for stage in (stage for block in blocks for stage in block.stages):
-        install(loaded.model, stage, load_stage(run, stage))
+        solution = load_stage(run, stage)
+        if solution is None:
+            raise UserError(f"{run} lacks the solution of {stage.name}", fix="run quantize again with --resume")
+        install(loaded.model, stage, solution)
     entry = write_export(run, to, loaded, blocks)
     del loaded
     gc.collect()

@@ -36,7 +36,6 @@ __all__ = [
     "check_same_model",
     "export_entry",
     "finish_manifest",
-    "finished",
     "model_facts",
     "planned_size",
     "verification",
@@ -123,14 +122,6 @@ def write_manifest(run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, spli
     for name, value in facts["hashes"].items():
         if kept["hashes"].get(name) != value:
             raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
-
-
-def finished(run: Path, recipe: Recipe) -> bool:
-    """Whether `run` is a complete run of this very recipe: nothing is left to resume."""
-    if not (run / "report.json").exists():
-        return False
-    manifest = read_json(run / "manifest.json")
-    return manifest["status"] == "done" and manifest["recipe"] == recipe.model_dump(mode="json")
 
 
 def finish_manifest(run: Path) -> None:
