@@ -12,6 +12,7 @@ from geoquant.lattice.basis import (
     compensation_factor,
     damped,
     expected_error,
+    permuted,
     triangular_inverse,
 )
 from oracles.lattice import column_error, random_metric
@@ -77,6 +78,21 @@ def test_expected_error_on_its_own_metric_is_the_squared_length():
     factor = compensation_factor(metric, order, 0.02)
     price = expected_error(factor, damped(metric, 0.02)[order][:, order])
     torch.testing.assert_close(price, factor.diagonal().reciprocal().square())
+
+
+def test_expected_error_of_some_rounded_columns():
+    """Free columns at the end pay nothing; a stride samples the others."""
+    metric, other = random_metric(20, 1), random_metric(20, 2)
+    factor = compensation_factor(metric, torch.arange(20), 0.02)
+    every = expected_error(factor, other)
+    torch.testing.assert_close(expected_error(factor[:13], other), every[:13])
+    torch.testing.assert_close(expected_error(factor[:13], other, stride=3), every[:13:3])
+
+
+def test_permuting_a_symmetric_matrix():
+    metric = random_metric(9, 0)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(permuted(metric, order), metric[order][:, order])
 
 
 def test_expected_error_equals_simulated_rounding():

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from geoquant.lattice.grid import Grid, search_scales
@@ -29,7 +29,7 @@ class BoxedCodes:
     """Codes (in, out) in original column order, steps and zero points (groups, out), free columns (k, out) in the order
     of processing."""
 
-    codes: Int[Tensor, "in out"]
+    codes: Integer[Tensor, "in out"]
     scales: Float[Tensor, "groups out"]
     zeros: Float[Tensor, "groups out"] | None
     free: Float[Tensor, "k out"]

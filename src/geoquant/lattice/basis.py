@@ -67,9 +67,11 @@ def triangular_inverse(lower: Float[Tensor, "n n"], base: int = 128) -> Float[Te
 
 
 def expected_error(
-    factor: Float[Tensor, "n n"], metric: Float[Tensor, "n n"], *, stride: int = 1
+    factor: Float[Tensor, "rounded n"], metric: Float[Tensor, "n n"], *, stride: int = 1
 ) -> Float[Tensor, " m"]:
     """What one unit of squared rounding error in a processed column costs under `metric` (both in processing order).
+
+    factor: the rows of `U` that belong to rounded columns; those of free columns, which come last, are left out.
 
     Babai leaves `w - q = sum_j (eps_j / U_jj) U_j:` with eps_j the rounding error of column j. Independent eps_j
     therefore cost `sum_j E[eps_j^2] (U M U^T)_jj / U_jj^2`; this returns the factor of every `stride`-th term. With M

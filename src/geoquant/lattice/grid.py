@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 __all__ = ["SCALE_DTYPE", "Grid", "dequantize", "round_to_grid", "search_scales"]
@@ -136,9 +136,9 @@ def round_to_grid(
 
 
 def dequantize(
-    codes: Int[Tensor, "out in"],
+    codes: Integer[Tensor, "out in"],
     scales: Float[Tensor, "out groups"],
-    zero_points: Int[Tensor, "out groups"] | None,
+    zero_points: Integer[Tensor, "out groups"] | None,
     group_size: int,
 ) -> Float[Tensor, "out in"]:
     """`s * (z - zero_point)` in float32; the last group may be shorter than `group_size`."""

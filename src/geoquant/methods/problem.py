@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from geoquant.lattice.grid import Grid
@@ -56,9 +56,9 @@ class Solution:
     column_scores: (in,) float32 HOP score of each input column if the method computed it, else None.
     """
 
-    codes: Int[Tensor, "out in"]
+    codes: Integer[Tensor, "out in"]
     scales: Float[Tensor, "out groups"]
-    zero_points: Int[Tensor, "out groups"] | None
+    zero_points: Integer[Tensor, "out groups"] | None
     kept_index: Int[Tensor, " k"]
     kept_weight: Float[Tensor, "out k"]
     damping: float
