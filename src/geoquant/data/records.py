@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from geoquant.data.jsonl import check_encodable, json_lines, read_utf8
 from geoquant.errors import UserError
 from geoquant.runs import atomic_write
 
@@ -133,6 +134,7 @@ def _decode(where: str, item: object) -> Record:
     text = item["text"]
     if not text.strip():
         raise UserError(f"{where} has an empty text", fix="remove the line")
+    check_encodable(where, text)
     fields = item.get("fields") or []
     if not isinstance(fields, list) or not all(isinstance(f, dict) and isinstance(f.get("kind"), str) for f in fields):
         raise UserError(f"{where} has malformed 'fields'", wanted='a list of {"kind": "email", "start": 5, "end": 17}')
@@ -157,28 +159,11 @@ def read_records(path: str | Path) -> tuple[Record, ...]:
     Raises UserError: no file, not UTF-8, not JSON, no text, marks outside the text, no records at all.
     """
     path = Path(path)
-    try:
-        raw = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no records file {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder", wanted="a .jsonl file of records") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})", fix="convert it to UTF-8") from None
-    records = []
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(raw.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            message = getattr(error, "msg", "nested too deeply")
-            raise UserError(f"{path}:{number} is not JSON: {message}", wanted="one JSON object a line") from None
-        records.append(_decode(f"{path}:{number}", item))
+    raw = read_utf8(path, "records", "a .jsonl file of records")
+    records = tuple(_decode(where, item) for where, item in json_lines(path, raw, "one JSON object a line"))
     if not records:
         raise UserError(f"{path} holds no records", wanted='{"text": "..."} on every line')
-    return tuple(records)
+    return records
 
 
 def check_split(members: Sequence[Record], nonmembers: Sequence[Record], *, minimum: int = MINIMUM) -> None:

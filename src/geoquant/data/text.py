@@ -7,7 +7,6 @@ window is `length` tokens, the first of which is BOS if and only if the tokenize
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from geoquant.data.jsonl import check_encodable, json_lines, read_utf8
 from geoquant.errors import UserError
 
 __all__ = ["Windows", "adds_bos", "builtin_text", "read_text", "windows"]
+
+SHAPE = '{"text": "..."} on every line'
 
 
 @dataclass(frozen=True)
@@ -47,34 +49,18 @@ def builtin_text() -> str:
 def read_text(path: str | Path) -> str:
     """The text of a `.txt` file, or of the `text` fields of a `.jsonl` file joined by blank lines."""
     path = Path(path)
-    try:
-        raw = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no text file {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder", wanted="a .txt or .jsonl file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})", fix="convert it to UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    raw = read_utf8(path, "text", "a .txt or .jsonl file")
     if path.suffix != ".jsonl":
         return raw
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    lines = enumerate(raw.split("\n"), start=1)
-    return "\n\n".join(_text_field(f"{path}:{number}", line) for number, line in lines if line.strip())
+    return "\n\n".join(_text_field(where, item) for where, item in json_lines(path, raw, SHAPE))
 
 
-def _text_field(where: str, line: str) -> str:
-    """The `text` of one JSON line; `where` is file:line."""
-    try:
-        text = json.loads(line)["text"]
-        text.encode()
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{where} holds half a character (a lone surrogate)", fix="remove it") from None
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{where} has no text in a field 'text'", wanted='{"text": "..."} on every line') from None
+def _text_field(where: str, item: object) -> str:
+    """The `text` of one line; `where` is file:line."""
+    text = item.get("text") if isinstance(item, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f"{where} has no text in a field 'text'", wanted=SHAPE)
+    check_encodable(where, text)
     return text
 
 

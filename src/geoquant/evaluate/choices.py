@@ -16,21 +16,22 @@ choice scores strictly higher than every other one, so ties and NaN count as wro
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from geoquant.data.jsonl import check_encodable, json_lines, read_utf8
 from geoquant.data.text import adds_bos
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import check_head, final_hidden, head_nll
 from geoquant.progress import Progress, silent
+from geoquant.runs import file_hash
 
 __all__ = ["ChoiceResult", "Item", "Task", "choices", "difference", "load_task"]
 
@@ -101,35 +102,16 @@ def load_task(path: str | Path, limit: int | None = None) -> Task:
     path = Path(path)
     if limit is not None and limit < 1:
         raise UserError(f"cannot take {limit} items of {path}", wanted="at least 1")
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no task file {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder", wanted="a .jsonl file of multiple-choice items") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})", fix="convert it to UTF-8") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    items: list[Item] = []
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            items.append(_item(f"{path}:{number}", line))
-        if len(items) == limit:
-            break
+    text = read_utf8(path, "task", "a .jsonl file of multiple-choice items")
+    # `islice` leaves the lines behind the last item wanted unread, so they may be broken.
+    items = tuple(_item(where, item) for where, item in islice(json_lines(path, text, SHAPE), limit))
     if not items:
         raise UserError(f"{path} holds no items", wanted=SHAPE)
-    return Task(path.stem, tuple(items), hashlib.sha256(raw).hexdigest())
+    return Task(path.stem, items, file_hash(path))
 
 
-def _item(where: str, line: str) -> Item:
+def _item(where: str, item: object) -> Item:
     """One checked item; `where` is file:line."""
-    try:
-        item = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {getattr(error, 'msg', 'nested too deeply')}", wanted=SHAPE) from None
     if not isinstance(item, dict):
         raise UserError(f"{where} is not a JSON object", wanted=SHAPE)
     for name in ("query", "choices", "gold"):
@@ -144,10 +126,7 @@ def _item(where: str, line: str) -> Item:
         raise UserError(
             f"{where} has a wrong 'gold'", got=repr(gold)[:60], wanted=f"a whole number from 0 to {len(options) - 1}"
         )
-    try:
-        "".join([query, *options]).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where} holds half a character (a lone surrogate)", fix="remove it") from None
+    check_encodable(where, "".join([query, *options]))
     return Item(query, tuple(c.strip() for c in options), gold)
 
 

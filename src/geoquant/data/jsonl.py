@@ -1,0 +1,51 @@
+"""UTF-8 files of the user, and JSON lines in them: every mistake is named by file, in a line by file:line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from geoquant.errors import UserError
+
+__all__ = ["check_encodable", "json_lines", "read_utf8"]
+
+
+def read_utf8(path: Path, kind: str, wanted: str) -> str:
+    """The characters of a file without its byte order mark. `kind`: what it is, `wanted`: for whom gave a folder."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"no {kind} file {path}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder", wanted=wanted) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start})", fix="convert it to UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def json_lines(path: Path, text: str, wanted: str) -> Iterator[tuple[str, object]]:
+    """(file:line, value) of every line of `text` that is not blank. `wanted`: what a line should look like.
+
+    Raises UserError at the first line that is not JSON.
+    """
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            message = getattr(error, "msg", "nested too deeply")
+            raise UserError(f"{where} is not JSON: {message}", wanted=wanted) from None
+        yield where, value
+
+
+def check_encodable(where: str, text: str) -> None:
+    """Raise UserError for half a surrogate pair: JSON can escape one, but no tokenizer or hash can take it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character (a lone surrogate)", fix="remove it") from None
