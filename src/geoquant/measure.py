@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -48,13 +48,13 @@ def prepare_texts(tokenizer, recipe: Recipe) -> Texts:
     Calibration takes the first windows of its text. Evaluation takes the first windows of another text, the
     windows after the calibration's of the same file, or, of the built-in text, its last ones.
     """
+    if recipe.calibration is None and recipe.evaluation is None:
+        return Texts(*builtin_ends(tokenizer, recipe.window, recipe.windows, recipe.evaluation_windows))
     source = recipe.calibration or BUILTIN
     text = read_text(recipe.calibration) if recipe.calibration else builtin_text()
     calibration = windows(tokenizer, text, length=recipe.window, count=recipe.windows, source=source)
     if recipe.evaluation is None:
-        spared = recipe.windows if recipe.calibration is None else 0
-        evaluation = builtin_tail(tokenizer, recipe.window, recipe.evaluation_windows, spared=spared)
-        return Texts(calibration, evaluation)
+        return Texts(calibration, builtin_tail(tokenizer, recipe.window, recipe.evaluation_windows))
     same = recipe.calibration and Path(recipe.calibration).resolve() == Path(recipe.evaluation).resolve()
     evaluation = windows(
         tokenizer,
@@ -67,16 +67,21 @@ def prepare_texts(tokenizer, recipe: Recipe) -> Texts:
     return Texts(calibration, evaluation)
 
 
-def builtin_tail(tokenizer, length: int, count: int, *, spared: int = 0) -> Windows:
-    """The last `count` windows of the built-in text; its first `spared` ones serve calibration."""
+def builtin_tail(tokenizer, length: int, count: int) -> Windows:
+    """The last `count` windows of the built-in text."""
+    return builtin_ends(tokenizer, length, 0, count)[1]
+
+
+def builtin_ends(tokenizer, length: int, first: int, last: int) -> tuple[Windows, Windows]:
+    """The `first` and the `last` windows of the built-in text: the whole of it takes seconds, so once for both."""
     whole = windows(tokenizer, builtin_text(), length=length, source=BUILTIN)
-    if len(whole) < count + spared:
+    if len(whole) < first + last:
         raise UserError(
             f"the built-in text has {len(whole)} windows of {length} tokens",
-            wanted=f"{spared} to calibrate and {count} to evaluate",
+            wanted=f"{first} to calibrate and {last} to evaluate",
             fix="give --text FILE, or fewer windows",
         )
-    return Windows(whole.tokens[len(whole) - count :], BUILTIN, whole.sha256)
+    return replace(whole, tokens=whole.tokens[:first]), replace(whole, tokens=whole.tokens[len(whole) - last :])
 
 
 @dataclass(frozen=True)
