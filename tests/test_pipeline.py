@@ -605,7 +605,7 @@ LINES = {
     "wide groups": "group size 64 is larger than the 32 columns",
     "odd groups": "group size 20 does not divide the 32 columns",
     "8-bit asymmetric": "cannot hold 8-bit asymmetric codes",
-    "unknown format": "option formats.0",
+    "unknown format": "unknown format 'gguf'; choose one of: compressed-tensors, dense",
     "no model": "no model at",
     "long window": "--window 513 is longer than the model's context of 512 tokens",
     "unknown device": "gpu",

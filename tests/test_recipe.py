@@ -44,13 +44,41 @@ def test_a_recipe_cannot_be_changed():
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({"bits": 9}, "option bits: Input should be less than or equal to 8; got 9"),
-        ({"bits": 1}, "option bits: Input should be greater than or equal to 2; got 1"),
-        ({"keep": 0.6}, "option keep: Input should be less than or equal to 0.5; got 0.6"),
-        ({"damping": 0.0}, "option damping: Input should be greater than 0; got 0.0"),
-        ({"window": 4}, "option window: Input should be greater than or equal to 8; got 4"),
-        ({"bitz": 3}, "option bitz: Extra inputs are not permitted; got 3"),
-        ({"sequential": "sites"}, "option sequential: Input should be 'off', 'block' or 'site'; got 'sites'"),
+        (
+            {"bits": 9},
+            "option bits: Input should be less than or equal to 8; got 9; "
+            "choose a value of at least 2 and at most 8 (default 4)",
+        ),
+        (
+            {"bits": "four"},
+            "option bits: Input should be a valid integer, unable to parse string as an integer; got 'four'; "
+            "choose a value of at least 2 and at most 8 (default 4)",
+        ),
+        (
+            {"damping": 0.0},
+            "option damping: Input should be greater than 0; got 0.0; "
+            "choose a value of more than 0 and at most 1 (default automatic)",
+        ),
+        (
+            {"window": 4},
+            "option window: Input should be greater than or equal to 8; got 4; "
+            "choose a value of at least 8 (default 512)",
+        ),
+        (
+            {"symmetric": "perhaps"},
+            "option symmetric: Input should be a valid boolean, unable to interpret input; got 'perhaps'; "
+            "leave it out for the default, True",
+        ),
+        ({"model": 3}, "option model: Input should be a valid string; got 3; give a folder, a hub id or demo"),
+        (
+            {"sequential": "sites"},
+            "unknown sequential 'sites'; wanted one of block, off, site; did you mean 'site'?",
+        ),
+        ({"moments": "int"}, "unknown moments 'int'; choose one of: float32, float64"),
+        (
+            {"formats": ("dense", "compresed")},
+            "unknown format 'compresed'; wanted one of compressed-tensors, dense; did you mean 'compressed-tensors'?",
+        ),
     ],
 )
 def test_the_first_violated_constraint_is_the_line(values, line):
@@ -59,8 +87,13 @@ def test_the_first_violated_constraint_is_the_line(values, line):
     assert str(caught.value) == line
 
 
+def test_an_option_that_does_not_exist_is_guessed():
+    with pytest.raises(UserError, match=r"^unknown option 'bitz'; wanted one of bits, calibration, .*'bits'\?$"):
+        checked({"model": "m", "bitz": 3})
+
+
 def test_a_recipe_without_model_says_so():
-    with pytest.raises(UserError, match="option model: Field required"):
+    with pytest.raises(UserError, match=r"no model given; wanted MODEL, or model = \.\.\. in the recipe"):
         checked({})
 
 

@@ -6,12 +6,13 @@ A recipe says nothing about *how* a step is done; it is the command line written
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from geoquant.errors import UserError
+from geoquant.errors import UserError, unknown_name
 
 __all__ = ["Recipe", "load_recipe", "recipe_toml"]
 
@@ -61,9 +62,35 @@ def checked(values: dict) -> Recipe:
     try:
         return Recipe(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise UserError(f"option {name}: {first['msg']}", got=repr(first.get("input"))) from None
+        raise _explained(error.errors()[0]) from None
+
+
+def _explained(error: Mapping) -> UserError:
+    """One violated constraint in the user's words: unknown names get a guess, numbers their range."""
+    name, given = str(error["loc"][0]), error["input"]
+    if error["type"] == "extra_forbidden":
+        return unknown_name("option", name, Recipe.model_fields)
+    if error["type"] == "literal_error":
+        if name == "formats":
+            return unknown_name("format", str(given), get_args(Format))
+        return unknown_name(name, str(given), get_args(Recipe.model_fields[name].annotation))
+    if error["type"] == "missing":
+        return UserError("no model given", wanted="MODEL, or model = ... in the recipe", fix="for a first try: demo")
+    return UserError(f"option {name}: {error['msg']}", got=repr(given), fix=_choice(name))
+
+
+def _choice(name: str) -> str:
+    """What may be chosen for an option: its range where it has one, and its default."""
+    field = Recipe.model_fields[name]
+    limits = {
+        kind: getattr(part, kind) for part in field.metadata for kind in ("ge", "gt", "le") if hasattr(part, kind)
+    }
+    words = {"ge": "at least", "gt": "more than", "le": "at most"}
+    span = " and ".join(f"{words[kind]} {limit:g}" for kind, limit in limits.items())
+    if field.is_required():
+        return "give a folder, a hub id or demo"
+    default = "automatic" if field.default is None else repr(field.default)
+    return f"choose a value of {span} (default {default})" if span else f"leave it out for the default, {default}"
 
 
 def load_recipe(path: Path, **overrides: object) -> Recipe:
