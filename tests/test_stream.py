@@ -9,7 +9,8 @@ import torch
 
 from geoquant.model.walk import find_blocks, walk
 from geoquant.observe.compute import autocast, cast_call, compute_dtype, pure_copy, working_copy
-from geoquant.observe.stream import Stop, batch_size, open_stream, run_block, watch_input
+from geoquant.observe.replay import Replay
+from geoquant.observe.stream import Stop, batch_size, open_stream, run_block
 from oracles.models import ARCHITECTURES, block_outputs, build, site_inputs, tokens_for
 
 LENGTH = 20
@@ -43,12 +44,11 @@ def test_watched_inputs_are_those_of_the_whole_model(name):
     stream = open_stream(model, tokens)
     for stage in block.stages:
         seen = []
-        watch_input(
+        Replay(stream.calls[0], stream.batches).observe(
             model.get_submodule(block.name),
-            stream.calls[0],
-            model.get_submodule(stage.name),
-            stream.batches,
+            stage.name.removeprefix(f"{block.name}."),
             lambda index, x: seen.append((index, x)),  # noqa: B023
+            keep=False,
         )
         assert [index for index, _ in seen] == list(range(len(stream.batches)))
         for site in stage.sites:
@@ -130,19 +130,11 @@ def test_hooks_are_removed_after_an_error():
         raise RuntimeError("full")
 
     with pytest.raises(RuntimeError, match="full"):
-        watch_input(block, stream.calls[0], block.mlp.up_proj, stream.batches, fail)
+        Replay(stream.calls[0], stream.batches).observe(block, "mlp.up_proj", fail, keep=True)
     assert hook_count(model) == 0
     with pytest.raises((IndexError, Stop)):
         open_stream(model, tokens + 1000)
     assert hook_count(model) == 0
-
-
-def test_a_module_that_is_not_reached_shows_nothing():
-    model = build("llama")
-    stream = open_stream(model, tokens_for(2, LENGTH))
-    seen = []
-    watch_input(model.model.layers[0], stream.calls[0], model.lm_head, stream.batches, lambda *x: seen.append(x))
-    assert seen == []
 
 
 def test_compute_dtype():

@@ -20,7 +20,8 @@ from geoquant.methods.rtn import solve as round_to_nearest
 from geoquant.model.walk import Block, Stage, find_blocks, read_weight, write_weight
 from geoquant.observe.compute import autocast, working_copy
 from geoquant.observe.moments import Accumulator, Moments, clipped_weights
-from geoquant.observe.stream import Stream, run_block, watch_input
+from geoquant.observe.replay import Replay
+from geoquant.observe.stream import Stream
 from geoquant.progress import Progress, silent
 
 __all__ = ["StageResult", "install", "solve_model"]
@@ -65,20 +66,18 @@ def solve_model(
     batches = list(stream.batches)
     held_from = heldout_start(sum(len(batch) for batch in batches))
     for block, module, call in zip(blocks, modules, stream.calls):
+        passes = Replay(call, batches)
         # With full-precision inputs throughout, the outputs must be computed before the weights change.
         if sequential == "off":
-            work = working_copy(module, compute)
-            following = _outputs(work, call, batches, compute)
+            following = _outputs(working_copy(module, compute), passes, compute)
         pending: list[tuple[Stage, Solution]] = []
         for stage in block.stages:
             solution = finished(stage)
             if solution is None:
                 work = working_copy(module, compute)
-                target = work.get_submodule(stage.name.removeprefix(block.name + "."))
                 started = time.process_time()
-                moments = _observe(
-                    work, call, target, batches, stage, metric, energies, held_from, compute, moments_dtype
-                )
+                site = stage.name.removeprefix(block.name + ".")
+                moments = _observe(work, site, passes, stage, metric, energies, held_from, compute, moments_dtype)
                 observed = time.process_time()
                 original = torch.cat([read_weight(model.get_submodule(site.name)) for site in stage.sites])
                 name, options = settings(stage)
@@ -92,7 +91,8 @@ def solve_model(
                 pending.append((stage, solution))
         for stage, solution in pending:
             install(model, stage, solution)
-        batches = following if sequential == "off" else _outputs(working_copy(module, compute), call, batches, compute)
+            passes.forget()
+        batches = following if sequential == "off" else _outputs(working_copy(module, compute), passes, compute)
         progress("solve", block.index + 1, len(blocks), block.name)
 
 
@@ -101,17 +101,15 @@ def heldout_start(windows: int) -> int:
     return windows - max(1, windows // 8) if windows >= 4 else windows
 
 
-@torch.no_grad()
-def _outputs(work: nn.Module, call, batches: list[Tensor], compute: torch.dtype) -> list[Tensor]:
-    with autocast(batches[0].device, compute):
-        return [run_block(work, call, hidden).float() for hidden in batches]
+def _outputs(work: nn.Module, passes: Replay, compute: torch.dtype) -> list[Tensor]:
+    with autocast(passes.batches[0].device, compute):
+        return [hidden.float() for hidden in passes.outputs(work)]
 
 
 def _observe(
     work: nn.Module,
-    call,
-    target: nn.Module,
-    batches: list[Tensor],
+    site: str,
+    passes: Replay,
     stage: Stage,
     metric: str,
     energies: dict[str, Tensor] | None,
@@ -120,8 +118,9 @@ def _observe(
     dtype: torch.dtype,
 ) -> Moments:
     """Moments of one stage's input over all batches."""
-    size, length = batches[0].shape[:2]
-    accumulator = Accumulator(stage.columns, dtype=dtype, device=batches[0].device)
+    size, length = passes.batches[0].shape[:2]
+    device = passes.batches[0].device
+    accumulator = Accumulator(stage.columns, dtype=dtype, device=device)
 
     def see(index: int, x: Tensor) -> None:
         x = x.float()
@@ -136,8 +135,8 @@ def _observe(
             if x[part].shape[0]:
                 accumulator.add(x[part], None if weights is None else weights[part], held=held)
 
-    with autocast(batches[0].device, compute):
-        watch_input(work, call, target, batches, see)
+    with autocast(device, compute):
+        passes.observe(work, site, see, keep=len(stage.sites) == 1)
     return accumulator.finish()
 
 

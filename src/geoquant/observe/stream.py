@@ -6,7 +6,7 @@ captured once per block from a real forward pass, so any architecture streams wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -80,27 +80,3 @@ def run_block(block: nn.Module, call: BlockCall, hidden: Float[Tensor, "b l h"])
     """One block on one batch."""
     output = block(hidden, *call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
-
-
-@torch.no_grad()
-def watch_input(
-    block: nn.Module,
-    call: BlockCall,
-    module: nn.Module,
-    batches: Sequence[Float[Tensor, "b l h"]],
-    see: Callable[[int, Float[Tensor, "tokens in"]], None],
-) -> None:
-    """Run every batch up to `module` (part of `block`) and hand its input to `see`, flattened to tokens."""
-    seen: list[Tensor] = []
-
-    def stop(_: nn.Module, inputs: tuple) -> None:
-        seen.append(inputs[0])
-        raise Stop
-
-    with hooks([module.register_forward_pre_hook(stop)]):
-        for index, hidden in enumerate(batches):
-            try:
-                run_block(block, call, hidden)
-            except Stop:
-                x = seen.pop()
-                see(index, x.reshape(-1, x.shape[-1]))
