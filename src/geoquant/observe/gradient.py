@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from geoquant.errors import UserError
 from geoquant.model.walk import Block, find_blocks
+from geoquant.observe.attention import ProductAttention
 from geoquant.observe.compute import cast_call, pure_copy
 from geoquant.observe.stream import BlockCall, Stream, hooks, run_block
 from geoquant.progress import Progress, silent
@@ -126,7 +127,7 @@ def _block_gradient(
     def watch(stage: str):
         def forward(_: nn.Module, __: tuple, output: Tensor) -> None:
             def backward(g: Tensor) -> None:
-                energy = torch.linalg.vector_norm(g.detach(), dim=-1, dtype=torch.float32).square().cpu()
+                energy = g.detach().square().sum(-1, dtype=torch.float32).cpu()
                 if energy.numel() != x.shape[0] * x.shape[1]:
                     raise UserError(
                         f"site {stage} sees {energy.numel()} of {x.shape[0] * x.shape[1]} tokens",
@@ -144,6 +145,6 @@ def _block_gradient(
         inside[site.name].register_forward_hook(watch(stage.name)) for stage in block.stages for site in stage.sites
     ]
     leaf = x.detach().requires_grad_()
-    with hooks(handles):
+    with hooks(handles), ProductAttention():
         output = run_block(work, call, leaf)
         return torch.autograd.grad(output, leaf, gradient)[0]
