@@ -12,6 +12,7 @@ from geoquant.lattice.basis import (
     compensation_factor,
     damped,
     expected_error,
+    heldout_prices,
     permuted,
     triangular_inverse,
 )
@@ -76,17 +77,22 @@ def test_expected_error_on_its_own_metric_is_the_squared_length():
     metric = random_metric(30, 3)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     factor = compensation_factor(metric, order, 0.02)
-    price = expected_error(factor, damped(metric, 0.02)[order][:, order])
+    price = expected_error(factor, factor.diagonal(), damped(metric, 0.02)[order][:, order])
     torch.testing.assert_close(price, factor.diagonal().reciprocal().square())
 
 
-def test_expected_error_of_some_rounded_columns():
-    """Free columns at the end pay nothing; a stride samples the others."""
+def test_prices_of_some_rounded_columns():
+    """In reversed order: free columns, which come first there, pay nothing; a stride samples the others."""
     metric, other = random_metric(20, 1), random_metric(20, 2)
-    factor = compensation_factor(metric, torch.arange(20), 0.02)
-    every = expected_error(factor, other)
-    torch.testing.assert_close(expected_error(factor[:13], other), every[:13])
-    torch.testing.assert_close(expected_error(factor[:13], other, stride=3), every[:13:3])
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    factor = compensation_factor(metric, order, 0.02)
+    every = expected_error(factor, factor.diagonal(), other[order][:, order]).flip(0)
+    back = order.flip(0)
+    reverse = (metric[back][:, back], other[back][:, back])
+    torch.testing.assert_close(heldout_prices(*reverse, 0.02), every)
+    torch.testing.assert_close(heldout_prices(*reverse, 0.02, free=7, stride=3), every[7::3])
+    with pytest.raises(NotPositiveDefinite):
+        heldout_prices(-reverse[0], reverse[1], 0.02)
 
 
 def test_permuting_a_symmetric_matrix():
@@ -115,5 +121,5 @@ def test_expected_error_equals_simulated_rounding():
             moved[:, rest] += noise[:, position, None] * pull
     simulated = column_error(left, other).mean().item()
     factor = compensation_factor(metric, order, 0.05)
-    predicted = (expected_error(factor, other[order][:, order]) * variance).sum().item()
+    predicted = (expected_error(factor, factor.diagonal(), other[order][:, order]) * variance).sum().item()
     assert simulated == pytest.approx(predicted, rel=0.02)

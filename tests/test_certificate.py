@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geoquant.lattice.certificate import certificate, error_energy, squared_steps
+from geoquant.lattice.certificate import certificate, error_energies, squared_steps
 
 NONE = torch.zeros(0, dtype=torch.int64)
 
@@ -48,7 +48,8 @@ def test_the_energy_is_the_quadratic_form_row_by_row(rows, columns, seed):
         for i in range(columns)
         for j in range(columns)
     )
-    assert error_energy(difference.double(), a) == pytest.approx(total, rel=1e-10, abs=1e-10)
+    found = error_energies(difference.double(), a, 3 * a)
+    assert found == pytest.approx([total, 3 * total], rel=1e-10, abs=1e-10)
 
 
 @settings(max_examples=25, deadline=None)
@@ -83,7 +84,7 @@ def test_no_row_of_the_nearest_plane_exceeds_the_bound_and_the_mean_is_the_expec
     steps = scales.repeat_interleave(group, dim=1)[:, :columns]
     quantized, lengths = plane_by_plane(weight, a, steps)
     found = certificate(weight, quantized, a, None, scales, lengths, NONE, group, 0.0)
-    energy = error_energy(weight, a)
+    energy = error_energies(weight, a)[0]
     rows = torch.einsum("ri,ij,rj->r", quantized - weight, a, quantized - weight)
     assert rows.max() <= found.bound * energy / 4000 * (1 + 1e-9)
     assert found.error == pytest.approx(rows.sum().item() / energy)

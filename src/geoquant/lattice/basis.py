@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["NotPositiveDefinite", "compensation_factor", "damped", "expected_error", "permuted", "triangular_inverse"]
+__all__ = [
+    "NotPositiveDefinite",
+    "compensation_factor",
+    "damped",
+    "expected_error",
+    "heldout_prices",
+    "permuted",
+    "triangular_inverse",
+]
 
 
 class NotPositiveDefinite(ValueError):
@@ -30,20 +38,15 @@ def compensation_factor(
     hessian: Float[Tensor, "n n"],
     order: Int[Tensor, " n"],
     damping: float,
-    *,
-    precision: torch.dtype = torch.float64,
 ) -> Float[Tensor, "n n"]:
     """`U` upper triangular with `(A + damping)^-1 = U^T U`, rows and columns in processing order.
 
     The reversed matrix has a lower Cholesky factor whose reversal is V; its inverse comes by halving, so that the
-    work is matrix products. Float64 by default: damped metrics reach condition numbers of 1e6.
+    work is matrix products. Float64: damped metrics reach condition numbers of 1e6.
 
     Raises NotPositiveDefinite.
     """
-    matrix = permuted(damped(hessian, damping).to(precision), order.flip(0))
-    lower, info = torch.linalg.cholesky_ex(matrix)
-    if info.item() or not torch.isfinite(lower.diagonal()).all():
-        raise NotPositiveDefinite(f"metric of {len(order)} columns is not positive definite at damping {damping}")
+    lower = _cholesky(permuted(damped(hessian, damping).to(torch.float64), order.flip(0)), damping)
     return triangular_inverse(lower).flip(0, 1).to(hessian.dtype).contiguous()
 
 
@@ -67,16 +70,38 @@ def triangular_inverse(lower: Float[Tensor, "n n"], base: int = 128) -> Float[Te
 
 
 def expected_error(
-    factor: Float[Tensor, "rounded n"], metric: Float[Tensor, "n n"], *, stride: int = 1
+    rows: Float[Tensor, "m n"], pivots: Float[Tensor, " m"], metric: Float[Tensor, "n n"]
 ) -> Float[Tensor, " m"]:
-    """What one unit of squared rounding error in a processed column costs under `metric` (both in processing order).
+    """What one unit of squared rounding error in a processed column costs under `metric`.
 
-    factor: the rows of `U` that belong to rounded columns; those of free columns, which come last, are left out.
+    rows: rows of `U`, one per column asked for, in the column order of `metric`. pivots: their diagonal entries.
 
     Babai leaves `w - q = sum_j (eps_j / U_jj) U_j:` with eps_j the rounding error of column j. Independent eps_j
-    therefore cost `sum_j E[eps_j^2] (U M U^T)_jj / U_jj^2`; this returns the factor of every `stride`-th term. With M
-    the (damped) metric that U was made from it is `r_j^2`; with M from other tokens it is the price of over-fitting,
-    and the damping that minimises its sum needs no trial solve.
+    therefore cost `sum_j E[eps_j^2] (U M U^T)_jj / U_jj^2`; this returns the factors. With M the (damped) metric that
+    U was made from they are `r_j^2`; with M from other tokens they are the price of over-fitting, and the damping that
+    minimises their sum needs no trial solve.
     """
-    rows = factor[::stride]
-    return ((rows @ metric) * rows).sum(1) / factor.diagonal()[::stride].square()
+    return ((rows @ metric) * rows).sum(1) / pivots.square()
+
+
+def heldout_prices(
+    metric: Float[Tensor, "n n"], heldout: Float[Tensor, "n n"], damping: float, *, free: int = 0, stride: int = 1
+) -> Float[Tensor, " m"]:
+    """`expected_error` under `heldout` of every `stride`-th rounded column after solving with the damped `metric`.
+
+    Both matrices come in *reversed* processing order, which is the order of the Cholesky factor, so that the `free`
+    columns, processed last, stand first. Works in their precision. Raises NotPositiveDefinite.
+    """
+    lower = _cholesky(damped(metric, damping), damping)
+    chosen = torch.arange(free, len(lower), stride, device=lower.device)
+    picks = torch.zeros(len(chosen), len(lower), dtype=lower.dtype, device=lower.device)
+    picks[torch.arange(len(chosen), device=lower.device), chosen] = 1.0
+    rows = torch.linalg.solve_triangular(lower, picks, upper=False, left=False)
+    return expected_error(rows, lower.diagonal()[chosen].reciprocal(), heldout)
+
+
+def _cholesky(matrix: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if info.item() or not torch.isfinite(lower.diagonal()).all():
+        raise NotPositiveDefinite(f"metric of {len(matrix)} columns is not positive definite at damping {damping}")
+    return lower

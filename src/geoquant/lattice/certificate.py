@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Certificate", "certificate", "error_energy"]
+__all__ = ["Certificate", "certificate", "error_energies"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Certificate:
     clip_rate: float
 
 
-def error_energy(difference: Float[Tensor, "out in"], metric: Float[Tensor, "in in"]) -> float:
-    """`tr(D A D^T)`."""
-    return ((difference @ metric) * difference).sum(dtype=torch.float64).item()
+def error_energies(rows: Float[Tensor, "out in"], *metrics: Float[Tensor, "in in"]) -> list[float]:
+    """`tr(D A D^T)` of one matrix of rows under each metric: one product `D^T D` serves them all."""
+    gram = rows.T @ rows
+    return [(gram * metric).sum(dtype=torch.float64).item() for metric in metrics]
 
 
 def squared_steps(
@@ -61,15 +62,13 @@ def certificate(
 
     metric:  moments the site was solved on. heldout: moments of tokens that chose its damping.
     """
-    difference = quantized - original
-    energy = max(error_energy(original, metric), 1e-30)
-    steps = squared_steps(scales, lengths, kept, group_size)
-    held = None
-    if heldout is not None:
-        held = error_energy(difference, heldout) / max(error_energy(original, heldout), 1e-30)
+    metrics = (metric,) if heldout is None else (metric, heldout)
+    errors = error_energies(quantized - original, *metrics)
+    energies = [max(energy, 1e-30) for energy in error_energies(original, *metrics)]
+    steps, energy = squared_steps(scales, lengths, kept, group_size), energies[0]
     return Certificate(
-        error=error_energy(difference, metric) / energy,
-        heldout_error=held,
+        error=errors[0] / energy,
+        heldout_error=None if heldout is None else errors[1] / energies[1],
         expected_error=steps / 12 / energy,
         bound=steps / 4 / energy,
         clip_rate=clip_rate,
