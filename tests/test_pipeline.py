@@ -654,6 +654,17 @@ def test_a_folder_with_something_in_it_is_left_alone(workplace, tmp_path, capsys
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+def test_a_refusal_leaves_an_empty_folder_where_it_was_and_makes_none(workplace, tmp_path, monkeypatch):
+    wanted = workplace[1].model_copy(update={"method": "baby"})
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for out in ("mine", "new", "mine/a/b"):
+        with pytest.raises(UserError, match="unknown method"):
+            quantize(wanted, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
 def test_a_finished_run_is_not_overwritten(run_of, capsys):
     report, run = run_of("4 bits")
     before = (run / "report.json").read_bytes()

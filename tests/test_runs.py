@@ -25,6 +25,7 @@ from geoquant.runs import (
     file_hash,
     read_json,
     read_tensors,
+    remove_empty,
     write_json,
     write_tensors,
 )
@@ -194,6 +195,21 @@ def test_output_rules(tmp_path):
     claim_output(new, resume=True)
     with pytest.raises(UserError, match=r"manifest\.json is a file; wanted a folder"):
         claim_output(new / "manifest.json", resume=False)
+
+
+def test_only_folders_that_were_made_are_taken_away_again(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    remove_empty(claim_output(mine, resume=False))
+    assert mine.is_dir()
+    made = claim_output(mine / "runs" / "one", resume=False)
+    assert made == (mine / "runs" / "one", mine / "runs")
+    remove_empty(made)
+    assert list(mine.iterdir()) == []
+    made = claim_output(mine / "runs" / "one", resume=False)
+    (mine / "runs" / "two").mkdir()  # somebody else's, meanwhile
+    remove_empty(made)
+    assert [path.name for path in (mine / "runs").iterdir()] == ["two"]
 
 
 def test_resuming_what_is_not_there_starts_anew(tmp_path):

@@ -44,7 +44,7 @@ from geoquant.progress import Progress, silent
 from geoquant.recipe import Recipe
 from geoquant.report.build import write_report
 from geoquant.results import SiteFiles, load_stage, save_stage
-from geoquant.runs import claim_output, read_json, read_tensors, write_json, write_tensors
+from geoquant.runs import claim_output, read_json, read_tensors, remove_empty, write_json, write_tensors
 from geoquant.solve import install, solve_model
 
 __all__ = ["audit", "evaluate", "export", "make_plan", "prepare", "quantize"]
@@ -59,7 +59,7 @@ def quantize(
     stopped at any point continues with `resume=True` to the same bits.
     """
     run, clock = Path(out), reporting.Clock()
-    claim_output(run, resume=resume)
+    made = claim_output(run, resume=resume)
     manifest, base_scores, base = run / "manifest.json", run / "base_scores.safetensors", None
     new = not manifest.exists()
     try:
@@ -76,8 +76,7 @@ def quantize(
         if new:  # nothing worth resuming: leave no trace
             manifest.unlink(missing_ok=True)
             base_scores.unlink(missing_ok=True)
-        if not any(run.iterdir()):
-            run.rmdir()
+        remove_empty(made)
         raise
     write_json(run / "plan.json", plan.to_dict())
 

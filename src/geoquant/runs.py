@@ -24,7 +24,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -40,6 +41,7 @@ __all__ = [
     "file_hash",
     "read_json",
     "read_tensors",
+    "remove_empty",
     "write_json",
     "write_tensors",
 ]
@@ -135,8 +137,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"cannot read {path}: {error}", fix="delete it and run again with --resume") from None
 
 
-def claim_output(out: Path, *, resume: bool) -> None:
-    """Make `out` ready: new or empty, or a run of ours when resuming. Leftovers of a killed run are swept."""
+def claim_output(out: Path, *, resume: bool) -> tuple[Path, ...]:
+    """Make `out` ready: new or empty, or a run of ours when resuming. Leftovers of a killed run are swept.
+
+    Returns the folders that had to be made, the innermost first: what a run that is refused may take away again.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file", wanted="a folder")
     entries = [entry for entry in out.iterdir() if not entry.name.startswith(PARTIAL)] if out.exists() else []
@@ -144,10 +149,20 @@ def claim_output(out: Path, *, resume: bool) -> None:
         raise UserError(f"output folder {out} is not empty", fix="choose a new folder")
     if entries and not resume:
         raise UserError(f"output folder {out} already holds a run", fix="add --resume, or choose a new folder")
+    made = tuple(takewhile(lambda folder: not folder.exists(), (out, *out.parents)))
     with _explained(out):
         out.mkdir(parents=True, exist_ok=True)
     for leftover in out.rglob(PARTIAL + "*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return made
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders as long as they are empty."""
+    for folder in folders:
+        if any(folder.iterdir()):
+            return
+        folder.rmdir()
 
 
 def file_hash(path: Path) -> str:
