@@ -419,6 +419,8 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(case, rounding, tmp_p
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
     assert "disk full while writing" in line
     assert "free some space, then run the same command with --resume" in line
+    assert ".partial-" not in line
+    assert (f"while writing {run / 'model'};" in line) == (place != "sites")
     assert not list(run.rglob(".partial-*"))
     assert solved(run) == (4 if place == "sites" else STAGES)
     assert not (run / "model").exists()

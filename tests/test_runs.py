@@ -91,6 +91,29 @@ def test_a_full_or_closed_disk_is_one_line(tmp_path, error, line):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_inside_a_folder_names_the_folder_to_be(tmp_path, error):
+    def fails(partial):
+        raise error
+
+    def build():
+        with atomic_directory(tmp_path / "model") as folder:
+            atomic_write(folder / "shard-00001", fails)
+
+    with pytest.raises(UserError) as caught:
+        build()
+    assert str(caught.value) == (
+        f"disk full while writing {tmp_path / 'model'}; free some space, then run the same command with --resume"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_errors_are_not_dressed_up(tmp_path):
     def fails(partial):
         raise OSError(errno.EIO, "Input/output error")

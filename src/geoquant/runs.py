@@ -54,23 +54,26 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn a full disk or a read-only place into one line that names the file."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"disk full while writing {path}", fix="free some space, then run the same command with --resume"
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"cannot write {path}: {error.strerror}", fix="choose another --out folder") from None
-        raise
     except UserError:
         raise
     except Exception as error:
-        # safetensors and tokenizers wrap the system's error in a type of their own and keep only its text.
-        if "No space left" in str(error) or "os error 28" in str(error):
+        # A file of a folder in the making: `atomic_directory` knows under which name the user will look for it.
+        if path.parent.name.startswith(PARTIAL):
+            raise
+        if _disk_full(error):
             raise UserError(
                 f"disk full while writing {path}", fix="free some space, then run the same command with --resume"
             ) from None
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"cannot write {path}: {error.strerror}", fix="choose another --out folder") from None
         raise
+
+
+def _disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors and tokenizers wrap the system's error in a type of their own and keep only its text.
+    return "No space left" in str(error) or "os error 28" in str(error)
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
