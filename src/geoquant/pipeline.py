@@ -21,6 +21,7 @@ from geoquant.export.adapter import export_adapter
 from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
 from geoquant.export.verify import verify, write_expected
+from geoquant.manifest import check_same_model, finish_manifest, write_manifest
 from geoquant.measure import (
     Texts,
     builtin_tail,
@@ -31,6 +32,7 @@ from geoquant.measure import (
     score_reference,
 )
 from geoquant.model.load import Loaded, load
+from geoquant.model.paging import Pages, map_weights
 from geoquant.model.walk import Block, untouched_parameters, walk
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import token_energies
@@ -66,7 +68,7 @@ def quantize(
         with clock("load"):
             split = load_records(recipe)
             loaded, blocks, texts, plan, notes = prepare(recipe)
-            reporting.write_manifest(run, recipe, loaded, texts, split, command)
+            write_manifest(run, recipe, loaded, texts, split, command)
             if split and recipe.reference:
                 if not base_scores.exists():
                     loaded = None  # never two models in memory: this one is read again below
@@ -109,7 +111,7 @@ def quantize(
         run, recipe, facts, blocks, plan, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
     write_report(run, report)
-    reporting.finish_manifest(run)
+    finish_manifest(run)
     return report
 
 
@@ -120,7 +122,7 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
     limit = getattr(loaded.model.config, "max_position_embeddings", None) or recipe.window
     if recipe.window > limit:
         raise UserError(f"--window {recipe.window} is longer than the model's context of {limit} tokens")
-    blocks = walk(loaded.model, texts.calibration.tokens[:1, :8])
+    blocks = walk(loaded.model, texts.calibration.tokens[:1, :8], map_weights())
     plan = uniform_plan(blocks, recipe)
     grids = {site.name: site.grid for site in plan.sites}
     notes = tuple(
@@ -167,10 +169,11 @@ def solve(
     """Observe and solve block by block, in place; each stage's result is on disk before the next one starts."""
     model, tokens = loaded.model, texts.calibration.tokens
     compute = compute_dtype(recipe.compute, model.device)
-    stream = open_stream(model, tokens, compute)
+    pages = map_weights()
+    stream = open_stream(model, tokens, compute, pages)
     energies = None
     if recipe.metric == "gradient":
-        energies = gradient_energies(run, model, blocks, stream, tokens, compute, progress)
+        energies = gradient_energies(run, model, blocks, stream, tokens, compute, pages, progress)
     plans = {site.name: site for site in plan.sites}
     solve_model(
         model,
@@ -184,15 +187,20 @@ def solve(
         moments_dtype=getattr(torch, recipe.moments),
         finished=lambda stage: load_stage(run, stage),
         done=lambda result: save_stage(run, result, plans),
+        pages=pages,
+        lean=True,
         progress=progress,
     )
 
 
-def gradient_energies(run: Path, model, blocks, stream: Stream, tokens, compute, progress: Progress) -> dict:
+def gradient_energies(
+    run: Path, model, blocks, stream: Stream, tokens, compute, pages: Pages, progress: Progress
+) -> dict:
     """Token weights of the full-precision model, computed once per run."""
     path = run / "token_weights.safetensors"
     if not path.exists():
-        write_tensors(path, token_energies(model, blocks, stream, tokens, compute=compute, progress=progress))
+        energies = token_energies(model, blocks, stream, tokens, compute=compute, pages=pages, progress=progress)
+        write_tensors(path, energies)
     return read_tensors(path)[0]
 
 
@@ -237,7 +245,7 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     recipe = Recipe(**read_json(run / "manifest.json")["recipe"])
     report = read_json(run / "report.json")
     loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
-    reporting.check_same_model(run, loaded)
+    check_same_model(run, loaded)
     for stage in (stage for block in blocks for stage in block.stages):
         solution = load_stage(run, stage)
         if solution is None:

@@ -1,48 +1,41 @@
-"""From a run's pieces to the `report.json` dict and the manifest: facts only, no measuring."""
+"""From a run's pieces to the `report.json` dict: facts only, no measuring."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from geoquant.data.records import Split
-from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import Perplexity, difference
 from geoquant.export import snippet
 from geoquant.export.compressed_tensors import stored_bits
 from geoquant.export.verify import VerifyResult
 from geoquant.export.weights import ExportResult
+from geoquant.manifest import versions
 from geoquant.measure import Quality, Texts
 from geoquant.model.load import Loaded
 from geoquant.model.walk import Block
 from geoquant.plan.uniform import Plan, SitePlan, kept_count
 from geoquant.recipe import Recipe
 from geoquant.results import site_reports
-from geoquant.runs import read_json, write_json
+from geoquant.runs import read_json
 
 __all__ = [
     "Clock",
     "assemble",
-    "check_same_model",
     "export_entry",
-    "finish_manifest",
     "model_facts",
     "planned_size",
     "verification",
-    "write_manifest",
 ]
 
-PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy", "peft")
 SCHEMA = 1
 
 
@@ -59,19 +52,6 @@ class Clock:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides the numbers."""
-    from geoquant import __version__
-
-    found = {"geoquant": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def peak_memory_bytes() -> int:
@@ -91,56 +71,6 @@ def model_facts(loaded: Loaded) -> dict:
         "bytes": sum(parameter.nbytes for parameter in loaded.model.parameters()),
         "sha256": loaded.sha256,
     }
-
-
-def write_manifest(run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None, command: str) -> None:
-    """Write what the run is; on resume, refuse a run of anything else.
-
-    Raises UserError when the recipe or the data differ from those the folder was started with.
-    """
-    path = run / "manifest.json"
-    facts = {
-        "recipe": recipe.model_dump(mode="json"),
-        "hashes": hashes(loaded.sha256, texts, split),
-        "versions": versions(),
-        "seed": recipe.seed,
-        "command": command,
-        "status": "running",
-    }
-    if not path.exists():
-        write_json(path, {**facts, "created": datetime.now(UTC).isoformat(timespec="seconds")})
-        return
-    kept = read_json(path)
-    changed = [name for name, value in facts["recipe"].items() if kept["recipe"].get(name) != value]
-    if changed:
-        name = changed[0]
-        raise UserError(
-            f"the run in {run} was started with {name} = {kept['recipe'].get(name)!r}",
-            got=repr(facts["recipe"][name]),
-            fix="resume with the same options, or choose a new folder",
-        )
-    for name, value in facts["hashes"].items():
-        if kept["hashes"].get(name) != value:
-            raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
-
-
-def finish_manifest(run: Path) -> None:
-    """Mark the run as complete."""
-    write_json(run / "manifest.json", {**read_json(run / "manifest.json"), "status": "done"})
-
-
-def check_same_model(run: Path, loaded: Loaded) -> None:
-    """Raise UserError when the model of a finished run is no longer the one it was made from."""
-    if read_json(run / "manifest.json")["hashes"]["model"] != loaded.sha256:
-        raise UserError(
-            f"{loaded.source} is not the model that {run} was made from", fix="restore the original weights"
-        )
-
-
-def hashes(model: str, texts: Texts, split: Split | None) -> dict[str, str]:
-    """SHA-256 of everything that went in."""
-    found = {"model": model, "calibration": texts.calibration.sha256, "evaluation": texts.evaluation.sha256}
-    return found | ({"records": split.sha256} if split else {})
 
 
 def export_entry(name: str, run: Path, written: ExportResult, adapter: ExportResult | None) -> dict:

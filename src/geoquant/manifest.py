@@ -1,0 +1,82 @@
+"""What a run is: its recipe, inputs and versions, written first; and on resume, whether it still is the same run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+from geoquant.data.records import Split
+from geoquant.errors import UserError
+from geoquant.measure import Texts
+from geoquant.model.load import Loaded
+from geoquant.recipe import Recipe
+from geoquant.runs import read_json, write_json
+
+__all__ = ["check_same_model", "finish_manifest", "versions", "write_manifest"]
+
+PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy", "peft")
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides the numbers."""
+    from geoquant import __version__
+
+    found = {"geoquant": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_manifest(run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None, command: str) -> None:
+    """Write what the run is; on resume, refuse a run of anything else.
+
+    Raises UserError when the recipe or the data differ from those the folder was started with.
+    """
+    path = run / "manifest.json"
+    facts = {
+        "recipe": recipe.model_dump(mode="json"),
+        "hashes": hashes(loaded.sha256, texts, split),
+        "versions": versions(),
+        "seed": recipe.seed,
+        "command": command,
+        "status": "running",
+    }
+    if not path.exists():
+        write_json(path, {**facts, "created": datetime.now(UTC).isoformat(timespec="seconds")})
+        return
+    kept = read_json(path)
+    changed = [name for name, value in facts["recipe"].items() if kept["recipe"].get(name) != value]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"the run in {run} was started with {name} = {kept['recipe'].get(name)!r}",
+            got=repr(facts["recipe"][name]),
+            fix="resume with the same options, or choose a new folder",
+        )
+    for name, value in facts["hashes"].items():
+        if kept["hashes"].get(name) != value:
+            raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
+
+
+def finish_manifest(run: Path) -> None:
+    """Mark the run as complete."""
+    write_json(run / "manifest.json", {**read_json(run / "manifest.json"), "status": "done"})
+
+
+def check_same_model(run: Path, loaded: Loaded) -> None:
+    """Raise UserError when the model of a finished run is no longer the one it was made from."""
+    if read_json(run / "manifest.json")["hashes"]["model"] != loaded.sha256:
+        raise UserError(
+            f"{loaded.source} is not the model that {run} was made from", fix="restore the original weights"
+        )
+
+
+def hashes(model: str, texts: Texts, split: Split | None) -> dict[str, str]:
+    """SHA-256 of everything that went in."""
+    found = {"model": model, "calibration": texts.calibration.sha256, "evaluation": texts.evaluation.sha256}
+    return found | ({"records": split.sha256} if split else {})
