@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from geoquant.errors import UserError
-from geoquant.recipe import Recipe, checked, load_recipe, recipe_toml
+from geoquant.recipe import Recipe, checked, load_recipe, located, recipe_toml
 
 # TOML forbids control characters inside strings other than by escape; paths on a command line hold none.
 PATHS = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=30)
@@ -101,6 +101,23 @@ def test_the_command_line_overrules_the_file(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text('model = "base"\nbits = 3\ngroup_size = 32\n')
     assert load_recipe(file, bits=4) == Recipe(model="base", bits=4, group_size=32)
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model", "demo", "store"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "store" / "blob").write_text("a")
+    (tmp_path / "model.gguf").symlink_to("store/blob")
+    found = located(Recipe(model="model", reference="demo", calibration="store/../store/blob", members="nowhere.jsonl"))
+    assert found == Recipe(
+        model=f"{tmp_path}/model", reference="demo", calibration=f"{tmp_path}/store/blob", members="nowhere.jsonl"
+    )
+    assert located(found) == found
+    assert located(Recipe(model="./demo")).model == f"{tmp_path}/demo"
+    assert located(Recipe(model="owner/name")).model == "owner/name"
+    # A link keeps its name, which says what it is.
+    assert located(Recipe(model="model.gguf")).model == f"{tmp_path}/model.gguf"
 
 
 def test_a_missing_or_broken_file_is_one_line(tmp_path):

@@ -315,6 +315,34 @@ def test_other_options_are_refused(stopped, flags, capsys):
     assert "was started with seed = 0; got 7" in refused(["--seed", "7"], stopped, capsys)
 
 
+def test_a_run_goes_on_from_another_folder(options, tmp_path, capsys, monkeypatch):
+    from geoquant import pipeline
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "measure_original", interrupted)
+    place, run = Path(options["MODEL"]).parent, tmp_path / "run"
+    monkeypatch.chdir(place)
+    relative = {name: value.removeprefix(f"{place}/") for name, value in options.items()}
+    assert relative["MODEL"] == "model"
+    assert cli.run(["quantize", *arguments(relative), "--out", str(run)]) == 130
+    recipe = json.loads((run / "manifest.json").read_text())["recipe"]
+    assert recipe["model"] == options["MODEL"]
+    assert recipe["calibration"] == options["--calibration"]
+    # Whether the folder says where the inputs are or the command does: it is one run.
+    monkeypatch.chdir(tmp_path)
+    for asked in ([], arguments(options)):
+        assert cli.run(["quantize", *asked, "--out", str(run), "--resume"]) == 130
+    # A manifest that kept paths as they were typed serves from the folder they were typed in.
+    for name in ("model", "calibration", "evaluation"):
+        moved(run, name, Path(recipe[name]).relative_to(place))
+    assert "was started with model = 'model'" in refused(arguments(options), run, capsys)
+    monkeypatch.chdir(place)
+    for asked in ([], arguments(options)):
+        assert cli.run(["quantize", *asked, "--out", str(run), "--resume"]) == 130
+
+
 def moved(run: Path, option: str, path: Path) -> None:
     """Let the run's manifest name another path: an input that changed in its place."""
     manifest = json.loads((run / "manifest.json").read_text())

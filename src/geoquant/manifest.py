@@ -11,7 +11,7 @@ from geoquant.data.records import Split
 from geoquant.errors import UserError
 from geoquant.measure import Texts
 from geoquant.model.load import Loaded
-from geoquant.recipe import Recipe
+from geoquant.recipe import Recipe, checked, located
 from geoquant.runs import read_json, write_json
 
 __all__ = ["check_same_model", "finish_manifest", "versions", "write_manifest"]
@@ -50,17 +50,24 @@ def write_manifest(run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, spli
         write_json(path, {**facts, "created": datetime.now(UTC).isoformat(timespec="seconds")})
         return
     kept = read_json(path)
-    changed = [name for name, value in facts["recipe"].items() if kept["recipe"].get(name) != value]
-    if changed:
-        name = changed[0]
-        raise UserError(
-            f"the run in {run} was started with {name} = {kept['recipe'].get(name)!r}",
-            got=repr(facts["recipe"][name]),
-            fix="resume with the same options, or choose a new folder",
-        )
+    check_same_recipe(run, recipe, kept)
     for name, value in facts["hashes"].items():
         if kept["hashes"].get(name) != value:
             raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
+
+
+def check_same_recipe(run: Path, recipe: Recipe, kept: dict) -> None:
+    """Raise UserError when the run that wrote the manifest `kept` was started with another recipe."""
+    # Runs of old wrote paths as they were typed: they may go on where those still lead to the same place.
+    started = located(checked(kept["recipe"]))
+    for name in Recipe.model_fields:
+        before, now = getattr(started, name), getattr(recipe, name)
+        if before != now:
+            raise UserError(
+                f"the run in {run} was started with {name} = {before!r}",
+                got=repr(now),
+                fix="resume with the same options, or choose a new folder",
+            )
 
 
 def finish_manifest(run: Path) -> None:

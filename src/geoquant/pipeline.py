@@ -43,7 +43,7 @@ from geoquant.privacy.audit import audit as run_attacks
 from geoquant.privacy.audit import merge
 from geoquant.privacy.scores import SplitScores, score_split
 from geoquant.progress import Progress, silent
-from geoquant.recipe import Recipe
+from geoquant.recipe import Recipe, checked, located
 from geoquant.report.build import write_report
 from geoquant.results import SiteFiles, load_stage, save_stage
 from geoquant.runs import claim_output, read_json, read_tensors, remove_empty, write_json, write_tensors
@@ -60,7 +60,7 @@ def quantize(
     Raises UserError for whatever the user can mend, before any work where that is possible. A run that was
     stopped at any point continues with `resume=True` to the same bits.
     """
-    run, clock = Path(out), reporting.Clock()
+    run, clock, recipe = Path(out), reporting.Clock(), located(recipe)
     made = claim_output(run, resume=resume)
     manifest, base_scores, base = run / "manifest.json", run / "base_scores.safetensors", None
     new = not manifest.exists()
@@ -242,7 +242,7 @@ def verified(run: Path, entry: dict, progress: Progress) -> dict:
 def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress = silent) -> dict:
     """Write a finished run in one more format; nothing is solved again."""
     run = Path(run)
-    recipe = Recipe(**read_json(run / "manifest.json")["recipe"])
+    recipe = checked(read_json(run / "manifest.json")["recipe"])
     report = read_json(run / "report.json")
     loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
     check_same_model(run, loaded)

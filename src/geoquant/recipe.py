@@ -5,6 +5,7 @@ A recipe says nothing about *how* a step is done; it is the command line written
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from geoquant.errors import UserError, unknown_name
 
-__all__ = ["Recipe", "load_recipe", "recipe_toml"]
+__all__ = ["Recipe", "checked", "load_recipe", "located", "recipe_toml"]
 
 Format = Literal["compressed-tensors", "dense"]
 
@@ -55,6 +56,19 @@ class Recipe(BaseModel):
     verify: bool = True
     seed: int = 0
     device: str = "cpu"
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The same recipe with absolute paths, so that the run can go on from any folder.
+
+    Hub ids, `demo` and files that are not there stay as they are.
+    """
+    texts = {name: getattr(recipe, name) for name in ("calibration", "evaluation", "members", "nonmembers", "canaries")}
+    models = {name: value for name in ("model", "reference") if (value := getattr(recipe, name)) != "demo"}
+    # Not resolve(): a link may point into a store whose file names say nothing (no .gguf, for one).
+    return recipe.model_copy(
+        update={name: os.path.abspath(path) for name, path in (texts | models).items() if path and os.path.exists(path)}
+    )
 
 
 def checked(values: dict) -> Recipe:
