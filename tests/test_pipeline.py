@@ -530,7 +530,8 @@ def test_a_run_with_records_audits_base_original_and_quantized(workplace, record
     # The base here is the original itself.
     assert found["loss", "base"] == found["loss", "original"]
     assert report["privacy"]["n_members"] == 12
-    assert report["hashes"].keys() == {"model", "calibration", "evaluation", "records"}
+    assert report["hashes"].keys() == {"model", "calibration", "evaluation", "records", "reference"}
+    assert report["hashes"]["reference"] == report["hashes"]["model"]
 
 
 @pytest.mark.parametrize("stage", ["options", "reference"])

@@ -369,7 +369,7 @@ def test_other_texts_are_refused(flag, name, stopped, options, tmp_path, capsys)
     assert f"the {name} changed since" in line
 
 
-def test_other_records_are_refused_even_when_the_base_was_scored(rounding, tmp_path, capsys, monkeypatch):
+def test_another_base_and_other_records_are_refused_though_the_base_was_scored(rounding, tmp_path, capsys, monkeypatch):
     from geoquant import pipeline
     from geoquant.data.private import make_records
     from geoquant.data.records import write_records
@@ -379,7 +379,8 @@ def test_other_records_are_refused_even_when_the_base_was_scored(rounding, tmp_p
     write_records(tmp_path / "members.jsonl", pool[:10])
     write_records(tmp_path / "others.jsonl", pool[10:20])
     sides = ["--members", str(tmp_path / "members.jsonl"), "--nonmembers", str(tmp_path / "others.jsonl")]
-    asked = [*rounding, *sides, "--reference", rounding[0]]
+    shutil.copytree(rounding[0], tmp_path / "base")
+    asked = [*rounding, *sides, "--reference", str(tmp_path / "base")]
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -388,6 +389,8 @@ def test_other_records_are_refused_even_when_the_base_was_scored(rounding, tmp_p
         patch.setattr(pipeline, "measure_original", interrupted)
         assert cli.run(["quantize", *asked, "--out", str(run)]) == 130
     assert (run / "base_scores.safetensors").exists()
+    tiny_llama(seed=1, num_hidden_layers=BLOCKS).save_pretrained(tmp_path / "base")
+    assert "the reference changed since the run in" in refused(asked, run, capsys)
     write_records(tmp_path / "members.jsonl", pool[1:10] + pool[20:])
     assert "the records changed since the run in" in refused(asked, run, capsys)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from geoquant.data.records import Split
 from geoquant.errors import UserError
 from geoquant.measure import Texts
-from geoquant.model.load import Loaded
+from geoquant.model.load import Loaded, identity, locate
 from geoquant.recipe import Recipe, checked, located
 from geoquant.runs import read_json, write_json
 
@@ -40,7 +40,7 @@ def write_manifest(run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, spli
     path = run / "manifest.json"
     facts = {
         "recipe": recipe.model_dump(mode="json"),
-        "hashes": hashes(loaded.sha256, texts, split),
+        "hashes": hashes(recipe, loaded, texts, split),
         "versions": versions(),
         "seed": recipe.seed,
         "command": command,
@@ -52,7 +52,7 @@ def write_manifest(run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, spli
     kept = read_json(path)
     check_same_recipe(run, recipe, kept)
     for name, value in facts["hashes"].items():
-        if kept["hashes"].get(name) != value:
+        if kept["hashes"].get(name, value) != value:
             raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
 
 
@@ -83,7 +83,12 @@ def check_same_model(run: Path, loaded: Loaded) -> None:
         )
 
 
-def hashes(model: str, texts: Texts, split: Split | None) -> dict[str, str]:
+def hashes(recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None) -> dict[str, str]:
     """SHA-256 of everything that went in."""
-    found = {"model": model, "calibration": texts.calibration.sha256, "evaluation": texts.evaluation.sha256}
-    return found | ({"records": split.sha256} if split else {})
+    found = {"model": loaded.sha256, "calibration": texts.calibration.sha256, "evaluation": texts.evaluation.sha256}
+    if split:
+        found["records"] = split.sha256
+    if recipe.reference:
+        where, extra, _ = locate(recipe.reference)
+        found["reference"] = identity(where, extra)
+    return found
