@@ -315,6 +315,46 @@ def test_other_options_are_refused(stopped, flags, capsys):
     assert "was started with seed = 0; got 7" in refused(["--seed", "7"], stopped, capsys)
 
 
+def test_what_decides_no_number_may_differ(stopped, flags, capsys, monkeypatch):
+    from geoquant import pipeline
+
+    monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+    monkeypatch.setattr(pipeline, "verify", lambda *_: pytest.fail("was told not to"))
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    manifest["recipe"]["verify"] = True
+    (stopped / "manifest.json").write_text(json.dumps(manifest))
+    assert cli.run(["quantize", "--out", str(stopped), "--resume", "--no-verify", "--format", "dense"]) == 0
+    assert [path.name for path in stopped.iterdir() if path.name in ("model", "dense")] == ["dense"]
+    for name in ("manifest.json", "report.json"):
+        recipe = json.loads((stopped / name).read_text())["recipe"]
+        assert (recipe["verify"], recipe["formats"]) == (False, ["dense"])
+    assert json.loads((stopped / "report.json").read_text())["warnings"] == []
+
+
+def test_other_versions_are_warned_of_for_good(stopped, flags, capsys, monkeypatch):
+    from geoquant import pipeline
+
+    monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    now = manifest["versions"]["torch"]
+    manifest["versions"] |= {"torch": "1.0", "numpy": "1.0"}
+    (stopped / "manifest.json").write_text(json.dumps(manifest))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "measure_quantized", interrupted)
+        assert cli.run(["quantize", *flags, "--out", str(stopped), "--resume"]) == 130
+    warning = f"resumed under other versions (torch 1.0 -> {now}): not bit for bit what one version would have given"
+    assert warning in capsys.readouterr().err
+    # Back to the first version: half of the sites are of the other one all the same.
+    kept = json.loads((stopped / "manifest.json").read_text())
+    (stopped / "manifest.json").write_text(json.dumps(kept | {"versions": kept["versions"] | {"torch": now}}))
+    assert cli.run(["quantize", *flags, "--out", str(stopped), "--resume"]) == 0
+    assert warning in json.loads((stopped / "report.json").read_text())["warnings"]
+
+
 def test_a_run_goes_on_from_another_folder(options, tmp_path, capsys, monkeypatch):
     from geoquant import pipeline
 

@@ -17,6 +17,9 @@ from geoquant.runs import read_json, write_json
 __all__ = ["check_same_model", "finish_manifest", "versions", "write_manifest"]
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy", "peft")
+DECISIVE = ("geoquant", "torch", "transformers")
+# What is written of the solved model and whether it is reloaded: no number depends on it.
+FREE = ("formats", "verify")
 
 
 def versions() -> dict[str, str]:
@@ -32,8 +35,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_manifest(run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None, command: str) -> None:
-    """Write what the run is; on resume, refuse a run of anything else.
+def write_manifest(
+    run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None, command: str
+) -> tuple[str, ...]:
+    """Write what the run is; on resume, refuse a run of anything else. Returns warnings for the report.
 
     Raises UserError when the recipe or the data differ from those the folder was started with.
     """
@@ -48,12 +53,18 @@ def write_manifest(run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, spli
     }
     if not path.exists():
         write_json(path, {**facts, "created": datetime.now(UTC).isoformat(timespec="seconds")})
-        return
+        return ()
     kept = read_json(path)
     check_same_recipe(run, recipe, kept)
     for name, value in facts["hashes"].items():
         if kept["hashes"].get(name, value) != value:
             raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
+    # What was once solved under other versions stays so, whatever the next attempt runs under.
+    notes = tuple(dict.fromkeys([*kept.get("notes", ()), *other_versions(kept)]))
+    again = kept | {"recipe": facts["recipe"], "status": "running"} | ({"notes": list(notes)} if notes else {})
+    if again != kept:
+        write_json(path, again)
+    return notes
 
 
 def check_same_recipe(run: Path, recipe: Recipe, kept: dict) -> None:
@@ -62,12 +73,21 @@ def check_same_recipe(run: Path, recipe: Recipe, kept: dict) -> None:
     started = located(checked(kept["recipe"]))
     for name in Recipe.model_fields:
         before, now = getattr(started, name), getattr(recipe, name)
-        if before != now:
+        if before != now and name not in FREE:
             raise UserError(
                 f"the run in {run} was started with {name} = {before!r}",
                 got=repr(now),
                 fix="resume with the same options, or choose a new folder",
             )
+
+
+def other_versions(kept: dict) -> tuple[str, ...]:
+    """A warning where the numbers are made by other software than when the run was started."""
+    before, now = kept.get("versions", {}), versions()
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in DECISIVE if before.get(name, now[name]) != now[name]]
+    if not changed:
+        return ()
+    return (f"resumed under other versions ({', '.join(changed)}): not bit for bit what one version would have given",)
 
 
 def finish_manifest(run: Path) -> None:

@@ -68,7 +68,9 @@ def quantize(
         with clock("load"):
             split = load_records(recipe)
             loaded, blocks, texts, plan, notes = prepare(recipe)
-            write_manifest(run, recipe, loaded, texts, split, command)
+            for warning in (changed := write_manifest(run, recipe, loaded, texts, split, command)):
+                progress("resume", 0, 1, warning)
+            notes += changed
             if split and recipe.reference:
                 if not base_scores.exists():
                     loaded = None  # never two models in memory: this one is read again below
