@@ -167,8 +167,14 @@ def test_a_metric_without_a_factor_falls_back_to_rounding_and_says_so(tmp_path):
     assert "b.0.q" in warning
     assert "rounded to nearest" in warning
     assert torch.isfinite(solution.dequantize()).all()
-    save_stage(tmp_path, replace(good, solution=solution, warning=warning), plans())
+    planned = plans(method="dqc", keep=0.15, reason="3 columns stay at 16 bits")
+    save_stage(tmp_path, replace(good, solution=solution, warning=warning), planned)
     entries, warnings, _ = site_reports(tmp_path, (Block(0, "b.0", (stage,)),))
     assert warnings == [warning]
-    assert {entry["method"] for entry in entries} == {"rtn"}
-    assert {entry["bound"] for entry in entries} == {None}
+    for entry in entries:
+        # What was done, not what was planned.
+        assert (entry["method"], entry["order"], entry["kept"], entry["kept_columns"]) == ("rtn", "none", 0, [])
+        assert (entry["bits"], entry["damping"], entry["bound"]) == (4, 0.0, None)
+        # 4 bits and a bfloat16 step for each of three groups in twenty columns.
+        assert entry["bits_per_weight"] == pytest.approx(4 + 16 * 3 / 20)
+        assert entry["reason"] == f"planned as dqc, but {warning}"

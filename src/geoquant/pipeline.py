@@ -110,7 +110,7 @@ def quantize(
         with clock("verify"):
             exports = [verified(run, entry, progress) for entry in exports]
     report = reporting.assemble(
-        run, recipe, facts, blocks, plan, texts, split, before, after, privacy, exports, notes, solver, clock, command
+        run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
     write_report(run, report)
     finish_manifest(run)

@@ -98,11 +98,6 @@ def verification(result: VerifyResult) -> dict:
     }
 
 
-def linear_weights(blocks: tuple[Block, ...]) -> int:
-    """Number of weights in all sites."""
-    return sum(site.shape[0] * site.shape[1] for block in blocks for site in block.sites)
-
-
 def planned_size(loaded: Loaded, plan: Plan, format: str) -> dict:
     """Sizes of one format's files as planned: sites as the format stores them, everything else as it is."""
     facts, width = model_facts(loaded), torch.finfo(loaded.dtype).bits // 8
@@ -146,7 +141,6 @@ def assemble(
     recipe: Recipe,
     facts: dict,
     blocks: tuple[Block, ...],
-    plan: Plan,
     texts: Texts,
     split: Split | None,
     before: Quality,
@@ -162,6 +156,8 @@ def assemble(
     sites, warnings, cpu = site_reports(run, blocks)
     manifest = read_json(run / "manifest.json")
     main = exports[0] if exports else None
+    # Of what each site got: the plan does not know which of them fell back to rounding.
+    weights = [math.prod(site["shape"]) for site in sites]
     return {
         "schema": SCHEMA,
         "model": {key: value for key, value in facts.items() if key not in ("bytes", "sha256")},
@@ -172,8 +168,8 @@ def assemble(
         "seed": recipe.seed,
         "hashes": manifest["hashes"],
         "size": {
-            "bits_per_weight": plan.bits_per_weight,
-            "file_bits_per_weight": main["linear_bytes"] * 8 / linear_weights(blocks) if main else None,
+            "bits_per_weight": sum(s["bits_per_weight"] * n for s, n in zip(sites, weights)) / sum(weights),
+            "file_bits_per_weight": main["linear_bytes"] * 8 / sum(weights) if main else None,
             "linear_bytes": main["linear_bytes"] if main else 0,
             "total_bytes": main["bytes"] if main else 0,
             "original_bytes": facts["bytes"],

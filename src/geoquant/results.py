@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -112,6 +112,8 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
     quantized = solution.dequantize()
     kept, why = _kept(solution)
     entries, start = [], 0
+    if result.warning is not None:
+        plans = {site.name: _rounded(plans[site.name], result) for site in result.stage.sites}
     for site in result.stage.sites:
         part = slice(start, start + site.shape[0])
         start += site.shape[0]
@@ -135,7 +137,7 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
                 "shape": list(site.shape),
                 "bits": plan.bits,
                 "bits_per_weight": plan.bits_per_weight,
-                "method": plan.method if result.warning is None else "rtn",
+                "method": plan.method,
                 "order": plan.order,
                 "damping": solution.damping,
                 **asdict(measured),
@@ -145,9 +147,23 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
                 "reason": plan.reason + why,
             }
         )
-        if plan.method == "rtn" or result.warning is not None:
+        if plan.method == "rtn":
             entries[-1]["bound"] = None  # the bound is Babai's
     return entries
+
+
+def _rounded(plan: SitePlan, result: StageResult) -> SitePlan:
+    """What a site got whose stage could not be solved as planned: rounding has no order and keeps no columns."""
+    grid = result.solution.grid
+    return replace(
+        plan,
+        method="rtn",
+        order="none",
+        bits=grid.bits,
+        bits_per_weight=grid.bits_per_weight(plan.shape[1]),
+        keep=0.0,
+        reason=f"planned as {plan.method}, but {result.warning}",
+    )
 
 
 def _kept(solution: Solution) -> tuple[list[int], str]:
