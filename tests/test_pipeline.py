@@ -486,9 +486,41 @@ def test_an_export_that_reads_differently_is_not_called_done(workplace, tmp_path
     found = VerifyResult(1.0, 0.5, 1e-3, False, True, {"torch": "2"}, 0.1)
     monkeypatch.setattr(pipeline, "verify", lambda *_: found)
     recipe = workplace[1].model_copy(update={"verify": True, "metric": "plain", "method": "rtn"})
-    with pytest.raises(UserError, match="does not reproduce the solved model"):
+    with pytest.raises(UserError, match="does not reproduce the solved model") as caught:
         quantize(recipe, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "running"
+    # Hours of work are told of all the same.
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    check_schema(report)
+    assert report["warnings"] == [str(caught.value)]
+    (export,) = report["exports"]
+    assert (export["verified"]["ok"], export["verified"]["max_abs_diff"]) == (False, 1.0)
+    assert "Verification failed" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_an_export_that_cannot_be_read_is_told_of_until_it_can(kept_run, tmp_path, monkeypatch, capsys):
+    from geoquant.export.verify import VerifyResult
+
+    def unreadable(*_):
+        raise UserError("stock readers cannot load it", fix="readers: torch 2")
+
+    run = tmp_path / "copy"
+    shutil.copytree(kept_run[1], run)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "verify", unreadable)
+        assert cli.run(["export", str(run), "--to", "dense"]) == 2
+    assert "geoquant: error: stock readers cannot load it; readers: torch 2" in capsys.readouterr().err
+    report = json.loads((run / "report.json").read_text())
+    check_schema(report)
+    assert report["exports"][1]["verified"]["ok"] is False
+    assert report["warnings"] == [*kept_run[0]["warnings"], "stock readers cannot load it; readers: torch 2"]
+    assert "Stock readers could not load it." in (run / "report.html").read_text()
+    good = VerifyResult(0.0, 0.0, 1e-3, True, True, {"torch": "2"}, 0.1)
+    monkeypatch.setattr(pipeline, "verify", lambda *_: good)
+    assert cli.run(["export", str(run), "--to", "dense"]) == 0
+    report = json.loads((run / "report.json").read_text())
+    assert report["exports"][1]["verified"]["ok"] is True
+    assert report["warnings"] == kept_run[0]["warnings"]
 
 
 # --- private records ----------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ def quantize(
         run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
     write_report(run, report)
+    raise_failure(exports)
     finish_manifest(run)
     return report
 
@@ -227,18 +228,31 @@ def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]
 
 
 def verified(run: Path, entry: dict, progress: Progress) -> dict:
-    """Reload an export through stock readers in a fresh process."""
+    """The entry with what came of reloading it through stock readers in a fresh process.
+
+    A failure is part of it and not raised: the report is to tell it first.
+    """
     progress("verify", 0, 1, entry["format"])
     adapter = run / "adapter" if entry["adapter_bytes"] else None
-    result = verify(run / entry["path"], run / "expected.safetensors", adapter)
+    result = failure = None
+    try:
+        result = verify(run / entry["path"], run / "expected.safetensors", adapter)
+    except UserError as error:
+        failure = error
     progress("verify", 1, 1, entry["format"])
-    if not result.ok:
-        raise UserError(
+    if result is not None and not result.ok:
+        failure = UserError(
             f"{run / entry['path']} does not reproduce the solved model: logits differ by {result.max_abs_diff:.3g}",
             wanted=f"at most {result.tolerance:.1g} of their spread, got {result.max_rel:.3g}",
             fix="keep the run folder and report this",
         )
-    return {**entry, "verified": reporting.verification(result)}
+    return {**entry, "verified": reporting.verification(result, failure and str(failure))}
+
+
+def raise_failure(exports: list[dict]) -> None:
+    """Raise the first failed verification as UserError."""
+    for failure in reporting.failures(exports):
+        raise UserError(failure)
 
 
 def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress = silent) -> dict:
@@ -259,7 +273,11 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     if verify:
         entry = verified(run, entry, progress)
     others = [known for known in report["exports"] if known["format"] != to]
-    write_report(run, {**report, "exports": [*others, entry]})
+    overcome = reporting.failures([known for known in report["exports"] if known["format"] == to])
+    warnings = [warning for warning in report["warnings"] if warning not in overcome]
+    warnings += reporting.failures([entry])
+    write_report(run, {**report, "exports": [*others, entry], "warnings": warnings})
+    raise_failure([entry])
     return entry
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "Clock",
     "assemble",
     "export_entry",
+    "failures",
     "model_facts",
     "planned_size",
     "verification",
@@ -87,15 +88,19 @@ def export_entry(name: str, run: Path, written: ExportResult, adapter: ExportRes
     }
 
 
-def verification(result: VerifyResult) -> dict:
-    """What the report says of a reload."""
-    return {
-        "max_abs_diff": result.max_abs_diff,
-        "max_rel": result.max_rel,
-        "tolerance": result.tolerance,
-        "ok": result.ok,
-        "readers": result.versions,
-    }
+def verification(result: VerifyResult | None, failure: str | None) -> dict:
+    """What the report says of a reload; of one that the readers could not even begin, only why."""
+    measured = dict.fromkeys(("max_abs_diff", "max_rel", "tolerance"))
+    if result is not None:
+        measured = {name: getattr(result, name) for name in measured}
+    readers = {} if result is None else result.versions
+    return {**measured, "ok": failure is None, "readers": readers, "failure": failure}
+
+
+def failures(exports: list[dict]) -> list[str]:
+    """Why exports did not pass their reload, one line each."""
+    told = (entry["verified"].get("failure") for entry in exports if entry["verified"])
+    return [failure for failure in told if failure]
 
 
 def planned_size(loaded: Loaded, plan: Plan, format: str) -> dict:
@@ -179,7 +184,7 @@ def assemble(
         "privacy": privacy,
         "sites": sites,
         "exports": exports,
-        "warnings": [*notes, *warnings],
+        "warnings": [*notes, *warnings, *failures(exports)],
         "timings": clock.seconds | {f"{step} (CPU)": seconds for step, seconds in cpu.items()},
         "peak_memory_bytes": peak_memory_bytes(),
         "solver": solver,
