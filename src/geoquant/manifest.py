@@ -14,7 +14,7 @@ from geoquant.model.load import Loaded, identity, locate
 from geoquant.recipe import Recipe, checked, located
 from geoquant.runs import read_json, write_json
 
-__all__ = ["check_same_model", "finish_manifest", "versions", "write_manifest"]
+__all__ = ["check_same_model", "check_same_recipe", "finish_manifest", "versions", "write_manifest"]
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy", "peft")
 DECISIVE = ("geoquant", "torch", "transformers")
@@ -38,9 +38,9 @@ def versions() -> dict[str, str]:
 def write_manifest(
     run: Path, recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None, command: str
 ) -> tuple[str, ...]:
-    """Write what the run is; on resume, refuse a run of anything else. Returns warnings for the report.
+    """Write what the run is; on resume, refuse other inputs. Returns warnings for the report.
 
-    Raises UserError when the recipe or the data differ from those the folder was started with.
+    Raises UserError when the model or the data differ from those the folder was started with.
     """
     path = run / "manifest.json"
     facts = {
@@ -55,7 +55,6 @@ def write_manifest(
         write_json(path, {**facts, "created": datetime.now(UTC).isoformat(timespec="seconds")})
         return ()
     kept = read_json(path)
-    check_same_recipe(run, recipe, kept)
     for name, value in facts["hashes"].items():
         if kept["hashes"].get(name, value) != value:
             raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
@@ -67,10 +66,10 @@ def write_manifest(
     return notes
 
 
-def check_same_recipe(run: Path, recipe: Recipe, kept: dict) -> None:
-    """Raise UserError when the run that wrote the manifest `kept` was started with another recipe."""
+def check_same_recipe(run: Path, recipe: Recipe) -> None:
+    """Raise UserError when the run was started with another recipe."""
     # Runs of old wrote paths as they were typed: they may go on where those still lead to the same place.
-    started = located(checked(kept["recipe"]))
+    started = located(checked(read_json(run / "manifest.json")["recipe"]))
     for name in Recipe.model_fields:
         before, now = getattr(started, name), getattr(recipe, name)
         if before != now and name not in FREE:

@@ -21,7 +21,8 @@ from geoquant.export.adapter import export_adapter
 from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
 from geoquant.export.verify import verify, write_expected
-from geoquant.manifest import check_same_model, finish_manifest, write_manifest
+from geoquant.finished import earlier_exports, finished_report
+from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
     Texts,
     builtin_tail,
@@ -45,7 +46,7 @@ from geoquant.privacy.scores import SplitScores, score_split
 from geoquant.progress import Progress, silent
 from geoquant.recipe import Recipe, checked, located
 from geoquant.report.build import write_report
-from geoquant.results import SiteFiles, load_stage, save_stage
+from geoquant.results import SiteFiles, load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, read_tensors, remove_empty, write_json, write_tensors
 from geoquant.solve import install, solve_model
 
@@ -58,12 +59,16 @@ def quantize(
     """Compress `recipe.model` into the run folder `out`; returns the report.
 
     Raises UserError for whatever the user can mend, before any work where that is possible. A run that was
-    stopped at any point continues with `resume=True` to the same bits.
+    stopped at any point continues with `resume=True` to the same bits; one that lacks nothing is not touched.
     """
     run, clock, recipe = Path(out), reporting.Clock(), located(recipe)
     made = claim_output(run, resume=resume)
     manifest, base_scores, base = run / "manifest.json", run / "base_scores.safetensors", None
     new = not manifest.exists()
+    if not new:
+        check_same_recipe(run, recipe)
+        if (report := finished_report(run, recipe)) is not None:
+            return report
     try:
         with clock("load"):
             split = load_records(recipe)
@@ -87,11 +92,16 @@ def quantize(
     with clock("measure the original"):
         before = measure_original(run, loaded.model, texts.evaluation, progress)
         original = score(run, "original", loaded, split, progress)
-    solver = None
-    fresh = not (run / "sites").exists()
+    stages = [stage for block in blocks for stage in block.stages]
+    missing = [stage for stage in stages if not stage_path(run, stage).exists()]
+    solver, exported = None, earlier_exports(run)
+    if missing:  # whatever was made of the sites before is made again
+        exported = dict.fromkeys(exported)
+        for name in ("quantized.json", "quantized_scores.safetensors"):
+            (run / name).unlink(missing_ok=True)
     with clock("quantize"):
         solve(run, recipe, loaded, blocks, texts, plan, progress)
-    if fresh:  # a resumed run did only part of the work in this time
+    if missing == stages:  # a resumed run did only part of the work in this time
         spent = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
         solver = spent.achieved(clock.seconds["quantize"])
     with clock("measure the quantized model"):
@@ -102,13 +112,14 @@ def quantize(
     with clock("export"):
         write_expected(run / "expected.safetensors", loaded.model, texts.evaluation.tokens)
         facts = reporting.model_facts(loaded)
-        exports = [write_export(run, name, loaded, blocks) for name in recipe.formats]
+        formats = dict.fromkeys((*recipe.formats, *exported))
+        exports = [exported.get(name) or write_export(run, name, loaded, blocks) for name in formats]
     # The readers below load the exported files: this process must not hold a second copy meanwhile.
     del loaded
     gc.collect()
     if recipe.verify:
         with clock("verify"):
-            exports = [verified(run, entry, progress) for entry in exports]
+            exports = [entry if entry["verified"] else verified(run, entry, progress) for entry in exports]
     report = reporting.assemble(
         run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )

@@ -19,10 +19,10 @@ from geoquant.lattice.grid import Grid
 from geoquant.methods.problem import Solution
 from geoquant.model.walk import Block, Stage
 from geoquant.plan.uniform import SitePlan
-from geoquant.runs import read_tensors, write_tensors
+from geoquant.runs import read_metadata, read_tensors, write_tensors
 from geoquant.solve import StageResult
 
-__all__ = ["SiteFiles", "load_stage", "save_stage", "site_reports", "stage_path"]
+__all__ = ["SiteFiles", "load_stage", "save_stage", "site_reports", "solved_sites", "stage_path"]
 
 
 def stage_path(run: Path, stage: Stage) -> Path:
@@ -77,6 +77,12 @@ def load_stage(run: Path, stage: Stage) -> Solution | None:
     """The solution of a stage, or None where it was not solved yet."""
     path = stage_path(run, stage)
     return _solution(*read_tensors(path)) if path.exists() else None
+
+
+def solved_sites(run: Path) -> set[str]:
+    """Names of the sites that have a result on disk."""
+    files = sorted((run / "sites").glob("*.safetensors"))
+    return {site["name"] for path in files for site in json.loads(read_metadata(path)["sites"])}
 
 
 class SiteFiles(Mapping[str, Solution]):
@@ -183,13 +189,10 @@ def _kept(solution: Solution) -> tuple[list[int], str]:
 
 def site_reports(run: Path, blocks: tuple[Block, ...]) -> tuple[list[dict], list[str], dict[str, float]]:
     """Report entries of all sites, warnings, and the CPU seconds spent per step."""
-    from safetensors import safe_open
-
     entries, warnings, seconds = [], [], {}
     for block in blocks:
         for stage in block.stages:
-            with safe_open(stage_path(run, stage), framework="pt") as file:
-                metadata = file.metadata()
+            metadata = read_metadata(stage_path(run, stage))
             entries += json.loads(metadata["report"])
             warnings += [metadata["warning"]] if metadata["warning"] else []
             for step, value in json.loads(metadata["seconds"]).items():

@@ -1,0 +1,42 @@
+"""What of a run is already there, judged by its files alone: no model is loaded to see that nothing is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from geoquant.recipe import Recipe
+from geoquant.results import solved_sites
+from geoquant.runs import read_json
+
+__all__ = ["earlier_exports", "finished_report"]
+
+
+def finished_report(run: Path, recipe: Recipe) -> dict | None:
+    """The report of a run that lacks nothing `recipe` asks for, or None.
+
+    A removed site, a removed export and one that was not verified yet are work to do, as is a run that never ended.
+    """
+    if read_json(run / "manifest.json")["status"] != "done" or not (run / "report.html").exists():
+        return None
+    exports = earlier_exports(run)
+    wanted = [exports.get(name) for name in recipe.formats]
+    if not all((*exports.values(), *wanted)) or (recipe.verify and not all(entry["verified"] for entry in wanted)):
+        return None
+    report = read_json(run / "report.json")
+    return report if solved_sites(run).issuperset(site["name"] for site in report["sites"]) else None
+
+
+def earlier_exports(run: Path) -> dict[str, dict | None]:
+    """The report's entry of each format written so far; None where files are gone or a reload found them wrong."""
+    if not (run / "report.json").exists():
+        return {}
+    return {
+        entry["format"]: entry if _stands(run, entry) else None for entry in read_json(run / "report.json")["exports"]
+    }
+
+
+def _stands(run: Path, entry: dict) -> bool:
+    folders = [run / entry["path"], *([run / "adapter"] if entry["adapter_bytes"] else [])]
+    held = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    # More than was written is the user's own addition.
+    return held >= entry["bytes"] and (not entry["verified"] or entry["verified"]["ok"])
