@@ -110,10 +110,11 @@ def test_a_site_that_was_lost_is_solved_again_and_everything_made_of_it(done, ru
         assert after[path][1] == before[path][1], path
 
 
-def test_a_lost_page_is_written_again(done, run):
-    (run / "report.html").unlink()
-    quantize(done[0], run, resume=True)
-    assert (run / "report.html").exists()
+@pytest.mark.parametrize("name", ["report.html", "report.json"])
+def test_a_lost_report_is_written_again(name, done, run):
+    (run / name).unlink()
+    quantize(done[0].model_copy(update={"formats": ()}), run, resume=True)
+    assert (run / name).exists()
 
 
 def test_verification_asked_for_later_is_made_up_for(done, run, monkeypatch):

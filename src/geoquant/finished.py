@@ -16,7 +16,8 @@ def finished_report(run: Path, recipe: Recipe) -> dict | None:
 
     A removed site, a removed export and one that was not verified yet are work to do, as is a run that never ended.
     """
-    if read_json(run / "manifest.json")["status"] != "done" or not (run / "report.html").exists():
+    told = all((run / name).exists() for name in ("report.json", "report.html"))
+    if read_json(run / "manifest.json")["status"] != "done" or not told:
         return None
     exports = earlier_exports(run)
     wanted = [exports.get(name) for name in recipe.formats]
@@ -30,9 +31,8 @@ def earlier_exports(run: Path) -> dict[str, dict | None]:
     """The report's entry of each format written so far; None where files are gone or a reload found them wrong."""
     if not (run / "report.json").exists():
         return {}
-    return {
-        entry["format"]: entry if _stands(run, entry) else None for entry in read_json(run / "report.json")["exports"]
-    }
+    report = read_json(run / "report.json")
+    return {entry["format"]: entry if _stands(run, entry) else None for entry in report["exports"]}
 
 
 def _stands(run: Path, entry: dict) -> bool:
