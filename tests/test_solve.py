@@ -144,6 +144,37 @@ def test_resuming_gives_the_same_bits(sequential, metric):
             assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("sequential", ["site", "block", "off"])
+def test_a_lean_run_holds_one_block_and_ends_the_same(sequential):
+    """Solved blocks leave memory until the end; then all of them are back, to the same bits."""
+    model, tokens = build("llama"), tokens_for(6, LENGTH)
+    whole, _ = run(model, tokens, sequential=sequential)
+    lean, known, held = copy.deepcopy(model), {}, []
+    blocks = walk(lean, tokens[:1])
+
+    def done(result):
+        known[result.stage] = result.solution
+        earlier = [site.name for block in blocks[: result.stage.sites[0].block] for site in block.sites]
+        held.append(sum(lean.get_submodule(name).weight.untyped_storage().nbytes() for name in earlier))
+
+    solve_model(
+        lean,
+        blocks,
+        open_stream(lean, tokens),
+        lambda stage: ("babai", SETTINGS),
+        metric="plain",
+        energies=None,
+        sequential=sequential,
+        compute=torch.float32,
+        finished=known.get,
+        done=done,
+        lean=True,
+    )
+    assert max(held) == 4 * sum(len(block.sites) for block in blocks[:-1])  # one number per weight matrix
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, lean.state_dict()[name]), name
+
+
 def test_results_are_handed_over_before_the_weights_change():
     """A result on disk precedes its effect: a run killed in between solves nothing twice and skips nothing."""
     model, tokens = build("llama"), tokens_for(2, LENGTH)

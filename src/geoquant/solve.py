@@ -7,7 +7,7 @@ before it produce at run time. One block's working set is in memory at a time, t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from geoquant.lattice.basis import NotPositiveDefinite
 from geoquant.methods import METHODS, Problem, Solution
 from geoquant.methods.rtn import solve as round_to_nearest
+from geoquant.model.paging import UNMAPPED, Pages, trim, unload
 from geoquant.model.walk import Block, Stage, find_blocks, read_weight, write_weight
 from geoquant.observe.compute import autocast, working_copy
 from geoquant.observe.moments import Accumulator, Moments, clipped_weights
@@ -51,40 +52,52 @@ def solve_model(
     compute: torch.dtype,
     moments_dtype: torch.dtype = torch.float32,
     finished: Callable[[Stage], Solution | None] = lambda stage: None,
+    pages: Pages = UNMAPPED,
+    lean: bool = False,
     done: Callable[[StageResult], None],
     progress: Progress = silent,
 ) -> None:
-    """Quantize every stage in place.
+    """Quantize every stage in place. The stream is consumed.
 
     settings:   stage -> (method name, keyword arguments of `Problem` besides weight and moments).
     sequential: `site` (each stage sees the quantized stages before it), `block` (the quantized blocks before),
                 `off` (full-precision inputs throughout).
     finished:   a stage's solution from an interrupted run, or None.
     done:       called with each new result, before its weights are put into the model.
+    pages:      the model's mapped weights, released as they are replaced.
+    lean:       drop the solved weights of a block once it has been passed, and put all of them into the model at the
+                end, from `finished`: while solving, memory holds one block.
     """
     _, modules = find_blocks(model)
     batches = list(stream.batches)
+    stream.batches.clear()
     held_from = heldout_start(sum(len(batch) for batch in batches))
+
+    def solve_stage(stage: Stage, module: nn.Module, block: str, passes: Replay) -> StageResult:
+        started = time.process_time()
+        site, work = stage.name.removeprefix(f"{block}."), working_copy(module, compute)
+        moments = _observe(work, site, passes, stage, metric, energies, held_from, compute, moments_dtype)
+        observed = time.process_time()
+        original = torch.cat([read_weight(model.get_submodule(site.name)) for site in stage.sites])
+        name, options = settings(stage)
+        solution, warning = _solve(name, Problem(original, moments.hessian, moments.heldout, **options), stage)
+        seconds = {"observe": observed - started, "solve": time.process_time() - observed}
+        return StageResult(stage, solution, moments, original, seconds, warning)
+
     for block, module, call in zip(blocks, modules, stream.calls):
         passes = Replay(call, batches)
         # With full-precision inputs throughout, the outputs must be computed before the weights change.
         if sequential == "off":
-            following = _outputs(working_copy(module, compute), passes, compute)
+            following = list(_outputs(working_copy(module, compute), passes, compute))
         pending: list[tuple[Stage, Solution]] = []
         for stage in block.stages:
             solution = finished(stage)
             if solution is None:
-                work = working_copy(module, compute)
-                started = time.process_time()
-                site = stage.name.removeprefix(block.name + ".")
-                moments = _observe(work, site, passes, stage, metric, energies, held_from, compute, moments_dtype)
-                observed = time.process_time()
-                original = torch.cat([read_weight(model.get_submodule(site.name)) for site in stage.sites])
-                name, options = settings(stage)
-                problem = Problem(original, moments.hessian, moments.heldout, **options)
-                solution, warning = _solve(name, problem, stage)
-                seconds = {"observe": observed - started, "solve": time.process_time() - observed}
-                done(StageResult(stage, solution, moments, original, seconds, warning))
+                result = solve_stage(stage, module, block.name, passes)
+                done(result)
+                solution = result.solution
+                del result  # its moments and weights are not needed any longer
+            pages.release(model.get_submodule(site.name).weight for site in stage.sites)
             if sequential == "site":
                 install(model, stage, solution)
             else:
@@ -92,8 +105,22 @@ def solve_model(
         for stage, solution in pending:
             install(model, stage, solution)
             passes.forget()
-        batches = following if sequential == "off" else _outputs(working_copy(module, compute), passes, compute)
+        if sequential == "off":
+            batches = following
+        else:
+            for index, hidden in enumerate(_outputs(working_copy(module, compute), passes, compute)):
+                batches[index] = hidden
+        pages.release(module.parameters())
+        if lean:
+            for site in block.sites:
+                unload(model.get_submodule(site.name))
+        trim()
         progress("solve", block.index + 1, len(blocks), block.name)
+    if lean:
+        del batches, passes
+        trim()
+        for stage in (stage for block in blocks for stage in block.stages):
+            install(model, stage, finished(stage))
 
 
 def heldout_start(windows: int) -> int:
@@ -101,9 +128,10 @@ def heldout_start(windows: int) -> int:
     return windows - max(1, windows // 8) if windows >= 4 else windows
 
 
-def _outputs(work: nn.Module, passes: Replay, compute: torch.dtype) -> list[Tensor]:
+def _outputs(work: nn.Module, passes: Replay, compute: torch.dtype) -> Iterator[Tensor]:
     with autocast(passes.batches[0].device, compute):
-        return [hidden.float() for hidden in passes.outputs(work)]
+        for hidden in passes.outputs(work):
+            yield hidden.float()
 
 
 def _observe(
@@ -149,7 +177,7 @@ def _solve(name: str, problem: Problem, stage: Stage) -> tuple[Solution, str | N
 
 
 def install(model: nn.Module, stage: Stage, solution: Solution) -> None:
-    """Overwrite the weights of a stage's sites with the quantized values."""
+    """Replace the weights of a stage's sites with the quantized values."""
     weight = solution.dequantize()
     start = 0
     for site in stage.sites:

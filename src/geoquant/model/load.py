@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from geoquant.errors import UserError, missing_package
+from geoquant.model.paging import Pages, map_weights
 from geoquant.runs import file_hash
 
 __all__ = ["Loaded", "load", "load_tokenizer"]
@@ -268,7 +269,7 @@ def identity(where: str, extra: dict) -> str:
     return hashlib.sha256("".join(file_hash(folder / name) for name in names).encode()).hexdigest()
 
 
-def check_values(model: nn.Module) -> None:
+def check_values(model: nn.Module, pages: Pages) -> None:
     """Raise UserError naming the first tensor with a NaN or an infinity."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter.sum(dtype=torch.float32)) and not torch.isfinite(parameter).all():
@@ -277,6 +278,7 @@ def check_values(model: nn.Module) -> None:
                 f"tensor {name} holds {bad.numel()} NaN or infinite values (first: {bad[0].item()})",
                 fix="the weights are damaged or the training diverged: use an earlier checkpoint",
             )
+        pages.release([parameter])
 
 
 def check_device(device: str) -> None:
@@ -336,7 +338,7 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
         model.is_quantized = False
     if model.dtype not in FLOATS:
         raise UserError(f"{spec} holds {model.dtype} weights", wanted="float32, bfloat16 or float16")
-    check_values(model)
+    check_values(model, map_weights())
     if quantized and getattr(model.config, "quantization_config", None) is not None:
         # The reader unpacks at the first forward pass of the whole model; parts of it cannot be called before.
         model(torch.zeros(1, 1, dtype=torch.int64))

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from geoquant.errors import UserError
+from geoquant.model.paging import UNMAPPED, Pages
 
 __all__ = [
     "Block",
@@ -98,11 +99,14 @@ def read_weight(module: nn.Module) -> Float[Tensor, "out in"]:
 
 
 def write_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
-    """Overwrite the weight in place, in the module's own layout and dtype."""
-    if tuple(weight.shape) != site_shape(module):  # copy_ would broadcast a row silently
+    """Replace the weight, in the module's own layout, dtype and device.
+
+    New memory, not the old one overwritten: that may be a page of the weights file (see paging).
+    """
+    if tuple(weight.shape) != site_shape(module):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} for a site of shape {site_shape(module)}")
-    with torch.no_grad():
-        module.weight.copy_(weight if isinstance(module, nn.Linear) else weight.T)
+    own = weight if isinstance(module, nn.Linear) else weight.T
+    module.weight.data = own.detach().to(module.weight.device, module.weight.dtype, copy=True).contiguous()
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -168,8 +172,8 @@ def kind_of(name: str) -> str:
 
 
 @torch.no_grad()
-def walk(model: nn.Module, probe: Int[Tensor, "n length"]) -> tuple[Block, ...]:
-    """Blocks, stages and sites of `model`; `probe` is any short batch of valid tokens.
+def walk(model: nn.Module, probe: Int[Tensor, "n length"], pages: Pages = UNMAPPED) -> tuple[Block, ...]:
+    """Blocks, stages and sites of `model`; `probe` is any short batch of valid tokens, `pages` its mapped weights.
 
     A site that the probe does not reach (an idle expert) gets a stage of its own at the end of its block.
     """
@@ -203,6 +207,7 @@ def walk(model: nn.Module, probe: Int[Tensor, "n length"]) -> tuple[Block, ...]:
         )
         found.append(Block(index, f"{prefix}.{index}", stages))
         reached.clear()
+        pages.release(blocks[index].parameters())
 
     hooks = [module.register_forward_hook(record, with_kwargs=True) for module in modules.values()]
     hooks += [block.register_forward_hook(lambda *_, index=index: close(index)) for index, block in enumerate(blocks)]

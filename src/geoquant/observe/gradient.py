@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from geoquant.errors import UserError
+from geoquant.model.paging import UNMAPPED, Pages
 from geoquant.model.walk import Block, find_blocks
 from geoquant.observe.attention import ProductAttention
 from geoquant.observe.compute import cast_call, pure_copy
@@ -33,6 +34,7 @@ def token_energies(
     tokens: Int[Tensor, "n length"],
     *,
     compute: torch.dtype,
+    pages: Pages = UNMAPPED,
     progress: Progress = silent,
 ) -> dict[str, Float[Tensor, "n length"]]:
     """Per stage, `||g_t||^2` of every token of every window, scaled to mean one over all tokens."""
@@ -44,6 +46,7 @@ def token_energies(
     steps = -(-len(stream.batches) // per_chunk) * len(blocks)
     done = 0
     head = model.get_output_embeddings().weight.to(compute)
+    pages.release(model.parameters())
     for first in range(0, len(stream.batches), per_chunk):
         hidden = [x.to(compute) for x in stream.batches[first : first + per_chunk]]
         chunk = tokens[first * size : (first + len(hidden)) * size].to(head.device)
@@ -53,6 +56,7 @@ def token_energies(
             work = pure_copy(module, compute)
             with torch.no_grad():
                 hidden = [run_block(work, call, x) for x in hidden]
+            pages.release(module.parameters())
         gradients = [_head_gradient(model, x, chunk[i * size : (i + 1) * size], head) for i, x in enumerate(hidden)]
         for block, module, call in zip(reversed(blocks), reversed(list(modules)), reversed(calls)):
             work = pure_copy(module, compute)
@@ -61,6 +65,7 @@ def token_energies(
                 gradients[index] = _block_gradient(
                     work, inside, block, call, x, gradient, energies, (first + index) * size
                 )
+            pages.release(module.parameters())
             done += 1
             progress("gradients", done, steps, block.name)
     return {name: energy / energy.mean().clamp_min(1e-30) for name, energy in energies.items()}

@@ -38,7 +38,7 @@ class Replay:
     extras: dict[str, tuple | None] = field(default_factory=dict)
     # The site where the last pass stopped, and its input per batch.
     last: str | None = None
-    inputs: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor | None] = field(default_factory=list)
 
     def forget(self) -> None:
         """The block has changed: the next pass runs in full."""
@@ -96,6 +96,7 @@ class Replay:
             else:
                 if ended is not None:
                     product = work.get_submodule(self.last)(self.inputs[index])
+                    self.inputs[index] = None  # not needed again
                     self.finished[ended].append(product)
                     known[ended] = product
                 with self._replaced(work, known):

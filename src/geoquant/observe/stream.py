@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from geoquant.model.paging import UNMAPPED, Pages
 from geoquant.model.walk import find_blocks
 from geoquant.observe.compute import BlockCall, autocast
 
@@ -48,7 +49,12 @@ def hooks(handles: Sequence) -> Iterator[None]:
 
 
 @torch.no_grad()
-def open_stream(model: nn.Module, tokens: Int[Tensor, "n length"], compute: torch.dtype = torch.float32) -> Stream:
+def open_stream(
+    model: nn.Module,
+    tokens: Int[Tensor, "n length"],
+    compute: torch.dtype = torch.float32,
+    pages: Pages = UNMAPPED,
+) -> Stream:
     """Embed all windows and capture each block's call (one real forward pass of the first batch)."""
     _, blocks = find_blocks(model)
     device = next(model.parameters()).device
@@ -65,6 +71,7 @@ def open_stream(model: nn.Module, tokens: Int[Tensor, "n length"], compute: torc
         raise Stop
 
     handles = [block.register_forward_pre_hook(capture, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(lambda used, *_: pages.release(used.parameters())) for block in blocks]
     with hooks(handles), autocast(device, compute):
         model.base_model(tokens[:size].to(device), use_cache=False)
     with hooks([blocks[0].register_forward_pre_hook(first, with_kwargs=True)]):
