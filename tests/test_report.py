@@ -375,6 +375,9 @@ def test_numbers_read_well() -> None:
     values = (27.4129, 0.06866, 1580.2, 0, None, float("nan"), 834.4, -0.5, 3.14e-5)
     shown = ["27.4", "0.0687", "1,580", "0", "–", "–", "834", "−0.500", "3.14e−5"]
     assert [figures.number(value) for value in values] == shown
+    differences = (0.06866, -6.9e-5, -4e-5, 4e-5, 0.00996, -12.34, 1580.2, 0, None)
+    shown = ["+0.0687", "−0.0001", "0.0000", "0.0000", "+0.0100", "−12.3", "+1,580", "0", "–"]
+    assert [figures.change(value) for value in differences] == shown
     counts = (0, 999, 1234, 269_030_016, 999_600, None)
     shown = ["0 bytes", "999 bytes", "1.23 kB", "269 MB", "1.00 MB", "–"]
     assert [figures.size(value) for value in counts] == shown
@@ -605,3 +608,16 @@ def test_experts_and_huge_models_stay_small(report: dict) -> None:
     page = render(report | {"sites": experts})
     assert page.count('class="panel"') == 2 * 3 + 7
     assert len(page) < 4_000_000
+
+
+def test_a_tiny_change_is_shown_without_powers_of_ten(report) -> None:
+    report["quality"]["delta_nll"] = {"value": -6.9e-5, "se": 4.1e-4}
+    report["quality"]["quantized"]["perplexity"] = report["quality"]["original"]["perplexity"] - 2e-5
+    text = read(render(report)).text
+    assert "−0.0001 ± 0.0004 nats" in text
+    assert "NLL changes by −0.0001 ± 0.0004 nats per token" in text
+    # An error is never shown as none.
+    report["quality"]["delta_nll"]["se"] = 4.1e-5
+    text = read(render(report)).text
+    assert "NLL changes by −0.00007 ± 0.00004 nats per token" in text
+    assert "−6.9" not in text

@@ -323,6 +323,8 @@ def _template() -> Template:
         subjects=SUBJECTS,
     )
     environment.filters.update(
+        change=figures.change,
+        change_error=figures.change_error,
         number=figures.number,
         fixed=figures.plain_number,
         percent=figures.percent,

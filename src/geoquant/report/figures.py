@@ -18,6 +18,8 @@ __all__ = [
     "Curve",
     "LayerPoint",
     "cell_axis",
+    "change",
+    "change_error",
     "dot_interval",
     "layer_panel",
     "level_bar",
@@ -45,19 +47,42 @@ def plain_number(value: float | None, digits: int) -> str:
     return f"{value:,.{digits}f}".replace("-", "−")
 
 
-def number(value: float | None, digits: int = 3, *, sign: bool = False) -> str:
-    """`digits` significant digits, all of the integer part: 27.4, 0.0683, 1,580; tiny ones as 3.1e−5."""
+def number(value: float | None, digits: int = 3, *, sign: bool = False, most: int | None = None) -> str:
+    """`digits` significant digits, all of the integer part: 27.4, 0.0683, 1,580; tiny ones as 3.1e−5.
+
+    With `most`, tiny ones end after that many decimals instead: 0.0001, 0.0000.
+    """
     if value is None or not math.isfinite(value):
         return NONE
     if value == 0:
         return "0"
     # Rounded first, so that 0.9996 counts as 1.00 and not as 1.000.
     exponent = int(f"{abs(value):.{digits - 1}e}".split("e")[1])
-    if exponent < -4:
+    decimals = max(digits - 1 - exponent, 0)
+    if most is not None:
+        decimals = min(decimals, most)
+        value = round(value, decimals) or 0.0  # no minus before what is shown as zero
+        text = f"{value:,.{decimals}f}"
+    elif exponent < -4:
         text = f"{value:.{digits - 1}e}".replace("e-0", "e-")
     else:
-        text = f"{value:,.{max(digits - 1 - exponent, 0)}f}"
+        text = f"{value:,.{decimals}f}"
     return ("+" if sign and value > 0 else "") + text.replace("-", "−")
+
+
+def change(value: float | None, digits: int = 3, se: float | None = None) -> str:
+    """A difference, signed, as people compare it: +0.0683, −0.0001, 0.0000; finer where `se` is."""
+    return number(value, digits, sign=True, most=_decimals(se))
+
+
+def change_error(se: float | None) -> str:
+    """The standard error of a `change`, with as many decimals."""
+    return number(se, 2, most=_decimals(se))
+
+
+def _decimals(se: float | None) -> int:
+    """Four; where the standard error would vanish with that, as many as show its first digit."""
+    return max(4, min(math.ceil(-math.log10(se)), 8)) if se and math.isfinite(se) else 4
 
 
 def percent(value: float | None, digits: int = 1) -> str:
