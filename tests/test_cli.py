@@ -169,6 +169,17 @@ def test_help_states_the_defaults_of_the_recipe(capsys):
         assert stated == words.get(name, str(default)), name
 
 
+def test_the_help_of_eval_shows_a_task_that_can_be_read(capsys, tmp_path):
+    from geoquant.evaluate.choices import load_task
+
+    assert cli.run(["eval", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "geoquant eval MODEL --task piqa.jsonl --task arc.jsonl" in page
+    (line,) = (line for line in page.splitlines() if line.strip().startswith("{"))
+    (tmp_path / "task.jsonl").write_text(line)
+    assert load_task(tmp_path / "task.jsonl").items[0].gold == 1
+
+
 def test_the_package_itself_costs_nothing_and_names_its_api():
     child = python("import sys, geoquant\nprint(*dir(geoquant))\nsys.exit('torch' in sys.modules)")
     assert child.returncode == 0

@@ -39,7 +39,11 @@ def evaluate(
 
       geoquant eval MODEL --text test.txt --windows 40
       geoquant eval RUN/model --text test.txt --reference MODEL
-      geoquant eval MODEL --task piqa.jsonl --json
+      geoquant eval MODEL --task piqa.jsonl --task arc.jsonl --items 500
+
+    To see what a run cost in accuracy, give the same tasks to MODEL and to RUN. A line of a task file:
+
+      {"query": "Two and two make?", "choices": ["three", "four"], "gold": 1}
     """
     with output(json) as result:
         with progress_display() as progress:
