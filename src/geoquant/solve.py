@@ -71,6 +71,9 @@ def solve_model(
     _, modules = find_blocks(model)
     batches = list(stream.batches)
     stream.batches.clear()
+    # What came before, gradients and embeddings, is not needed here.
+    pages.release(model.parameters())
+    trim()
     held_from = heldout_start(sum(len(batch) for batch in batches))
 
     def solve_stage(stage: Stage, module: nn.Module, block: str, passes: Replay) -> StageResult:

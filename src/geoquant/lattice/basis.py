@@ -46,8 +46,9 @@ def compensation_factor(
 
     Raises NotPositiveDefinite.
     """
-    lower = _cholesky(permuted(damped(hessian, damping).to(torch.float64), order.flip(0)), damping)
-    return triangular_inverse(lower).flip(0, 1).to(hessian.dtype).contiguous()
+    # Double precision only between the two reorderings: these matrices are the largest of a run.
+    lower = _cholesky(permuted(damped(hessian, damping), order.flip(0)).to(torch.float64), damping)
+    return triangular_inverse(lower).to(hessian.dtype).flip(0, 1)
 
 
 def permuted(symmetric: Float[Tensor, "n n"], order: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:

@@ -76,8 +76,7 @@ class Accumulator:
 
     def finish(self) -> Moments:
         for total in self.sums.values():
-            upper = torch.triu(total)
-            total.copy_(upper).add_(torch.triu(upper, 1).T)
+            total.triu_().add_(torch.triu(total, 1).T)
         held = self.sums[True].float() if self.counts[True] else None
         if not self.energies:  # an expert that no token reached
             return Moments(self.sums[False].float(), held, 0, 0, MassiveTokens(0.0, 0.0))

