@@ -122,8 +122,10 @@ def solve_model(
     if lean:
         del batches, passes
         trim()
-        for stage in (stage for block in blocks for stage in block.stages):
-            install(model, stage, finished(stage))
+        for block in blocks:
+            for stage in block.stages:
+                install(model, stage, finished(stage))
+            trim()
 
 
 def heldout_start(windows: int) -> int:
