@@ -13,6 +13,7 @@ from torch import nn
 from geoquant.model.load import load
 from geoquant.model.paging import UNMAPPED, Pages, map_weights, trim, unload
 from geoquant.model.walk import write_weight
+from geoquant.reporting import forget_peak_memory, peak_memory_bytes
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory maps are read from /proc")
 
@@ -90,3 +91,15 @@ def test_an_unloaded_weight_keeps_shape_and_dtype():
     assert layer.weight.untyped_storage().nbytes() == 2
     write_weight(layer, torch.ones(3, 5))
     assert torch.equal(layer.weight, torch.ones(3, 5).bfloat16())
+
+
+@linux
+def test_the_peak_of_a_run_is_its_own():
+    """What the process held before (the demo's fine-tune) is not counted."""
+    block = torch.ones(50_000_000)
+    high = peak_memory_bytes()
+    del block
+    forget_peak_memory()
+    assert high - peak_memory_bytes() > 150_000_000
+    block = torch.ones(50_000_000)
+    assert peak_memory_bytes() > high - 50_000_000

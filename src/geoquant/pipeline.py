@@ -69,6 +69,7 @@ def quantize(
         check_same_recipe(run, recipe)
         if (report := finished_report(run, recipe)) is not None:
             return report
+    reporting.forget_peak_memory()
     try:
         with clock("load"):
             split = load_records(recipe)

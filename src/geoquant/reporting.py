@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from geoquant.export.weights import ExportResult
 from geoquant.manifest import versions
 from geoquant.measure import Quality, Texts
 from geoquant.model.load import Loaded
+from geoquant.model.paging import trim
 from geoquant.model.walk import Block
 from geoquant.plan.uniform import Plan, SitePlan, kept_count
 from geoquant.recipe import Recipe
@@ -32,6 +34,7 @@ __all__ = [
     "assemble",
     "export_entry",
     "failures",
+    "forget_peak_memory",
     "model_facts",
     "planned_size",
     "verification",
@@ -55,8 +58,19 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
 
+def forget_peak_memory() -> None:
+    """Count the largest resident size from here on: what the process did before is not this run's. Linux only."""
+    gc.collect()
+    trim()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far."""
+    """Largest resident size of this process, since `forget_peak_memory` where that is possible."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
