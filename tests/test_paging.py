@@ -101,5 +101,5 @@ def test_the_peak_of_a_run_is_its_own():
     del block
     forget_peak_memory()
     assert high - peak_memory_bytes() > 150_000_000
-    block = torch.ones(50_000_000)
-    assert peak_memory_bytes() > high - 50_000_000
+    again = torch.ones(50_000_000)
+    assert peak_memory_bytes() > high - 4 * again.numel() // 4
