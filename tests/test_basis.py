@@ -73,6 +73,21 @@ def test_a_rank_deficient_metric_is_factorised():
     assert factor.isfinite().all()
 
 
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 300])
+def test_the_factor_over_several_panels(size):
+    """Sizes around and beyond a panel of 128 columns, against the inverse itself; a late pivot is still refused."""
+    metric = random_metric(size, 1)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    factor = compensation_factor(metric, order, 0.01)
+    inverse = torch.linalg.inv(damped(metric, 0.01)[order][:, order])
+    torch.testing.assert_close(factor.T @ factor, inverse, rtol=1e-8, atol=1e-10 * inverse.abs().max().item())
+    assert torch.equal(factor, factor.triu())
+    broken = damped(metric, 0.01)
+    broken[0, 0] = -1e6 * broken.diagonal().abs().max()  # the last pivot of this order
+    with pytest.raises(NotPositiveDefinite):
+        compensation_factor(broken, torch.arange(size), 0.0)
+
+
 def test_expected_error_on_its_own_metric_is_the_squared_length():
     metric = random_metric(30, 3)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))

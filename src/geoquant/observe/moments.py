@@ -23,7 +23,7 @@ __all__ = ["METRICS", "Accumulator", "MassiveTokens", "Moments", "clipped_weight
 
 METRICS = ("plain", "clipped", "gradient")
 CLIP = 10.0
-TILE = 256  # columns per tile of the symmetric product: tiles below the diagonal are mirrored, not computed
+TILES = 6  # of the symmetric product, none under 96 columns; those below the diagonal are mirrored, not computed
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ class Accumulator:
         self.energies.append(x.square().sum(1).float().cpu())
         if weights is not None:
             x = x * weights.to(total.dtype).sqrt()[:, None]
-        for start in range(0, x.shape[1], TILE):
+        tile = max(96, -(-x.shape[1] // TILES))
+        for start in range(0, x.shape[1], tile):
             # Only the tiles on and right of the diagonal: the matrix is symmetric.
-            total[start : start + TILE, start:].addmm_(x[:, start : start + TILE].T, x[:, start:])
+            total[start : start + tile, start:].addmm_(x[:, start : start + tile].T, x[:, start:])
         self.counts[held] += x.shape[0]
 
     def finish(self) -> Moments:
