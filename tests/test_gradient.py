@@ -43,6 +43,19 @@ def test_energies_have_mean_one_and_ignore_the_unscored_token():
         assert (energy >= 0).all()
 
 
+@pytest.mark.parametrize(("share", "batches"), [(1.0, [0, 1, 2, 3, 4]), (0.5, [1, 4]), (0.01, [4]), (0.6, [0, 2, 4])])
+def test_a_share_of_the_windows(share, batches):
+    """Batches evenly spread, the last one among them; their energies as if they were all there is, NaN elsewhere."""
+    model, tokens = build("llama"), tokens_for(10, 12)
+    blocks, stream = walk(model, tokens[:1]), open_stream(model, tokens)
+    found = token_energies(model, blocks, stream, tokens, compute=torch.float32, share=share)
+    rows = [row for batch in batches for row in (2 * batch, 2 * batch + 1)]
+    part, _ = streamed(model, tokens[rows])
+    for stage, energy in found.items():
+        torch.testing.assert_close(energy[rows], part[stage], rtol=1e-5, atol=1e-7)
+        assert energy.isnan().any(1).nonzero().flatten().tolist() == [row for row in range(10) if row not in rows]
+
+
 def test_bfloat16_energies_rank_tokens_alike():
     model, tokens = build("llama"), tokens_for(4, 24)
     exact, _ = streamed(model, tokens)

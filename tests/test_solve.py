@@ -144,6 +144,37 @@ def test_resuming_gives_the_same_bits(sequential, metric):
             assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def test_tokens_without_a_gradient_are_weighted_by_their_size():
+    """Batch by batch: gradient energies where there are some, else clipped weights scaled to mean one."""
+    model, tokens = build("llama"), tokens_for(6, LENGTH)
+    blocks = walk(model, tokens[:1])
+    energies = {stage.name: torch.rand(6, LENGTH) for block in blocks for stage in block.stages}
+    for energy in energies.values():
+        energy[2:4] = torch.nan
+    results = []
+    solve_model(
+        copy.deepcopy(model),
+        blocks,
+        open_stream(model, tokens),
+        lambda stage: ("rtn", {"grid": Grid(4, 8)}),
+        metric="gradient",
+        energies=energies,
+        sequential="off",
+        compute=torch.float32,
+        done=results.append,
+    )
+    for result in results:
+        inputs = site_inputs(model, [result.stage.name], tokens)[result.stage.name]
+        weights = energies[result.stage.name].flatten().clone()
+        rest = slice(2 * LENGTH, 4 * LENGTH)
+        weights[rest] = clipped_weights(inputs[rest].square().sum(1))
+        weights[rest] /= weights[rest].mean()
+        border = 5 * LENGTH
+        expected = moments_by_hand(inputs[:border], weights[:border])
+        tolerance = 2e-3 * expected.diagonal().max().item()
+        torch.testing.assert_close(result.moments.hessian.double(), expected, rtol=2e-3, atol=tolerance)
+
+
 @pytest.mark.parametrize("sequential", ["site", "block", "off"])
 def test_a_lean_run_holds_one_block_and_ends_the_same(sequential):
     """Solved blocks leave memory until the end; then all of them are back, to the same bits."""

@@ -188,7 +188,7 @@ def solve(
     stream = open_stream(model, tokens, compute, pages)
     energies = None
     if recipe.metric == "gradient":
-        energies = gradient_energies(run, model, blocks, stream, tokens, compute, pages, progress)
+        energies = gradient_energies(run, recipe, model, blocks, stream, tokens, compute, pages, progress)
     plans = {site.name: site for site in plan.sites}
     solve_model(
         model,
@@ -209,12 +209,15 @@ def solve(
 
 
 def gradient_energies(
-    run: Path, model, blocks, stream: Stream, tokens, compute, pages: Pages, progress: Progress
+    run: Path, recipe: Recipe, model, blocks, stream: Stream, tokens, compute, pages: Pages, progress: Progress
 ) -> dict:
     """Token weights of the full-precision model, computed once per run."""
     path = run / "token_weights.safetensors"
     if not path.exists():
-        energies = token_energies(model, blocks, stream, tokens, compute=compute, pages=pages, progress=progress)
+        share = recipe.gradient_share
+        energies = token_energies(
+            model, blocks, stream, tokens, compute=compute, share=share, pages=pages, progress=progress
+        )
         write_tensors(path, energies)
     return read_tensors(path)[0]
 

@@ -162,6 +162,9 @@ def _observe(
             weights = clipped_weights(x.square().sum(1))
         elif metric == "gradient":
             weights = energies[stage.name][index * size : (index + 1) * size].flatten().to(x.device)
+            if weights.isnan().any():  # a batch without gradients
+                weights = clipped_weights(x.square().sum(1))
+                weights /= weights.mean()
         # A batch may straddle the border of the held-out windows.
         cut = min(max(held_from - index * size, 0), size) * length
         for part, held in ((slice(0, cut), False), (slice(cut, None), True)):

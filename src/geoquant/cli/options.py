@@ -76,6 +76,10 @@ class RecipeFlags:
         str | None,
         option("What error means: plain, clipped, gradient (default gradient).", group=SOLVER),
     ] = None
+    gradient_share: Annotated[
+        float | None,
+        option("Share of the windows whose tokens are weighted by their gradient (default 0.5).", group=SOLVER),
+    ] = None
     order: Annotated[
         str | None,
         option("Column order: natural, activation, group-aware, min-pivot (default group-aware).", group=SOLVER),

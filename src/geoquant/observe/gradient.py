@@ -3,8 +3,9 @@ that share an input.
 
 Only this one number per token and stage is kept (a few megabytes for a whole model), so the backward pass runs
 once on the full-precision model and the moments can be accumulated later on whatever inputs the quantized blocks
-produce. Windows go through in chunks; blocks are recomputed in the backward pass, so memory holds the block
-inputs of one chunk and the activations of one block on one batch.
+produce. A share of the windows may do: it costs less, and tokens without a gradient (NaN) are weighted by their size
+instead (`clipped`, see moments). Windows go through in chunks; blocks are recomputed in the backward pass, so memory
+holds the block inputs of one chunk and the activations of one block on one batch.
 """
 
 from __future__ import annotations
@@ -34,22 +35,27 @@ def token_energies(
     tokens: Int[Tensor, "n length"],
     *,
     compute: torch.dtype,
+    share: float = 1.0,
     pages: Pages = UNMAPPED,
     progress: Progress = silent,
 ) -> dict[str, Float[Tensor, "n length"]]:
-    """Per stage, `||g_t||^2` of every token of every window, scaled to mean one over all tokens."""
+    """Per stage, `||g_t||^2` of every token, scaled to mean one.
+
+    share: of the batches, evenly spread, the last one among them; the other tokens are NaN.
+    """
     _, modules = find_blocks(model)
     size = len(stream.batches[0])
     calls = [cast_call(call, compute) for call in stream.calls]
-    energies = {stage.name: torch.zeros(tokens.shape) for block in blocks for stage in block.stages}
+    energies = {stage.name: torch.full(tokens.shape, torch.nan) for block in blocks for stage in block.stages}
+    chosen = spread(len(stream.batches), share)
     per_chunk = max(1, CHUNK // size)
-    steps = -(-len(stream.batches) // per_chunk) * len(blocks)
+    steps = -(-len(chosen) // per_chunk) * len(blocks)
     done = 0
     head = model.get_output_embeddings().weight.to(compute)
     pages.release(model.parameters())
-    for first in range(0, len(stream.batches), per_chunk):
-        hidden = [x.to(compute) for x in stream.batches[first : first + per_chunk]]
-        chunk = tokens[first * size : (first + len(hidden)) * size].to(head.device)
+    for first in range(0, len(chosen), per_chunk):
+        rows = [slice(index * size, (index + 1) * size) for index in chosen[first : first + per_chunk]]
+        hidden = [stream.batches[index].to(compute) for index in chosen[first : first + per_chunk]]
         inputs: list[list[Tensor]] = []
         for module, call in zip(modules, calls):
             inputs.append(hidden)
@@ -57,18 +63,22 @@ def token_energies(
             with torch.no_grad():
                 hidden = [run_block(work, call, x) for x in hidden]
             pages.release(module.parameters())
-        gradients = [_head_gradient(model, x, chunk[i * size : (i + 1) * size], head) for i, x in enumerate(hidden)]
+        gradients = [_head_gradient(model, x, tokens[part].to(x.device), head) for part, x in zip(rows, hidden)]
         for block, module, call in zip(reversed(blocks), reversed(list(modules)), reversed(calls)):
             work = pure_copy(module, compute)
             inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
             for index, (x, gradient) in enumerate(zip(inputs.pop(), gradients)):
-                gradients[index] = _block_gradient(
-                    work, inside, block, call, x, gradient, energies, (first + index) * size
-                )
+                gradients[index] = _block_gradient(work, inside, block, call, x, gradient, energies, rows[index])
             pages.release(module.parameters())
             done += 1
             progress("gradients", done, steps, block.name)
-    return {name: energy / energy.mean().clamp_min(1e-30) for name, energy in energies.items()}
+    return {name: energy / energy.nanmean().clamp_min(1e-30) for name, energy in energies.items()}
+
+
+def spread(count: int, share: float) -> list[int]:
+    """A `share` of 0..count-1, at least one: evenly spread and ending with the last, which is held out later."""
+    wanted = min(count, max(1, round(share * count)))
+    return [(index + 1) * count // wanted - 1 for index in range(wanted)]
 
 
 @torch.no_grad()
@@ -125,7 +135,7 @@ def _block_gradient(
     x: Float[Tensor, "b l h"],
     gradient: Float[Tensor, "b l h"],
     energies: dict[str, Float[Tensor, "n length"]],
-    first: int,
+    rows: slice,
 ) -> Float[Tensor, "b l h"]:
     """Back through one block on one batch; adds the energies of its sites' output gradients."""
 
@@ -140,12 +150,14 @@ def _block_gradient(
                         fix="use --metric plain",
                     )
                 # Some modules flatten their tokens (shared experts).
-                energies[stage][first : first + x.shape[0]] += energy.view(x.shape[:2])
+                energies[stage][rows] += energy.view(x.shape[:2])
 
             output.register_hook(backward)
 
         return forward
 
+    for stage in block.stages:
+        energies[stage.name][rows] = 0.0
     handles = [
         inside[site.name].register_forward_hook(watch(stage.name)) for stage in block.stages for site in stage.sites
     ]

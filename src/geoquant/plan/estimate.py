@@ -77,11 +77,12 @@ def cost(loaded: Loaded, blocks: tuple[Block, ...], shape: tuple[int, int], reci
     model, tokens = loaded.model, shape[0] * shape[1]
     weights = sum(stage.rows * stage.columns for block in blocks for stage in block.stages)
     once = 2 * weights * tokens
-    # Per block: one pass for its outputs, and per stage a pass up to it (on average 5/4 of a block in all).
-    passes = 1 + (1.25 if recipe.sequential == "site" else 2.25)
-    if recipe.metric == "gradient":
-        passes += 3  # forward, recomputation, backward to the inputs
-    head = model.get_output_embeddings().weight.numel() if recipe.metric == "gradient" else 0
+    # Per block: one pass over its stages, each starting where the last one stopped; a second one for the outputs
+    # where they are not those of the observed weights.
+    passes = 1 if recipe.sequential == "site" else 2
+    differentiated = recipe.gradient_share if recipe.metric == "gradient" else 0
+    passes += 3 * differentiated  # forward, recomputation, backward to the inputs
+    head = differentiated * model.get_output_embeddings().weight.numel()
     forward = once * passes + 4 * head * tokens
     stages = [stage for block in blocks for stage in block.stages]
     moments = sum(2 * tokens * stage.columns**2 * 0.6 for stage in stages)
