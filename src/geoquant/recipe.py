@@ -34,7 +34,7 @@ class Recipe(BaseModel):
     keep: float = Field(default=0.0, ge=0.0, le=0.5)
     # metric and solver
     metric: str = "gradient"
-    gradient_share: float = Field(default=0.5, gt=0.0, le=1.0)
+    gradient_share: float = Field(default=0.25, gt=0.0, le=1.0)
     order: str = "group-aware"
     damping: float | None = Field(default=None, gt=0.0, le=1.0)
     static_scales: bool = False

@@ -78,7 +78,7 @@ class RecipeFlags:
     ] = None
     gradient_share: Annotated[
         float | None,
-        option("Share of the windows whose tokens are weighted by their gradient (default 0.5).", group=SOLVER),
+        option("Share of the windows whose tokens are weighted by their gradient (default 0.25).", group=SOLVER),
     ] = None
     order: Annotated[
         str | None,
