@@ -80,6 +80,7 @@ def solve_model(
         started = time.process_time()
         site, work = stage.name.removeprefix(f"{block}."), working_copy(module, compute)
         moments = _observe(work, site, passes, stage, metric, energies, held_from, compute, moments_dtype)
+        trim()  # activations make room for factors
         observed = time.process_time()
         original = torch.cat([read_weight(model.get_submodule(site.name)) for site in stage.sites])
         name, options = settings(stage)
