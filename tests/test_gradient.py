@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from geoquant.errors import UserError
 from geoquant.model.walk import walk
 from geoquant.observe import gradient
-from geoquant.observe.gradient import token_energies
+from geoquant.observe.gradient import check_head, token_energies
 from geoquant.observe.stream import open_stream
 from oracles.models import ARCHITECTURES, build, gradient_energies, tokens_for
 
@@ -72,3 +73,44 @@ def test_the_model_keeps_no_gradient_and_progress_ends():
     assert all(parameter.grad is None for parameter in model.parameters())
     assert steps[-1][1] == steps[-1][2]
     assert [done for _, done, _ in steps] == list(range(1, len(steps) + 1))
+
+
+def scaled(kind: str):
+    """Models that scale their logits, and one that projects its states before the head."""
+    import transformers
+
+    shared = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    narrow = shared | {"intermediate_size": 40, "num_key_value_heads": 1, "initializer_range": 0.2, "pad_token_id": 1}
+    torch.manual_seed(0)
+    if kind == "cohere":
+        return transformers.CohereForCausalLM(transformers.CohereConfig(**narrow, logit_scale=0.3)).eval()
+    if kind == "granite":
+        return transformers.GraniteForCausalLM(transformers.GraniteConfig(**narrow, logits_scaling=4.0)).eval()
+    projected = shared | {"word_embed_proj_dim": 16, "ffn_dim": 40, "max_position_embeddings": 64, "pad_token_id": 1}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**projected, do_layer_norm_before=False)).eval()
+
+
+@pytest.mark.parametrize("kind", ["cohere", "granite"])
+def test_scaled_logits(kind):
+    model, tokens = scaled(kind), tokens_for(4, 12)
+    check_head(model, tokens[:1, :8])
+    found, stages = streamed(model, tokens)
+    for stage, energy in gradient_energies(model, stages, tokens).items():
+        torch.testing.assert_close(found[stage], energy / energy.mean(), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_heads_that_are_known(name):
+    check_head(build(name), tokens_for(1, 8))
+
+
+def test_a_head_that_is_not_known_is_refused():
+    with pytest.raises(UserError, match="OPTForCausalLM computes its logits in a way"):
+        check_head(scaled("opt"), tokens_for(1, 8))
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    model, tokens = build("llama"), tokens_for(2, 8)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.inf
+    with pytest.raises(UserError, match=r"the loss gradient at .* is not finite"):
+        streamed(model, tokens)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from geoquant.model.load import load
@@ -32,9 +33,8 @@ def resident(pages: Pages) -> int:
 @pytest.fixture
 def mapped(tiny_model_dir):
     """A freshly loaded model and the mapping of its file alone."""
-    before = set(map_weights().ranges)
     model = load(str(tiny_model_dir)).model
-    return model, Pages(tuple(found for found in map_weights().ranges if found not in before))
+    return model, map_weights(model)
 
 
 @linux
@@ -51,10 +51,10 @@ def test_released_weights_leave_memory_and_come_back(mapped):
 
 @linux
 def test_a_file_with_a_written_page_is_left_alone(mapped):
-    model, pages = mapped
+    model, _ = mapped
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = 7.0
-    assert pages.ranges[0] not in map_weights().ranges
+    assert map_weights(model) == UNMAPPED
 
 
 @linux
@@ -64,22 +64,37 @@ def test_a_replaced_weight_is_out_of_reach(mapped):
     layer = model.model.layers[0].mlp.up_proj
     new = torch.randn(layer.weight.shape)
     write_weight(layer, new)
-    assert pages.ranges[0] in map_weights().ranges
+    assert map_weights(model).ranges == pages.ranges
     pages.release(model.parameters())
     assert torch.equal(layer.weight, new)
+
+
+@linux
+def test_addresses_are_not_used_anew_while_they_may_be_released(tmp_path):
+    """All weights are replaced and gone; what is allocated then must not lie where `release` believes the file."""
+    save_file({"weight": torch.zeros(4096, 4096)}, tmp_path / "model.safetensors")
+    layer = nn.Linear(4096, 4096, bias=False, device="meta")
+    layer.weight = nn.Parameter(load_file(tmp_path / "model.safetensors")["weight"], requires_grad=False)
+    pages = map_weights(layer)
+    assert len(pages.ranges) == 1
+    write_weight(layer, torch.ones(4096, 4096))
+    others = [torch.full((2048, 2048), 7.0) for _ in range(6)]
+    pages.release([*others, layer.weight])
+    assert all((other == 7.0).all() for other in others)
+    assert (layer.weight == 1.0).all()
 
 
 def test_what_is_not_mapped_is_not_touched():
     tensor = torch.arange(100_000)
     UNMAPPED.release([tensor])
-    map_weights().release([tensor, torch.zeros(0), torch.zeros(3, device="meta")])
+    Pages(((0, 4096),)).release([tensor, torch.zeros(0), torch.zeros(3, device="meta")])
     trim()
     assert torch.equal(tensor, torch.arange(100_000))
 
 
 def test_elsewhere_nothing_is_mapped(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert map_weights() is UNMAPPED
+    assert map_weights(nn.Linear(2, 2)) is UNMAPPED
     trim()
 
 

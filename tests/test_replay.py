@@ -116,6 +116,83 @@ def test_only_a_submodule_that_returns_the_site_is_skipped(act, ends):
         assert torch.equal(x, (y[0] if isinstance(y, tuple) else y).detach().view(-1, 4))
 
 
+class Sometimes(nn.Module):
+    """An expert that only some batches reach, added to what another site wrote."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.expert = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.down(x)
+        return y + self.expert(x) if x.sum() > 0 else y
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = Sometimes()
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+def test_a_part_with_sites_still_to_come_is_not_skipped():
+    """The first batch does not reach the expert: that it ends with `down` there proves nothing."""
+    torch.manual_seed(0)
+    block, batches = Routed(), [-torch.rand(2, 3, 4), torch.rand(2, 3, 4)]
+    passes, seen = Replay(BlockCall((), {}), batches, waiting=frozenset({"mlp.down", "mlp.expert"})), []
+    passes.observe(block, "mlp.down", lambda *_: None, keep=True)
+    passes.waiting = frozenset({"mlp.expert"})
+    passes.observe(block, "mlp.expert", lambda index, x: seen.append(index), keep=True)
+    assert seen == [1]
+    passes.waiting = frozenset()
+    for found, hidden in zip(passes.outputs(block), batches):
+        assert torch.equal(found, block(hidden).detach())
+
+
+class Writes(nn.Module):
+    """A block that writes to what a part returned, and to its own input."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.up, self.down = Tail(""), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        a = self.part(x)
+        u = self.up(a)
+        a += x
+        x += a
+        return x + self.down(u)
+
+
+def test_writing_in_place_changes_nothing_that_is_kept():
+    torch.manual_seed(0)
+    block, batches = Writes(), [torch.randn(2, 3, 4) for _ in range(3)]
+    before = [hidden.clone() for hidden in batches]
+    passes = Replay(BlockCall((), {}), batches)
+    for site in ("part.line", "up", "down"):
+        passes.observe(block, site, lambda *_: None, keep=True)
+    with torch.no_grad():
+        for found, hidden in zip(passes.outputs(block), before):
+            assert torch.equal(found, block(hidden.clone()))
+    assert all(torch.equal(one, other) for one, other in zip(batches, before))
+
+
+def test_a_site_called_by_keyword():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.line(input=x)
+
+    seen, hidden = [], torch.randn(2, 3, 4)
+    Replay(BlockCall((), {}), [hidden]).observe(Named(), "line", lambda _, x: seen.append(x), keep=False)
+    assert torch.equal(seen[0], hidden.view(-1, 4))
+
+
 def test_a_site_that_is_not_reached_shows_nothing():
     class Idle(Block):
         def forward(self, x):

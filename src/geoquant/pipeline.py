@@ -36,7 +36,7 @@ from geoquant.model.load import Loaded, load
 from geoquant.model.paging import Pages, map_weights
 from geoquant.model.walk import Block, untouched_parameters, walk
 from geoquant.observe.compute import compute_dtype
-from geoquant.observe.gradient import token_energies
+from geoquant.observe.gradient import check_head, token_energies
 from geoquant.observe.stream import Stream, open_stream
 from geoquant.plan.estimate import Cost, cost
 from geoquant.plan.uniform import Plan, uniform_plan
@@ -137,8 +137,11 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
     limit = getattr(loaded.model.config, "max_position_embeddings", None) or recipe.window
     if recipe.window > limit:
         raise UserError(f"--window {recipe.window} is longer than the model's context of {limit} tokens")
-    blocks = walk(loaded.model, texts.calibration.tokens[:1, :8], map_weights())
+    pages = map_weights(loaded.model)
+    blocks = walk(loaded.model, texts.calibration.tokens[:1, :8], pages)
     plan = uniform_plan(blocks, recipe)
+    if recipe.metric == "gradient":
+        check_head(loaded.model, texts.calibration.tokens[:1, :8], pages)
     grids = {site.name: site.grid for site in plan.sites}
     notes = tuple(
         note
@@ -184,7 +187,7 @@ def solve(
     """Observe and solve block by block, in place; each stage's result is on disk before the next one starts."""
     model, tokens = loaded.model, texts.calibration.tokens
     compute = compute_dtype(recipe.compute, model.device)
-    pages = map_weights()
+    pages = map_weights(model)
     stream = open_stream(model, tokens, compute, pages)
     energies = None
     if recipe.metric == "gradient":

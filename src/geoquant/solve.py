@@ -7,6 +7,7 @@ before it produce at run time. One block's working set is in memory at a time, t
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -74,11 +75,22 @@ def solve_model(
     # What came before, gradients and embeddings, is not needed here.
     pages.release(model.parameters())
     trim()
+    # A weight that two blocks share must stay for the second.
+    uses = Counter(id(parameter) for module in modules for parameter in module.parameters())
+    lean = lean and max(uses.values()) == 1
     held_from = heldout_start(sum(len(batch) for batch in batches))
+
+    stages = {block.name: block.stages for block in blocks}
 
     def solve_stage(stage: Stage, module: nn.Module, block: str, passes: Replay) -> StageResult:
         started = time.process_time()
         site, work = stage.name.removeprefix(f"{block}."), working_copy(module, compute)
+        # This stage's sites too: until their inputs have been seen, nothing is known of when they run.
+        passes.waiting = frozenset(
+            other.name.removeprefix(f"{block}.")
+            for later in stages[block][stages[block].index(stage) :]
+            for other in later.sites
+        )
         moments = _observe(work, site, passes, stage, metric, energies, held_from, compute, moments_dtype)
         trim()  # activations make room for factors
         observed = time.process_time()
@@ -109,6 +121,7 @@ def solve_model(
         for stage, solution in pending:
             install(model, stage, solution)
             passes.forget()
+        passes.waiting = frozenset()
         if sequential == "off":
             batches = following
         else:

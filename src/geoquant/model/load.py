@@ -338,7 +338,7 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
         model.is_quantized = False
     if model.dtype not in FLOATS:
         raise UserError(f"{spec} holds {model.dtype} weights", wanted="float32, bfloat16 or float16")
-    check_values(model, map_weights())
+    check_values(model, map_weights(model))
     if quantized and getattr(model.config, "quantization_config", None) is not None:
         # The reader unpacks at the first forward pass of the whole model; parts of it cannot be called before.
         model(torch.zeros(1, 1, dtype=torch.int64))

@@ -17,7 +17,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -30,9 +30,14 @@ HEADER = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) .*\.safetensors$")
 
 @dataclass(frozen=True)
 class Pages:
-    """Address ranges that hold nothing but unchanged file content, sorted."""
+    """Address ranges that hold nothing but unchanged file content, sorted.
+
+    anchors: a tensor in each range. While it lives the file stays mapped there, so that no other memory can come to lie
+    at these addresses.
+    """
 
     ranges: tuple[tuple[int, int], ...] = ()
+    anchors: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def release(self, tensors: Iterable[Tensor]) -> None:
         """Give back the memory of those tensors that lie in the mapped files. Their values do not change.
@@ -60,23 +65,29 @@ class Pages:
 UNMAPPED = Pages()
 
 
-def map_weights() -> Pages:
-    """The mapped weights files of this process, without those that have a written page."""
+def map_weights(model: nn.Module) -> Pages:
+    """The mapped files that hold weights of `model`, without those that have a written page."""
     if not sys.platform.startswith("linux"):
         return UNMAPPED
     try:
         lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return UNMAPPED
-    ranges, current = [], None
+    clean, current = set(), None
     for line in lines:
-        if found := HEADER.match(line):
-            current = (int(found[1], 16), int(found[2], 16))
-        elif current and line.startswith("Anonymous:"):
-            if int(line.split()[1]) == 0:
-                ranges.append(current)
-            current = None
-    return Pages(tuple(sorted(ranges)))
+        if "-" in line.split(" ", 1)[0]:
+            found = HEADER.match(line)
+            current = (int(found[1], 16), int(found[2], 16)) if found else None
+            clean |= {current} if current else set()
+        elif current and line.startswith(("Anonymous:", "Swap:")) and int(line.split()[1]):
+            clean.discard(current)
+    anchors = {}
+    for parameter in model.parameters():
+        for start, end in clean:
+            if parameter.device.type == "cpu" and start <= parameter.data_ptr() < end:
+                anchors.setdefault((start, end), parameter.detach())
+    ranges = tuple(sorted(anchors))
+    return Pages(ranges, tuple(anchors[found] for found in ranges))
 
 
 def trim() -> None:

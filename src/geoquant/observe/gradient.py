@@ -22,7 +22,7 @@ from geoquant.observe.compute import cast_call, pure_copy
 from geoquant.observe.stream import BlockCall, Stream, hooks, run_block
 from geoquant.progress import Progress, silent
 
-__all__ = ["token_energies"]
+__all__ = ["check_head", "token_energies"]
 
 CHUNK = 4  # windows per chunk
 HEAD_ROWS = 128
@@ -72,6 +72,12 @@ def token_energies(
             pages.release(module.parameters())
             done += 1
             progress("gradients", done, steps, block.name)
+    rows = [row for index in chosen for row in range(index * size, (index + 1) * size)]
+    for name, energy in energies.items():
+        if not energy[rows].isfinite().all():
+            raise UserError(
+                f"the loss gradient at {name} is not finite", fix="use --compute float32, or --metric clipped"
+            )
     return {name: energy / energy.nanmean().clamp_min(1e-30) for name, energy in energies.items()}
 
 
@@ -92,7 +98,7 @@ def _head_gradient(
 
     `softmax - onehot` is written in place of the logits: autograd would hold three copies of them.
     """
-    norm, cap = _final_norm(model), getattr(model.config, "final_logit_softcapping", None)
+    norm, cap, scale = _final_norm(model), getattr(model.config, "final_logit_softcapping", None), _logit_scale(model)
     bias = model.get_output_embeddings().bias
     result = torch.zeros_like(hidden)
     flat, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
@@ -104,6 +110,7 @@ def _head_gradient(
         logits = normed.detach().to(head.dtype) @ head.T
         if bias is not None:
             logits += bias
+        logits *= scale
         slope = None
         if cap:
             logits = torch.tanh(logits / cap)
@@ -113,9 +120,44 @@ def _head_gradient(
         gradient[torch.arange(len(t), device=t.device), t] -= 1.0
         if slope is not None:
             gradient *= slope
+        gradient *= scale
         parts.append(torch.autograd.grad(normed, leaf, (gradient @ head).to(normed.dtype))[0].to(hidden.dtype))
     result[:, :-1] = torch.cat(parts).view(hidden.shape[0], -1, hidden.shape[2])
     return result
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, probe: Int[Tensor, "n length"], pages: Pages = UNMAPPED) -> None:
+    """Whether the way from the last block to the logits is the one that `token_energies` differentiates.
+
+    Raises UserError where the model puts something else in between (a projection, a scale of another name).
+    """
+    _, modules = find_blocks(model)
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, __: tuple, output: object) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(lambda used, *_: pages.release(used.parameters())) for module in modules]
+    with hooks([*handles, modules[-1].register_forward_hook(keep)]):
+        expected = model(probe.to(model.device), use_cache=False).logits.float()
+    head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
+    try:
+        found = head(_final_norm(model)(seen[0])).float() * _logit_scale(model)
+    except RuntimeError:  # shapes that do not fit
+        found = torch.full_like(expected, torch.nan)
+    found = cap * torch.tanh(found / cap) if cap else found
+    if not (found - expected).norm() <= 0.02 * expected.norm():
+        raise UserError(
+            f"{type(model).__name__} computes its logits in a way the gradient metric does not know",
+            fix="use --metric clipped",
+        )
+
+
+def _logit_scale(model: nn.Module) -> float:
+    """What the model multiplies its logits with (Cohere), or the inverse of what it divides them by (Granite)."""
+    config = model.config
+    return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
 
 def _final_norm(model: nn.Module) -> nn.Module:

@@ -7,7 +7,9 @@ submodule (o_proj ends the attention), hands the product out as the submodule's 
 All passes together then cost about one forward pass, and the values are the same to the last bit.
 
 Whether a site ends a submodule is observed, not guessed: the first batch of the next pass runs in full, and the
-submodule must return the very memory that the site wrote, unchanged since.
+submodule must return the very memory that the site wrote, unchanged since. A submodule with sites that are still to be
+observed is never skipped: an expert may be idle in the first batch. What is handed out is a copy, as the block may
+write to it.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ class Replay:
     # Outputs of finished submodules, per batch; what the submodule returned besides them.
     finished: dict[str, list[Tensor]] = field(default_factory=dict)
     extras: dict[str, tuple | None] = field(default_factory=dict)
+    # Sites (names inside the block) that are still to be observed.
+    waiting: frozenset[str] = frozenset()
     # The site where the last pass stopped, and its input per batch.
     last: str | None = None
     inputs: list[Tensor | None] = field(default_factory=list)
@@ -57,17 +61,17 @@ class Replay:
         seen: list[Tensor] = []
         kept: list[Tensor] = []
 
-        def stop(_: nn.Module, inputs: tuple) -> None:
-            seen.append(inputs[0])
+        def stop(_: nn.Module, inputs: tuple, named: dict) -> None:
+            seen.append(inputs[0] if inputs else next(iter(named.values())))
             raise Stop
 
         def run(hidden: Tensor) -> None:
             try:
-                run_block(work, self.call, hidden)
+                run_block(work, self.call, hidden.clone())  # a block may write to its input
             except Stop:
                 return
 
-        with hooks([work.get_submodule(site).register_forward_pre_hook(stop)]):
+        with hooks([work.get_submodule(site).register_forward_pre_hook(stop, with_kwargs=True)]):
             for index, _ in enumerate(self._each(work, run)):
                 if not seen:  # an expert that this batch does not reach
                     continue
@@ -82,7 +86,7 @@ class Replay:
     @torch.no_grad()
     def outputs(self, work: nn.Module) -> Iterator[Float[Tensor, "b l h"]]:
         """The block's output for each batch."""
-        yield from self._each(work, lambda hidden: run_block(work, self.call, hidden))
+        yield from self._each(work, lambda hidden: run_block(work, self.call, hidden.clone()))
 
     def _each(self, work: nn.Module, run: Callable[[Tensor], object]) -> Iterator:
         """`run` every batch with all that is known put in place of the modules that computed it."""
@@ -133,14 +137,15 @@ class Replay:
             once = sum(other == name for other, _ in returned) == 1
             same = isinstance(first, Tensor) and first.shape == product.shape and first.data_ptr() == product.data_ptr()
             simple = not any(isinstance(item, Tensor) for item in rest or ())
-            if once and same and simple and version(first) == version_then:
+            reached = not any(other.startswith(f"{name}.") for other in self.waiting)
+            if once and same and simple and reached and version(first) == version_then:
                 found = name, first, rest
         if found is None:
             return None
         name, first, rest = found
         for inner in [other for other in self.finished if other.startswith(f"{name}.")]:
             del self.finished[inner], self.extras[inner]
-        self.finished[name], self.extras[name] = [first], rest
+        self.finished[name], self.extras[name] = [first.clone()], rest
         return name
 
     @contextmanager
@@ -149,7 +154,9 @@ class Replay:
         modules = {work.get_submodule(name): (name, value) for name, value in known.items()}
         for module, (name, value) in modules.items():
             rest = self.extras[name]
-            module.forward = lambda *_, value=value, rest=rest, **__: value if rest is None else (value, *rest)
+            module.forward = lambda *_, value=value, rest=rest, **__: (
+                value.clone() if rest is None else (value.clone(), *rest)
+            )
         try:
             yield
         finally:
