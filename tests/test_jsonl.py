@@ -26,6 +26,7 @@ def test_every_reader_names_the_same_mistakes_alike(kind, tmp_path):
     assert line(FINE.encode() + b"\n\n{\n").startswith(
         f"{path}:3 is not JSON: Expecting property name enclosed in double quotes; wanted "
     )
+    assert line(b'{"text": ' + b"9" * 5000 + b"}").startswith(f"{path}:1 holds a number of too many digits; wanted ")
     assert line(b"[" * 100_000).startswith(f"{path}:1 is not JSON: nested too deeply; wanted ")
     assert line(b"\xff\xfe") == f"{path} is not UTF-8 text (byte 0); convert it to UTF-8"
     half = FINE.replace("fine", "\\ud800").replace('"a"', '"\\ud800"')

@@ -50,6 +50,10 @@ def test_a_recipe_cannot_be_changed():
             "choose a value of at least 2 and at most 8 (default 4)",
         ),
         (
+            {"seed": -1},
+            "option seed: Input should be greater than or equal to 0; got -1; choose a value of at least 0 (default 0)",
+        ),
+        (
             {"bits": "four"},
             "option bits: Input should be a valid integer, unable to parse string as an integer; got 'four'; "
             "choose a value of at least 2 and at most 8 (default 4)",
@@ -130,3 +134,14 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path):
     broken.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not valid TOML"):
         load_recipe(broken)
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(UserError, match=r"^cannot read the recipe .*: Is a directory; wanted a \.toml file"):
+        load_recipe(tmp_path)
+
+
+def test_a_number_without_end_is_no_bug(tmp_path):
+    (tmp_path / "r.toml").write_text(f"bits = {'9' * 5000}\n")
+    with pytest.raises(UserError, match=r"r\.toml is not valid TOML"):
+        load_recipe(tmp_path / "r.toml")

@@ -265,3 +265,38 @@ def test_the_written_json_is_readable_by_people(tmp_path):
     assert text.endswith("\n")
     assert json.loads(text) == {"a": 1}
     assert runs.PARTIAL not in text
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("file/sub", "cannot write .*sub: Not a directory; choose another --out folder"),
+        ("x" * 300, "cannot write .*: File name too long; choose another --out folder"),
+        ("/proc/foo", "cannot write /proc/foo: .*; choose another --out folder"),
+    ],
+)
+def test_a_place_that_cannot_be_a_folder_is_one_line(place, line, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^{line}$"):
+        claim_output(tmp_path / place, resume=False)
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file; wanted the folder of a finished run"):
+        read_json(tmp_path / "file" / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[]", "it is not a JSON object"),
+        ("{}", "it lacks 'recipe'"),
+        ('{"recipe": 3}', "it holds something else as 'recipe'"),
+        (f'{{"recipe": {"9" * 5000}}}', "Exceeds the limit"),
+    ],
+)
+def test_json_of_another_shape_is_damaged(text, line, tmp_path):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=rf"manifest\.json is damaged: {line}.*; choose a new folder$"):
+        read_json(tmp_path / "manifest.json", recipe=dict)

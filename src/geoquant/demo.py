@@ -38,6 +38,8 @@ def run(out: str | Path, progress: Progress = silent, fresh: bool = False) -> di
     An interrupted tour continues where it stopped; a finished one is played again from the fine-tuned model.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file", wanted="a folder")
     if out.exists() and any(out.iterdir()) and not (out / "tour.json").exists():
         raise UserError(f"output folder {out} is not empty", fix="choose a new folder")
     if fresh and out.exists():
@@ -52,7 +54,7 @@ def run(out: str | Path, progress: Progress = silent, fresh: bool = False) -> di
         teach(out, split, DEMO, progress)
     run_folder = out / "run"
     manifest = run_folder / "manifest.json"
-    finished = manifest.exists() and read_json(manifest)["status"] == "done"
+    finished = manifest.exists() and read_json(manifest, status=str)["status"] == "done"
     if finished:
         shutil.rmtree(run_folder)
     recipe = recipe_for(out)

@@ -17,13 +17,13 @@ def finished_report(run: Path, recipe: Recipe) -> dict | None:
     A removed site, a removed export and one that was not verified yet are work to do, as is a run that never ended.
     """
     told = all((run / name).exists() for name in ("report.json", "report.html"))
-    if read_json(run / "manifest.json")["status"] != "done" or not told:
+    if read_json(run / "manifest.json", status=str)["status"] != "done" or not told:
         return None
     exports = earlier_exports(run)
     wanted = [exports.get(name) for name in recipe.formats]
     if not all((*exports.values(), *wanted)) or (recipe.verify and not all(entry["verified"] for entry in wanted)):
         return None
-    report = read_json(run / "report.json")
+    report = read_json(run / "report.json", sites=list)
     return report if solved_sites(run).issuperset(site["name"] for site in report["sites"]) else None
 
 
@@ -31,7 +31,7 @@ def earlier_exports(run: Path) -> dict[str, dict | None]:
     """The report's entry of each format written so far; None where files are gone or a reload found them wrong."""
     if not (run / "report.json").exists():
         return {}
-    report = read_json(run / "report.json")
+    report = read_json(run / "report.json", exports=list)
     return {entry["format"]: entry if _stands(run, entry) else None for entry in report["exports"]}
 
 

@@ -54,7 +54,7 @@ def write_manifest(
     if not path.exists():
         write_json(path, {**facts, "created": datetime.now(UTC).isoformat(timespec="seconds")})
         return ()
-    kept = read_json(path)
+    kept = read_json(path, hashes=dict)
     for name, value in facts["hashes"].items():
         if kept["hashes"].get(name, value) != value:
             raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
@@ -69,7 +69,7 @@ def write_manifest(
 def check_same_recipe(run: Path, recipe: Recipe) -> None:
     """Raise UserError when the run was started with another recipe."""
     # Runs of old wrote paths as they were typed: they may go on where those still lead to the same place.
-    started = located(checked(read_json(run / "manifest.json")["recipe"]))
+    started = located(checked(read_json(run / "manifest.json", recipe=dict)["recipe"]))
     for name in Recipe.model_fields:
         before, now = getattr(started, name), getattr(recipe, name)
         if before != now and name not in FREE:
@@ -96,7 +96,7 @@ def finish_manifest(run: Path) -> None:
 
 def check_same_model(run: Path, loaded: Loaded) -> None:
     """Raise UserError when the model of a finished run is no longer the one it was made from."""
-    if read_json(run / "manifest.json")["hashes"]["model"] != loaded.sha256:
+    if read_json(run / "manifest.json", hashes=dict)["hashes"].get("model") != loaded.sha256:
         raise UserError(
             f"{loaded.source} is not the model that {run} was made from", fix="restore the original weights"
         )

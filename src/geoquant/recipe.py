@@ -55,7 +55,7 @@ class Recipe(BaseModel):
     # files
     formats: tuple[Format, ...] = ("compressed-tensors",)
     verify: bool = True
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     device: str = "cpu"
 
 
@@ -114,7 +114,11 @@ def load_recipe(path: Path, **overrides: object) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no recipe file {path}", fix="write one, or pass the options on the command line") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(
+            f"cannot read the recipe {path}: {error.strerror}", wanted="a .toml file", fix="give the file itself"
+        ) from None
+    except (ValueError, RecursionError) as error:  # tomllib passes on what Python says of a number of 5000 digits
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
     return checked({**values, **overrides})
 

@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 PARTIAL = ".partial-"
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 @contextlib.contextmanager
@@ -65,7 +66,7 @@ def _explained(path: Path) -> Iterator[None]:
             raise UserError(
                 f"disk full while writing {path}", fix="free some space, then run the same command with --resume"
             ) from None
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise UserError(f"cannot write {path}: {error.strerror}", fix="choose another --out folder") from None
         raise
 
@@ -116,14 +117,30 @@ def write_json(path: Path, value: object) -> None:
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object that a run wrote."""
+def read_json(path: Path, **entries: type) -> dict:
+    """Read a JSON object that a run wrote. `entries`: what it must hold, and of which type.
+
+    Raises UserError when it is missing, damaged, or lacks one of them.
+    """
+    # Without its manifest a folder is no run of ours: nothing could be resumed in it.
+    mend = "choose a new folder" if path.name == "manifest.json" else "delete it and run again with --resume"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no {path.name} in {path.parent}", fix="is this the folder of a finished run?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}", fix="delete it and run again with --resume") from None
+    except NotADirectoryError:
+        raise UserError(f"{path.parent} is a file", wanted="the folder of a finished run") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", fix="is this the folder of a finished run?") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}", fix=mend) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it is not a JSON object", fix=mend)
+    for name, kind in entries.items():
+        if not isinstance(value.get(name), kind):
+            what = "lacks" if name not in value else "holds something else as"
+            raise UserError(f"{path} is damaged: it {what} {name!r}", fix=mend)
+    return value
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -158,18 +175,21 @@ def claim_output(out: Path, *, resume: bool) -> tuple[Path, ...]:
 
     Returns the folders that had to be made, the innermost first: what a run that is refused may take away again.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file", wanted="a folder")
-    entries = [entry for entry in out.iterdir() if not entry.name.startswith(PARTIAL)] if out.exists() else []
-    if entries and not (out / "manifest.json").exists():
-        raise UserError(f"output folder {out} is not empty", fix="choose a new folder")
-    if entries and not resume:
-        raise UserError(f"output folder {out} already holds a run", fix="add --resume, or choose a new folder")
-    made = tuple(takewhile(lambda folder: not folder.exists(), (out, *out.parents)))
-    with _explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.rglob(PARTIAL + "*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    try:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file", wanted="a folder")
+        entries = [entry for entry in out.iterdir() if not entry.name.startswith(PARTIAL)] if out.exists() else []
+        if entries and not (out / "manifest.json").exists():
+            raise UserError(f"output folder {out} is not empty", fix="choose a new folder")
+        if entries and not resume:
+            raise UserError(f"output folder {out} already holds a run", fix="add --resume, or choose a new folder")
+        made = tuple(takewhile(lambda folder: not folder.exists(), (out, *out.parents)))
+        with _explained(out):
+            out.mkdir(parents=True, exist_ok=True)
+        for leftover in out.rglob(PARTIAL + "*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}", fix="choose another --out folder") from None
     return made
 
 

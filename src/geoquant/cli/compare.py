@@ -33,7 +33,7 @@ def compare(
     with output(json) as result:
         from geoquant.runs import read_json
 
-        reports = {str(run): read_json(run / "report.json") for run in runs}
+        reports = {str(run): read_json(run / "report.json", model=dict, size=dict, quality=dict) for run in runs}
         result({"runs": [facts(run, report) for run, report in reports.items()]}, lambda: show(reports))
 
 

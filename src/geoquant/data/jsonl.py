@@ -37,9 +37,12 @@ def json_lines(path: Path, text: str, wanted: str) -> Iterator[tuple[str, object
         where = f"{path}:{number}"
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            message = getattr(error, "msg", "nested too deeply")
-            raise UserError(f"{where} is not JSON: {message}", wanted=wanted) from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not JSON: {error.msg}", wanted=wanted) from None
+        except RecursionError:
+            raise UserError(f"{where} is not JSON: nested too deeply", wanted=wanted) from None
+        except ValueError:  # Python reads no integer of more than 4300 digits
+            raise UserError(f"{where} holds a number of too many digits", wanted=wanted) from None
         yield where, value
 
 
