@@ -212,6 +212,11 @@ def test_the_version_is_that_of_the_package():
             ["quantize", "m", "--out", "o", "--bits", "9"],
             "option bits: Input should be less than or equal to 8",
         ),
+        (["plan", "m", "--bits", "3.5"], 'Invalid value for --bits: unable to convert "3.5" into a whole number'),
+        (["plan", "m", "--windows", "1e400"], 'Invalid value for --windows: unable to convert "1e400"'),
+        (["eval", "m", "--window", "64.2"], 'Invalid value for --window: unable to convert "64.2"'),
+        (["audit", "m", "--members", "i", "--nonmembers", "o", "--seed", "0.5"], "Invalid value for --seed"),
+        (["quantize", "--out", "x" * 300, "--resume"], "nothing to resume in xxx"),
         (["quantize", "--out", "o"], "no model given; wanted MODEL or --recipe FILE"),
         (["quantize", "--out", "o", "--recipe", "none.toml"], "no recipe file none.toml"),
         (["quantize", "--out", "o", "--resume"], "nothing to resume in o"),
@@ -447,6 +452,10 @@ def test_explain_finds_a_site_by_the_end_of_its_name():
     for wrong in ("model.layers.0.mlp.down_porj", "0.mlp.down_porj"):
         with pytest.raises(UserError, match=r"did you mean 'model\.layers\.0\.mlp\.down_proj'"):
             explain.find_site(wrong, REPORT["sites"])
+    with pytest.raises(UserError, match=r"'0\.mlp' is no site, but 1 site lies below it.*: model\.layers\.0\.mlp"):
+        explain.find_site("0.mlp", REPORT["sites"])
+    with pytest.raises(UserError, match=r"2 sites lie below it; .*0\.mlp\.down_proj, model\.layers\.1\.mlp"):
+        explain.find_site("model.layers", REPORT["sites"])
     with pytest.raises(UserError, match="see all: geoquant explain RUN"):
         explain.find_site("zzz", REPORT["sites"])
 

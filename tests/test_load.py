@@ -240,6 +240,25 @@ def test_a_device_that_is_not_there(tiny_model_dir):
     assert text.endswith("; use --device cpu")
 
 
+def test_meta_holds_no_numbers(tiny_model_dir):
+    assert message(tiny_model_dir, device="meta").startswith("cannot compute on device 'meta': ")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_tokenizer_beyond_the_embedding(folder, special):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(304 - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
+    load(str(folder))  # just full
+    tokenizer.add_tokens(["<image>"], special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    if special:  # as Gemma 3 has it: no text becomes this token
+        load(str(folder))
+        return
+    text = message(folder)
+    assert "does not belong to its model; got token '<image>' with the id 304 (1 such tokens); wanted ids below" in text
+
+
 # --- GGUF -------------------------------------------------------------------------------------------------------
 
 NAMES = {

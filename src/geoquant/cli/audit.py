@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from geoquant.cli.options import Device, Json, Model
+from geoquant.cli.options import WHOLE, Device, Json, Model
 from geoquant.cli.screen import library, output, progress_display, stdout_console
 from geoquant.cli.summary import exposure, extraction, number, percent
 
@@ -24,7 +24,7 @@ def audit(
     nonmembers: Annotated[str, Parameter(help="Records of the same kind that it never saw, .jsonl.")],
     reference: Annotated[str | None, Parameter(help="Public base model: calibrates the attack.")] = None,
     canaries: Annotated[str | None, Parameter(help="Canaries planted in the training data, .jsonl.")] = None,
-    seed: Annotated[int, Parameter(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, Parameter(help="Seed of the bootstrap."), WHOLE] = 0,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:

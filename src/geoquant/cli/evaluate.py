@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from geoquant.cli.options import Device, Json, Model
+from geoquant.cli.options import WHOLE, Device, Json, Model
 from geoquant.cli.screen import library, output, progress_display
 
 __all__ = ["evaluate"]
@@ -20,13 +20,15 @@ def evaluate(
     text: Annotated[
         str | None, Parameter(help="Text, .txt or .jsonl (default: the text every Python carries).")
     ] = None,
-    windows: Annotated[int, Parameter(help="Windows measured, from the start of the text.")] = 20,
-    window: Annotated[int, Parameter(help="Tokens per window.")] = 512,
+    windows: Annotated[int, Parameter(help="Windows measured, from the start of the text."), WHOLE] = 20,
+    window: Annotated[int, Parameter(help="Tokens per window."), WHOLE] = 512,
     tasks: Annotated[
         list[Path] | None,
         Parameter(name="--task", help="Multiple-choice items, .jsonl with query, choices, gold; repeatable."),
     ] = None,
-    items: Annotated[int | None, Parameter(help="Items taken of each task, from its start (default: all).")] = None,
+    items: Annotated[
+        int | None, Parameter(help="Items taken of each task, from its start (default: all)."), WHOLE
+    ] = None,
     reference: Annotated[
         str | None, Parameter(help="Model to measure the divergence from (KL per token), e.g. the original.")
     ] = None,

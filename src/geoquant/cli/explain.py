@@ -34,7 +34,7 @@ def explain(
     with output(json) as result:
         from geoquant.runs import read_json
 
-        sites = read_json(run / "report.json")["sites"]
+        sites = read_json(run / "report.json", sites=list)["sites"]
         if site is None:
             result({"sites": sites}, lambda: show_all(sites))
         else:
@@ -51,6 +51,11 @@ def find_site(name: str, sites: list[dict]) -> dict:
     if ending:
         raise UserError(f"{len(ending)} sites end with {name!r}", wanted="one site", fix=f"e.g. {ending[0]['name']}")
     names = [site["name"] for site in sites]
+    below = [full for full in names if f".{name}." in f".{full}"]
+    if below:
+        listed = ", ".join(below[:8]) + (", ..." if len(below) > 8 else "")
+        count = f"{len(below)} sites lie" if len(below) > 1 else "1 site lies"
+        raise UserError(f"{name!r} is no site, but {count} below it", wanted="one site", fix=f"choose from: {listed}")
     # Compare with ends of the same depth, so that a short name finds its long one.
     depth = name.count(".") + 1
     ends = {".".join(full.split(".")[-depth:]): full for full in reversed(names)}

@@ -15,9 +15,25 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cyclopts import Token
+
     from geoquant.recipe import Recipe
 
-__all__ = ["Device", "Json", "Model", "RecipeFlags", "command_line"]
+__all__ = ["WHOLE", "Device", "Json", "Model", "RecipeFlags", "command_line"]
+
+
+def whole_number(_: object, tokens: Sequence[Token]) -> int:
+    """A flag's value as it was typed; the parser itself would round 3.5 to 4."""
+    typed = tokens[0].value
+    try:
+        return int(typed)
+    except ValueError:
+        raise ValueError(f'unable to convert "{typed}" into a whole number') from None
+
+
+WHOLE = Parameter(converter=whole_number)
 
 Model = Annotated[str, Parameter(help="Hugging Face folder, hub id, .gguf file, or `demo`.")]
 Json = Annotated[
@@ -56,8 +72,10 @@ GRID, SOLVER, TEXT, PRIVACY, FILES = (
 class RecipeFlags:
     """The recipe's fields as flags; None means not given."""
 
-    bits: Annotated[int | None, option("Bits per code, 2 to 8 (default 4).", group=GRID)] = None
-    group_size: Annotated[int | None, option("Input columns that share one scale (default 64).", group=GRID)] = None
+    bits: Annotated[int | None, option("Bits per code, 2 to 8 (default 4).", group=GRID), WHOLE] = None
+    group_size: Annotated[int | None, option("Input columns that share one scale (default 64).", group=GRID), WHOLE] = (
+        None
+    )
     symmetric: Annotated[
         bool | None,
         option(
@@ -106,8 +124,8 @@ class RecipeFlags:
         str | None,
         option("Calibration text, .txt or .jsonl (default: the text every Python carries).", group=TEXT),
     ] = None
-    windows: Annotated[int | None, option("Calibration windows (default 32).", group=TEXT)] = None
-    window: Annotated[int | None, option("Tokens per window (default 512).", group=TEXT)] = None
+    windows: Annotated[int | None, option("Calibration windows (default 32).", group=TEXT), WHOLE] = None
+    window: Annotated[int | None, option("Tokens per window (default 512).", group=TEXT), WHOLE] = None
     evaluation: Annotated[
         str | None,
         option(
@@ -116,7 +134,7 @@ class RecipeFlags:
             name="--text",
         ),
     ] = None
-    evaluation_windows: Annotated[int | None, option("Windows measured (default 20).", group=TEXT)] = None
+    evaluation_windows: Annotated[int | None, option("Windows measured (default 20).", group=TEXT), WHOLE] = None
     members: Annotated[str | None, option("Records the model was trained on, .jsonl.", group=PRIVACY)] = None
     nonmembers: Annotated[
         str | None, option("Records of the same kind it was not trained on, .jsonl.", group=PRIVACY)
@@ -140,7 +158,7 @@ class RecipeFlags:
             negative="--no-verify",
         ),
     ] = None
-    seed: Annotated[int | None, option("Seed of the audit's bootstrap (default 0).", group=FILES)] = None
+    seed: Annotated[int | None, option("Seed of the audit's bootstrap (default 0).", group=FILES), WHOLE] = None
     device: Annotated[str | None, option("cpu, cuda, cuda:1 (default cpu).", group=FILES)] = None
 
     def given(self) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,6 +58,6 @@ def interrupted_recipe(out: Path, flags: RecipeFlags) -> Recipe:
     from geoquant.recipe import checked
     from geoquant.runs import read_json
 
-    if not (out / "manifest.json").exists():
+    if not os.path.exists(out / "manifest.json"):  # not Path.exists(): it raises on a name that is too long
         raise UserError(f"nothing to resume in {out}", wanted="the folder of an interrupted run", fix="give a MODEL")
-    return checked({**read_json(out / "manifest.json")["recipe"], **flags.given()})
+    return checked({**read_json(out / "manifest.json", recipe=dict)["recipe"], **flags.given()})

@@ -281,10 +281,33 @@ def check_values(model: nn.Module, pages: Pages) -> None:
         pages.release([parameter])
 
 
+def check_vocabulary(spec: str, model: nn.Module, tokenizer) -> None:
+    """Raise UserError when text can become a token that the model has no embedding for.
+
+    Embeddings are often padded to more rows than there are tokens. The other way round only special tokens that no
+    text of this model holds are fine: Gemma 3's text models share a tokenizer with an image token above their rows.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    vocabulary = tokenizer.get_vocab()
+    if rows is None or not vocabulary or max(vocabulary.values()) < rows:
+        return
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special -= set(tokenizer("a").input_ids)  # those put around every text count
+    beyond = {number: token for token, number in vocabulary.items() if number >= rows and number not in special}
+    if beyond:
+        first = min(beyond)
+        raise UserError(
+            f"the tokenizer of {spec} does not belong to its model",
+            got=f"token {beyond[first]!r} with the id {first} ({len(beyond)} such tokens)",
+            wanted=f"ids below {rows}, the rows of the model's embedding",
+            fix="copy the tokenizer files of the model it was trained from, or resize the embedding",
+        )
+
+
 def check_device(device: str) -> None:
     """Raises UserError when torch cannot compute there."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # `meta` makes tensors too, but none that hold a number
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"cannot compute on device {device!r}: {first_line(error)}", fix="use --device cpu") from None
 
@@ -338,6 +361,7 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
         model.is_quantized = False
     if model.dtype not in FLOATS:
         raise UserError(f"{spec} holds {model.dtype} weights", wanted="float32, bfloat16 or float16")
+    check_vocabulary(spec, model, tokenizer)
     check_values(model, map_weights(model))
     if quantized and getattr(model.config, "quantization_config", None) is not None:
         # The reader unpacks at the first forward pass of the whole model; parts of it cannot be called before.

@@ -151,7 +151,9 @@ def score_records(
     limit = min(max_tokens, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens)
     encoded = _encode(tokenizer, records, limit)
     # Padding goes to the right: a causal model's real positions never see it, so no mask is needed.
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    rows = model.get_input_embeddings().weight.shape[0]
+    # A padding token that was added without a row for it is as good as none.
+    padding = 0 if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows else tokenizer.pad_token_id
     bos = int(adds_bos(tokenizer))
     counts = [max(len(ids) - 1, 0) for ids, _ in encoded]
     splits = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
