@@ -82,7 +82,7 @@ def quantize(
                     loaded = None  # never two models in memory: this one is read again below
                 base = score_reference(base_scores, recipe.reference, split, recipe.device, progress)
                 loaded = loaded or load(recipe.model, device=recipe.device)
-    except UserError:
+    except Exception:
         if new:  # nothing worth resuming: leave no trace
             manifest.unlink(missing_ok=True)
             base_scores.unlink(missing_ok=True)
@@ -134,9 +134,7 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
     """Everything that is decided, and everything that can be refused, before the first long step."""
     loaded = load(recipe.model, device=recipe.device)
     texts = prepare_texts(loaded.tokenizer, recipe)
-    limit = getattr(loaded.model.config, "max_position_embeddings", None) or recipe.window
-    if recipe.window > limit:
-        raise UserError(f"--window {recipe.window} is longer than the model's context of {limit} tokens")
+    check_context(loaded, recipe.window)
     pages = map_weights(loaded.model)
     blocks = walk(loaded.model, texts.calibration.tokens[:1, :8], pages)
     plan = uniform_plan(blocks, recipe)
@@ -149,6 +147,15 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
         for note in check(name, loaded.model, grids, keep=recipe.keep, verify=recipe.verify)
     )
     return loaded, blocks, texts, plan, notes + left_alone(loaded, blocks)
+
+
+def check_context(loaded: Loaded, window: int) -> None:
+    """Raise UserError when a window is longer than what the model can read."""
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or window
+    if window > limit:
+        raise UserError(
+            f"--window {window} is longer than the model's context of {limit} tokens", fix=f"use --window {limit}"
+        )
 
 
 def left_alone(loaded: Loaded, blocks: tuple[Block, ...]) -> tuple[str, ...]:
@@ -276,8 +283,8 @@ def raise_failure(exports: list[dict]) -> None:
 def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress = silent) -> dict:
     """Write a finished run in one more format; nothing is solved again."""
     run = Path(run)
-    recipe = checked(read_json(run / "manifest.json")["recipe"])
-    report = read_json(run / "report.json")
+    recipe = checked(read_json(run / "manifest.json", recipe=dict)["recipe"])
+    report = read_json(run / "report.json", exports=list, warnings=list)
     loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
     check_same_model(run, loaded)
     for stage in (stage for block in blocks for stage in block.stages):
@@ -336,15 +343,20 @@ def evaluate(
         return cut_windows(tokenizer, read_text(text), length=length, count=count, source=text)
 
     read_tasks = [load_task(path, items) for path in tasks]
-    states = head = None
+    states = head = known = None
     if reference is not None:
         other = load(reference, device=device)
-        states = final_states(other.model, cut(other.tokenizer), progress=progress)
+        check_context(other, length)
+        known = cut(other.tokenizer)
+        states = final_states(other.model, known, progress=progress)
         head = other.model.get_output_embeddings().weight.detach().clone()
         del other
         gc.collect()
     loaded = load(model, device=device, quantized=True)
+    check_context(loaded, length)
     measured = cut(loaded.tokenizer)
+    if known is not None:
+        check_comparable(loaded, measured, known, len(head))
     if states is None:
         result, found = perplexity(loaded.model, measured, progress=progress), None
     else:
@@ -360,6 +372,25 @@ def evaluate(
     }
 
 
+def check_comparable(loaded: Loaded, text: Windows, known: Windows, rows: int) -> None:
+    """Raise UserError when the model's distributions are not over the reference's tokens.
+
+    known: the reference's windows of the same text; rows: of its vocabulary projection.
+    """
+    held = loaded.model.config.get_text_config().vocab_size
+    if held != rows:
+        raise UserError(
+            f"the divergence compares models of one vocabulary; {loaded.name} has {held} tokens",
+            wanted=f"{rows} as in --reference",
+            fix="give the model that it was made from, or leave --reference out",
+        )
+    if not torch.equal(text.tokens, known.tokens):
+        raise UserError(
+            f"the tokenizers of {loaded.name} and of --reference cut {text.source} into different tokens",
+            fix="give the model that it was made from, or leave --reference out",
+        )
+
+
 def audit(
     model: str,
     members: str,
@@ -372,6 +403,7 @@ def audit(
     progress: Progress = silent,
 ) -> dict:
     """What one model (ours or not) reveals of the given records."""
+    checked({"model": model, "seed": seed})
     split = load_split(members, nonmembers, canaries)
     subjects: dict[str, SplitScores | None] = {"base": None}
     if reference is not None:
