@@ -470,8 +470,7 @@ def test_explain_gives_the_decision_in_numbers(finished, capsys):
         "0.02 of the site's output energy",
         "0.03 on the tokens that chose the damping",
         "achieved / expected = 1.25",
-        "0.05 holds",
-        "clipped: 0.10% of codes",
+        "0.05 not exceeded, but no promise: 0.10% of the codes were clipped",
         "1,234 times the median energy; the top 0.1% of tokens hold 75.0% of it",
         "1 of 2 by error",
     ):
