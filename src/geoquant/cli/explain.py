@@ -94,8 +94,12 @@ def sentences(site: dict, sites: list[dict]) -> list[str]:
         )
     if error and site.get("bound"):
         clip = site.get("clip_rate") or 0.0
-        word = "not exceeded" if error <= site["bound"] * 1.0001 else "exceeded"
-        promise = f"but no promise: {clip:.2%} of the codes were clipped" if clip else "as promised: no code was clipped"
+        kept = error <= site["bound"] * 1.0001
+        if clip:
+            promise = f"but no promise: {clip:.2%} of the codes were clipped"
+        else:
+            promise = "as promised: no code was clipped" if kept else "although no code was clipped"
+        word = "not exceeded" if kept else "exceeded"
         lines.append(f"  bound         {scientific(site['bound'])} {word}, {promise}")
     massive = site.get("massive_tokens")
     if massive:
