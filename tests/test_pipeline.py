@@ -69,6 +69,7 @@ def workplace(tmp_path_factory, tiny_model_dir):
         group_size=16,
         verify=False,
         compute="float32",  # the hand calculations below are exact; what bfloat16 costs is tested elsewhere
+        gradient_share=1.0,
     )
 
 
