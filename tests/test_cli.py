@@ -83,10 +83,11 @@ REPORT = {
 
 @pytest.fixture
 def library(monkeypatch):
-    """Stands in for `geoquant.pipeline`: set a function on it, and the commands call that."""
+    """Stands in for the modules that do the work: set a function on it, and the commands call that."""
     fake = SimpleNamespace()
-    monkeypatch.setitem(sys.modules, "geoquant.pipeline", fake)
-    monkeypatch.setattr(geoquant, "pipeline", fake, raising=False)
+    for name in ("pipeline", "examine"):
+        monkeypatch.setitem(sys.modules, f"geoquant.{name}", fake)
+        monkeypatch.setattr(geoquant, name, fake, raising=False)
     return fake
 
 
@@ -315,7 +316,7 @@ def test_json_is_one_object_whatever_libraries_print():
         "    numbers = {'perplexity': numpy.float64(7.5), 'tokens': numpy.int64(3)}\n"
         "    return numbers | {'nll': float('nan'), 'se': None}\n"
         "fake = types.SimpleNamespace(evaluate=evaluate)\n"
-        "geoquant.pipeline = sys.modules['geoquant.pipeline'] = fake\n"
+        "geoquant.examine = sys.modules['geoquant.examine'] = fake\n"
         "from geoquant import cli\n"
         "cli.main(['eval', 'm', '--json'])\n"
     )

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import make_tokenizer, tiny_llama
-from geoquant import cli, pipeline
+from geoquant import cli, examine, pipeline
 from geoquant.data.private import make_records
 from geoquant.data.records import write_records
 from geoquant.data.text import builtin_text
@@ -712,23 +712,23 @@ def test_eval_refuses_what_it_cannot_compare(workplace, tmp_path):
     tiny_llama(vocab_size=320).save_pretrained(tmp_path / "wider")
     make_tokenizer().save_pretrained(tmp_path / "wider")
     with pytest.raises(UserError, match=r"wider has 320 tokens; wanted 304 as in --reference"):
-        pipeline.evaluate(str(tmp_path / "wider"), reference=recipe.model, **settings)
+        examine.evaluate(str(tmp_path / "wider"), reference=recipe.model, **settings)
     tiny_llama().save_pretrained(tmp_path / "other")
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["the"])
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match=r"cut .* into different tokens"):
-        pipeline.evaluate(str(tmp_path / "other"), reference=recipe.model, **settings)
+        examine.evaluate(str(tmp_path / "other"), reference=recipe.model, **settings)
 
 
 def test_eval_refuses_windows_beyond_the_context(workplace):
     with pytest.raises(UserError, match="--window 513 is longer than the model's context of 512 tokens"):
-        pipeline.evaluate(workplace[1].model, workplace[1].evaluation, 1, 513)
+        examine.evaluate(workplace[1].model, workplace[1].evaluation, 1, 513)
 
 
 def test_audit_refuses_a_negative_seed(workplace):
     with pytest.raises(UserError, match=r"option seed: .* got -1; choose a value of at least 0"):
-        pipeline.audit(workplace[1].model, "in.jsonl", "out.jsonl", seed=-1)
+        examine.audit(workplace[1].model, "in.jsonl", "out.jsonl", seed=-1)
 
 
 def test_a_bug_before_the_first_result_leaves_no_trace(workplace, tmp_path, monkeypatch):

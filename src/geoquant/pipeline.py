@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from geoquant import reporting
 from geoquant.data.records import Split, load_split
-from geoquant.data.text import Windows, read_text
-from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
-from geoquant.evaluate.choices import choices, load_task
-from geoquant.evaluate.divergence import final_states, measure
-from geoquant.evaluate.perplexity import perplexity
+from geoquant.examine import attack, check_context
 from geoquant.export import FORMATS, check
 from geoquant.export.adapter import export_adapter
 from geoquant.export.compressed_tensors import export_compressed_tensors
@@ -25,7 +20,6 @@ from geoquant.finished import earlier_exports, finished_report
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
     Texts,
-    builtin_tail,
     measure_original,
     measure_quantized,
     prepare_texts,
@@ -40,9 +34,7 @@ from geoquant.observe.gradient import check_head, token_energies
 from geoquant.observe.stream import Stream, open_stream
 from geoquant.plan.estimate import Cost, cost
 from geoquant.plan.uniform import Plan, uniform_plan
-from geoquant.privacy.audit import audit as run_attacks
-from geoquant.privacy.audit import merge
-from geoquant.privacy.scores import SplitScores, score_split
+from geoquant.privacy.scores import SplitScores
 from geoquant.progress import Progress, silent
 from geoquant.recipe import Recipe, checked, located
 from geoquant.report.build import write_report
@@ -50,7 +42,7 @@ from geoquant.results import SiteFiles, load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, read_tensors, remove_empty, write_json, write_tensors
 from geoquant.solve import install, solve_model
 
-__all__ = ["audit", "evaluate", "export", "make_plan", "prepare", "quantize"]
+__all__ = ["export", "make_plan", "prepare", "quantize"]
 
 
 def quantize(
@@ -149,15 +141,6 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
     return loaded, blocks, texts, plan, notes + left_alone(loaded, blocks)
 
 
-def check_context(loaded: Loaded, window: int) -> None:
-    """Raise UserError when a window is longer than what the model can read."""
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or window
-    if window > limit:
-        raise UserError(
-            f"--window {window} is longer than the model's context of {limit} tokens", fix=f"use --window {limit}"
-        )
-
-
 def left_alone(loaded: Loaded, blocks: tuple[Block, ...]) -> tuple[str, ...]:
     """A warning where blocks hold matrices that are no sites (fused experts, routers)."""
     rest = untouched_parameters(loaded.model, blocks)
@@ -230,16 +213,6 @@ def gradient_energies(
         )
         write_tensors(path, energies)
     return read_tensors(path)[0]
-
-
-def attack(split: Split, subjects: dict[str, SplitScores | None], seed: int) -> dict:
-    """The audit of each model state on the same records; the base, where given, calibrates the others' attacks."""
-    base = subjects.get("base")
-    return merge(
-        run_attacks(subject, scores, None if subject == "base" else base, split, seed=seed)
-        for subject, scores in subjects.items()
-        if scores is not None
-    ).to_dict()
 
 
 def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]) -> dict:
@@ -318,99 +291,3 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
         "estimate": {"memory_bytes": spent.memory_bytes, "seconds": spent.seconds, "gemm_flops": spent.flops},
         "warnings": list(notes),
     }
-
-
-def evaluate(
-    model: str,
-    text: str | None = None,
-    count: int = 20,
-    length: int = 512,
-    tasks: Sequence[str | Path] = (),
-    reference: str | None = None,
-    device: str = "cpu",
-    progress: Progress = silent,
-    *,
-    items: int | None = None,
-) -> dict:
-    """Perplexity of any model folder by the windows protocol, divergence from `reference`, multiple-choice accuracy.
-
-    The reference is read first and dropped: only its final states and its head stay in memory.
-    """
-
-    def cut(tokenizer) -> Windows:
-        if text is None:
-            return builtin_tail(tokenizer, length, count)
-        return cut_windows(tokenizer, read_text(text), length=length, count=count, source=text)
-
-    read_tasks = [load_task(path, items) for path in tasks]
-    states = head = known = None
-    if reference is not None:
-        other = load(reference, device=device)
-        check_context(other, length)
-        known = cut(other.tokenizer)
-        states = final_states(other.model, known, progress=progress)
-        head = other.model.get_output_embeddings().weight.detach().clone()
-        del other
-        gc.collect()
-    loaded = load(model, device=device, quantized=True)
-    check_context(loaded, length)
-    measured = cut(loaded.tokenizer)
-    if known is not None:
-        check_comparable(loaded, measured, known, len(head))
-    if states is None:
-        result, found = perplexity(loaded.model, measured, progress=progress), None
-    else:
-        result, found = measure(loaded.model, measured, states, head, progress=progress)
-    answers = [(task, choices(loaded.model, loaded.tokenizer, task, progress=progress)) for task in read_tasks]
-    return {
-        **{key: value for key, value in result.to_dict().items() if key != "windows"},
-        "text": measured.source,
-        "kl": None if found is None else {"value": found.kl, "se": found.se, "top1": found.top1},
-        "tasks": [
-            {"name": task.name, "accuracy": got.accuracy, "se": got.se, "items": got.items} for task, got in answers
-        ],
-    }
-
-
-def check_comparable(loaded: Loaded, text: Windows, known: Windows, rows: int) -> None:
-    """Raise UserError when the model's distributions are not over the reference's tokens.
-
-    known: the reference's windows of the same text; rows: of its vocabulary projection.
-    """
-    held = loaded.model.config.get_text_config().vocab_size
-    if held != rows:
-        raise UserError(
-            f"the divergence compares models of one vocabulary; {loaded.name} has {held} tokens",
-            wanted=f"{rows} as in --reference",
-            fix="give the model that it was made from, or leave --reference out",
-        )
-    if not torch.equal(text.tokens, known.tokens):
-        raise UserError(
-            f"the tokenizers of {loaded.name} and of --reference cut {text.source} into different tokens",
-            fix="give the model that it was made from, or leave --reference out",
-        )
-
-
-def audit(
-    model: str,
-    members: str,
-    nonmembers: str,
-    *,
-    reference: str | None = None,
-    canaries: str | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> dict:
-    """What one model (ours or not) reveals of the given records."""
-    checked({"model": model, "seed": seed})
-    split = load_split(members, nonmembers, canaries)
-    subjects: dict[str, SplitScores | None] = {"base": None}
-    if reference is not None:
-        base = load(reference, device=device)
-        subjects["base"] = score_split(base.model, base.tokenizer, split, progress=progress)
-        del base
-        gc.collect()
-    loaded = load(model, device=device, quantized=True)
-    subjects["original"] = score_split(loaded.model, loaded.tokenizer, split, progress=progress)
-    return attack(split, subjects, seed)

@@ -39,8 +39,8 @@ def audit(
     """
     with output(json) as result:
         with progress_display() as progress:
-            pipeline = library("pipeline", progress)
-            found = pipeline.audit(
+            examine = library("examine", progress)
+            found = examine.audit(
                 model,
                 members,
                 nonmembers,

@@ -49,8 +49,8 @@ def evaluate(
     """
     with output(json) as result:
         with progress_display() as progress:
-            pipeline = library("pipeline", progress)
-            measured = pipeline.evaluate(
+            examine = library("examine", progress)
+            measured = examine.evaluate(
                 model, text, windows, window, tasks or [], reference, device, progress, items=items
             )
         result(measured, lambda: show(measured))
