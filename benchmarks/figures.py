@@ -43,14 +43,14 @@ def measure(settings: dict) -> dict:
         calibration=settings["calibration"],
         evaluation=settings["test"],
         evaluation_windows=40,
-        bits=settings["bits"] or 8,
+        bits=settings["bits"] or 8,  # not used on the lattice
         **settings["recipe"],
     )
     started, wall = cpu_seconds(), time.perf_counter()
     loaded, blocks, texts, plan, _ = pipeline.prepare(recipe)
     row: dict = {"setting": settings["name"], "threads": torch.get_num_threads()}
     row["load_cpu_seconds"] = cpu_seconds() - started
-    if settings["bits"]:
+    if settings["bits"] != 0:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder)
             marks: dict[str, list[float]] = {}
@@ -66,6 +66,10 @@ def measure(settings: dict) -> dict:
             row["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             row["bits_per_weight"] = plan.bits_per_weight
             _, row["warnings"], row["step_cpu_seconds"] = site_reports(run, blocks)
+            if recipe.grid == "lattice":  # what the files really take
+                entry = pipeline.write_export(run, "geoquant", loaded, blocks)
+                weights = sum(stage.rows * stage.columns for block in blocks for stage in block.stages)
+                row["bits_per_weight"] = entry["linear_bytes"] * 8 / weights
         if "gradients" in marks:
             row["step_cpu_seconds"]["gradients"] = marks["gradients"][-1] - started
         work = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
@@ -88,6 +92,7 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=float, nargs="*", default=[0.0], help="shares of kept columns, each with each bits"
     )
+    parser.add_argument("--rate", type=float, nargs="*", default=[], help="rates of the lattice, bits per weight")
     parser.add_argument("--original", action="store_true", help="measure the unquantized model as well")
     parser.add_argument("--task", action="append", default=[])
     parser.add_argument("--items", type=int, default=500)
@@ -115,6 +120,10 @@ def main() -> None:
         }
         for bits in arguments.bits
         for keep in arguments.keep
+    ]
+    jobs += [
+        {"name": f"lattice, {rate:g} bits{label}", "bits": None, "recipe": changes | {"rate": rate}}
+        for rate in arguments.rate
     ]
     rows = []
     for job in jobs:

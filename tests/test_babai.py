@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from geoquant.lattice.babai import PANEL, STRIP, boxed_babai
 from geoquant.lattice.basis import compensation_factor, damped
-from geoquant.lattice.certificate import certificate
+from geoquant.lattice.certificate import certificate, squared_steps
 from geoquant.lattice.grid import Grid, search_scales
 from geoquant.lattice.order import ORDERS, column_order
 from geoquant.methods import METHODS, Problem
@@ -192,7 +192,9 @@ def test_certificate_bounds_what_a_solve_achieves():
     lengths[order] = compensation_factor(metric, order, DAMPING).diagonal().reciprocal()
     kept = torch.zeros(0, dtype=torch.int64)
     values = values_of(result, order, Grid(8, 48), 0)
-    shown = certificate(weight, values, damped(metric, DAMPING), metric, scales.T, lengths, kept, 48, 0.0)
+    shown = certificate(
+        weight, values, damped(metric, DAMPING), metric, squared_steps(scales.T, lengths, kept, 48), 0.0
+    )
     assert result.clipped.sum() == 0
     assert shown.error <= shown.bound
     assert shown.error == pytest.approx(shown.expected_error, rel=0.15)

@@ -104,8 +104,10 @@ def test_prices_of_some_rounded_columns():
     every = expected_error(factor, factor.diagonal(), other[order][:, order]).flip(0)
     back = order.flip(0)
     reverse = (metric[back][:, back], other[back][:, back])
-    torch.testing.assert_close(heldout_prices(*reverse, 0.02), every)
-    torch.testing.assert_close(heldout_prices(*reverse, 0.02, free=7, stride=3), every[7::3])
+    prices, lengths = heldout_prices(*reverse, 0.02)
+    torch.testing.assert_close(prices, every)
+    torch.testing.assert_close(lengths, factor.diagonal().reciprocal().flip(0))
+    torch.testing.assert_close(heldout_prices(*reverse, 0.02, free=7, stride=3)[0], every[7::3])
     with pytest.raises(NotPositiveDefinite):
         heldout_prices(-reverse[0], reverse[1], 0.02)
 

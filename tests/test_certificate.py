@@ -83,7 +83,7 @@ def test_no_row_of_the_nearest_plane_exceeds_the_bound_and_the_mean_is_the_expec
     scales = (0.02 + 0.05 * torch.rand(3, generator=generator, dtype=torch.float64)).expand(4000, 3)
     steps = scales.repeat_interleave(group, dim=1)[:, :columns]
     quantized, lengths = plane_by_plane(weight, a, steps)
-    found = certificate(weight, quantized, a, None, scales, lengths, NONE, group, 0.0)
+    found = certificate(weight, quantized, a, None, squared_steps(scales, lengths, NONE, group), 0.0)
     energy = error_energies(weight, a)[0]
     rows = torch.einsum("ri,ij,rj->r", quantized - weight, a, quantized - weight)
     assert rows.max() <= found.bound * energy / 4000 * (1 + 1e-9)
@@ -96,8 +96,8 @@ def test_no_row_of_the_nearest_plane_exceeds_the_bound_and_the_mean_is_the_expec
 def test_errors_are_relative_and_units_of_the_metric_do_not_matter():
     a, weight = metric(6, 1), torch.randn(3, 6, dtype=torch.float64)
     quantized, scales, lengths = weight + 0.1, torch.full((3, 2), 0.5), torch.rand(6)
-    one = certificate(weight, quantized, a, a, scales, lengths, NONE, 3, 0.25)
-    other = certificate(weight, quantized, 4 * a, 7 * a, scales, 2 * lengths, NONE, 3, 0.25)
+    one = certificate(weight, quantized, a, a, squared_steps(scales, lengths, NONE, 3), 0.25)
+    other = certificate(weight, quantized, 4 * a, 7 * a, squared_steps(scales, 2 * lengths, NONE, 3), 0.25)
     for name in ("error", "heldout_error", "expected_error", "bound"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-6)
     assert one.error == pytest.approx(one.heldout_error)
@@ -112,7 +112,12 @@ def test_the_sign_of_a_step_does_not_matter():
 def test_a_site_that_no_input_reaches_has_finite_numbers():
     nothing = torch.zeros(4, 4)
     found = certificate(
-        torch.randn(2, 4), torch.zeros(2, 4), nothing, nothing, torch.ones(2, 1), torch.zeros(4), NONE, 4, 0
+        torch.randn(2, 4),
+        torch.zeros(2, 4),
+        nothing,
+        nothing,
+        squared_steps(torch.ones(2, 1), torch.zeros(4), NONE, 4),
+        0,
     )
     assert all(math.isfinite(value) for value in (found.error, found.heldout_error, found.expected_error, found.bound))
     assert found.error == 0

@@ -274,7 +274,7 @@ def test_errors_agree_with_moments_accumulated_by_hand(case, site, run_of, workp
     x = inputs_of(tiny_model, site, tokens_of(workplace[0] / "calibration.txt"))
     if report["recipe"]["metric"] == "gradient":
         energies = load_file(run / "token_weights.safetensors")
-        x = x * energies[stage_of(run, site)[0]].double().sqrt()[..., None]
+        x = x * energies[f"tokens/{stage_of(run, site)[0]}"].double().sqrt()[..., None]
     difference = weights[site] - original
 
     def relative(part: torch.Tensor) -> float:

@@ -29,7 +29,7 @@ def run(model, tokens, *, method="babai", metric="plain", sequential="site", com
     stream = open_stream(solved, tokens, compute)
     energies = None
     if metric == "gradient":
-        energies = token_energies(solved, blocks, stream, tokens, compute=compute)
+        energies = token_energies(solved, blocks, stream, tokens, compute=compute).tokens
     problem = SETTINGS | options.pop("settings", {})
     done = options.pop("done", lambda result: None)
 

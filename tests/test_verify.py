@@ -62,9 +62,9 @@ def test_model_and_adapter_reproduce_the_solved_logits(run):
 def in_process(monkeypatch):
     """Let `verify` call the reader in this process (where geoquant is imported, of course)."""
 
-    def read(folder, expected, adapter, dtype):
+    def read(folder, expected, adapter, dtype, imports):
         task = {"folder": str(folder), "expected": str(expected), "adapter": adapter and str(adapter)}
-        return _reader.main(task | {"dtype": dtype, "paths": []}) | {"independent": True}
+        return _reader.main(task | {"dtype": dtype, "paths": [], "imports": [*imports]}) | {"independent": True}
 
     monkeypatch.setattr(module, "read_elsewhere", read)
 
@@ -93,7 +93,7 @@ def judged(run, result, **options):
         "seconds": 1.0,
     } | options.pop("outcome", {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "read_elsewhere", lambda *_: outcome)
+        patch.setattr(module, "read_elsewhere", lambda *_, **__: outcome)
         return verify(run / "dense", run / "expected.safetensors", **options)
 
 
@@ -171,6 +171,6 @@ def test_outcome_is_json_even_when_the_reader_raises(tmp_path):
     save_file({"tokens": probe(), "logits": torch.zeros(1, 40, 304)}, tmp_path / "e.safetensors")
     (tmp_path / "config.json").write_text("{}")
     task = {"folder": str(tmp_path), "expected": str(tmp_path / "e.safetensors"), "adapter": None}
-    outcome = json.loads(json.dumps(_reader.main(task | {"dtype": "float32", "paths": []})))
+    outcome = json.loads(json.dumps(_reader.main(task | {"dtype": "float32", "paths": [], "imports": []})))
     assert outcome["error"].startswith("ValueError: ")
     assert outcome["independent"] is False  # this process has imported geoquant: the flag can say no

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from geoquant import _hook
+
 if TYPE_CHECKING:
     from geoquant.errors import UserError
     from geoquant.model.load import load
@@ -30,6 +32,10 @@ PUBLIC = {
     "make_plan": ("geoquant.pipeline", "make_plan"),
     "quantize": ("geoquant.pipeline", "quantize"),
 }
+
+
+# So that AutoModelForCausalLM.from_pretrained reads our coded checkpoints.
+_hook.install()
 
 
 def __getattr__(name: str) -> object:

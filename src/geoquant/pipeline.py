@@ -17,6 +17,7 @@ from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
 from geoquant.export.verify import verify, write_expected
 from geoquant.finished import earlier_exports, finished_report
+from geoquant.lattice.rows import SIZE
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
     Texts,
@@ -27,20 +28,22 @@ from geoquant.measure import (
     score_reference,
 )
 from geoquant.model.load import Loaded, load
-from geoquant.model.paging import Pages, map_weights
-from geoquant.model.walk import Block, untouched_parameters, walk
+from geoquant.model.paging import map_weights
+from geoquant.model.walk import Block, Stage, untouched_parameters, walk
 from geoquant.observe.compute import compute_dtype
-from geoquant.observe.gradient import check_head, token_energies
-from geoquant.observe.stream import Stream, open_stream
+from geoquant.observe.gradient import CHUNK, Curvature, check_head, token_energies
+from geoquant.observe.stream import open_stream
 from geoquant.plan.estimate import Cost, cost
+from geoquant.plan.rate import Forecast
 from geoquant.plan.uniform import Plan, uniform_plan
 from geoquant.privacy.scores import SplitScores
 from geoquant.progress import Progress, silent
 from geoquant.recipe import Recipe, checked, located
 from geoquant.report.build import write_report
-from geoquant.results import SiteFiles, load_stage, save_stage, stage_path
-from geoquant.runs import claim_output, read_json, read_tensors, remove_empty, write_json, write_tensors
-from geoquant.solve import install, solve_model
+from geoquant.results import SiteFiles, StageFiles, load_stage, save_stage, solved_cost, stage_path
+from geoquant.runs import claim_output, read_json, remove_empty, write_json
+from geoquant.solve import StageResult, install, solve_model
+from geoquant.steps import Forecaster, curvature_of, rate_control, rows_of
 
 __all__ = ["export", "make_plan", "prepare", "quantize"]
 
@@ -179,40 +182,58 @@ def solve(
     compute = compute_dtype(recipe.compute, model.device)
     pages = map_weights(model)
     stream = open_stream(model, tokens, compute, pages)
-    energies = None
+    curvature = control = None
     if recipe.metric == "gradient":
-        energies = gradient_energies(run, recipe, model, blocks, stream, tokens, compute, pages, progress)
+        forecaster = Forecaster(model, plan) if recipe.grid == "lattice" else None
+
+        def observe() -> tuple[Curvature, dict[str, Forecast]]:
+            found = token_energies(
+                model,
+                blocks,
+                stream,
+                tokens,
+                compute=compute,
+                share=recipe.gradient_share,
+                chunk=2 * CHUNK if forecaster else CHUNK,  # a forecast from few tokens is a poor one
+                row_block=SIZE if forecaster else 1,
+                seen=forecaster,
+                pages=pages,
+                progress=progress,
+            )
+            return found, forecaster.found if forecaster else {}
+
+        curvature, forecasts = curvature_of(run / "token_weights.safetensors", observe)
+        if forecaster:
+            control = rate_control(run, blocks, recipe.rate, forecasts)
     plans = {site.name: site for site in plan.sites}
+
+    def settings(stage: Stage) -> tuple[str, dict]:
+        method, options = plan.settings(stage, static_scales=recipe.static_scales)
+        if control is not None:
+            options |= {"step": control.step(), "rows": rows_of(stage, curvature.rows[stage.name])}
+        return method, options
+
+    def done(result: StageResult) -> None:
+        save_stage(run, result, plans)
+        if control is not None:
+            control.record(result.stage.name, *solved_cost(run, result.stage))
+
     solve_model(
         model,
         blocks,
         stream,
-        lambda stage: plan.settings(stage, static_scales=recipe.static_scales),
+        settings,
         metric=recipe.metric,
-        energies=energies,
+        energies=curvature and curvature.tokens,
         sequential=recipe.sequential,
         compute=compute,
         moments_dtype=getattr(torch, recipe.moments),
         finished=lambda stage: load_stage(run, stage),
-        done=lambda result: save_stage(run, result, plans),
+        done=done,
         pages=pages,
         lean=True,
         progress=progress,
     )
-
-
-def gradient_energies(
-    run: Path, recipe: Recipe, model, blocks, stream: Stream, tokens, compute, pages: Pages, progress: Progress
-) -> dict:
-    """Token weights of the full-precision model, computed once per run."""
-    path = run / "token_weights.safetensors"
-    if not path.exists():
-        share = recipe.gradient_share
-        energies = token_energies(
-            model, blocks, stream, tokens, compute=compute, share=share, pages=pages, progress=progress
-        )
-        write_tensors(path, energies)
-    return read_tensors(path)[0]
 
 
 def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]) -> dict:
@@ -220,6 +241,11 @@ def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]
     folder, files = run / FORMATS[name].folder, SiteFiles(run, blocks)
     if name == "dense":
         written = export_dense(loaded.model, loaded.tokenizer, folder)
+        return reporting.export_entry(name, run, written, None)
+    if name == "geoquant":
+        from geoquant.export.native import export_native  # the entropy coder's library is needed here only
+
+        written = export_native(loaded.model, loaded.tokenizer, blocks, StageFiles(run, blocks), folder)
         return reporting.export_entry(name, run, written, None)
     written = export_compressed_tensors(loaded.model, loaded.tokenizer, files, folder)
     return reporting.export_entry(name, run, written, export_adapter(files, run / "adapter"))

@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from geoquant.errors import UserError, unknown_name
 
 __all__ = ["Recipe", "checked", "load_recipe", "located", "recipe_toml"]
 
-Format = Literal["compressed-tensors", "dense"]
+Format = Literal["compressed-tensors", "dense", "geoquant"]
+
+GRID_FORMATS = {"box": ("compressed-tensors",), "lattice": ("geoquant",)}
 
 
 class Recipe(BaseModel):
@@ -27,6 +29,8 @@ class Recipe(BaseModel):
 
     model: str
     # grid
+    grid: Literal["box", "lattice"] = "box"
+    rate: float = Field(default=3.25, ge=1.5, le=8.0)
     method: str = "babai"
     bits: int = Field(default=4, ge=2, le=8)
     group_size: int = Field(default=64, ge=1)
@@ -57,6 +61,17 @@ class Recipe(BaseModel):
     verify: bool = True
     seed: int = Field(default=0, ge=0)
     device: str = "cpu"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_grid(cls, values: dict) -> dict:
+        """A rate asks for the lattice; the lattice has a method and a format of its own."""
+        if "rate" in values and "grid" not in values:
+            values = {**values, "grid": "lattice"}
+        grid = values.get("grid", "box")
+        if grid == "lattice":
+            values = {"method": "lattice", **values}
+        return {"formats": GRID_FORMATS.get(grid, GRID_FORMATS["box"]), **values}
 
 
 def located(recipe: Recipe) -> Recipe:

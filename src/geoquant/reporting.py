@@ -98,7 +98,7 @@ def export_entry(name: str, run: Path, written: ExportResult, adapter: ExportRes
         "linear_bytes": written.bytes_linear + (adapter.bytes_linear if adapter else 0),
         "adapter_bytes": adapter.bytes_total if adapter else 0,
         "verified": None,
-        "snippet": snippet(str(run / folder), str(run / "adapter") if adapter else None),
+        "snippet": snippet(str(run / folder), str(run / "adapter") if adapter else None, format=name),
     }
 
 
@@ -133,6 +133,8 @@ def planned_size(loaded: Loaded, plan: Plan, format: str) -> dict:
 def _packed_bytes(site: SitePlan) -> int:
     """A site in a compressed-tensors file, and its kept columns in the adapter (16-bit columns and selector)."""
     rows, columns = site.shape
+    if site.grid is None:
+        return int(rows * columns * site.bits_per_weight / 8)
     kept = kept_count(site.keep, columns)
     return int(rows * columns * stored_bits(site.grid, columns) / 8) + 2 * kept * (rows + columns)
 

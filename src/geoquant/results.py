@@ -7,6 +7,7 @@ them one site at a time.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,13 +17,23 @@ from torch import Tensor
 
 from geoquant.lattice.certificate import certificate
 from geoquant.lattice.grid import Grid
-from geoquant.methods.problem import Solution
+from geoquant.lattice.rate import site_bits, spread_of
+from geoquant.methods.problem import LatticeSolution, Solution
 from geoquant.model.walk import Block, Stage
 from geoquant.plan.uniform import SitePlan
 from geoquant.runs import read_metadata, read_tensors, write_tensors
 from geoquant.solve import StageResult
 
-__all__ = ["SiteFiles", "load_stage", "save_stage", "site_reports", "solved_sites", "stage_path"]
+__all__ = [
+    "SiteFiles",
+    "StageFiles",
+    "load_stage",
+    "save_stage",
+    "site_reports",
+    "solved_cost",
+    "solved_sites",
+    "stage_path",
+]
 
 
 def stage_path(run: Path, stage: Stage) -> Path:
@@ -33,6 +44,19 @@ def stage_path(run: Path, stage: Stage) -> Path:
 def save_stage(run: Path, result: StageResult, plans: Mapping[str, SitePlan]) -> None:
     """Write a stage's codes and its report entries."""
     solution, stage = result.solution, result.stage
+    tensors, metadata = (_lattice if isinstance(solution, LatticeSolution) else _boxed)(solution)
+    metadata |= {
+        "damping": repr(solution.damping),
+        "sites": json.dumps([{"name": site.name, "rows": site.shape[0]} for site in stage.sites]),
+        "report": json.dumps(_entries(result, plans)),
+        "warning": result.warning or "",
+        "seconds": json.dumps(result.seconds),
+    }
+    write_tensors(stage_path(run, stage), {name: tensor.cpu() for name, tensor in tensors.items()}, metadata)
+
+
+def _boxed(solution: Solution) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file holds of a solution in the box."""
     tensors = {
         "codes": solution.codes,
         "scales": solution.scales,
@@ -46,18 +70,18 @@ def save_stage(run: Path, result: StageResult, plans: Mapping[str, SitePlan]) ->
     if solution.column_scores is not None:
         tensors["column_scores"] = solution.column_scores
     grid = solution.grid
-    metadata = {
-        "grid": json.dumps([grid.bits, grid.group_size, grid.symmetric]),
-        "damping": repr(solution.damping),
-        "sites": json.dumps([{"name": site.name, "rows": site.shape[0]} for site in stage.sites]),
-        "report": json.dumps(_entries(result, plans)),
-        "warning": result.warning or "",
-        "seconds": json.dumps(result.seconds),
-    }
-    write_tensors(stage_path(run, stage), {name: tensor.cpu() for name, tensor in tensors.items()}, metadata)
+    return tensors, {"grid": json.dumps([grid.bits, grid.group_size, grid.symmetric])}
 
 
-def _solution(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Solution:
+def _lattice(solution: LatticeSolution) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file holds of a point of the unbounded lattice."""
+    names = ("codes", "row_exponents", "column_exponents", "gram_schmidt")
+    return {name: getattr(solution, name) for name in names}, {"step": repr(solution.step)}
+
+
+def _solution(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Solution | LatticeSolution:
+    if "step" in metadata:
+        return LatticeSolution(**tensors, step=float(metadata["step"]), damping=float(metadata["damping"]))
     bits, group_size, symmetric = json.loads(metadata["grid"])
     return Solution(
         codes=tensors["codes"],
@@ -73,10 +97,20 @@ def _solution(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Solution:
     )
 
 
-def load_stage(run: Path, stage: Stage) -> Solution | None:
+def load_stage(run: Path, stage: Stage) -> Solution | LatticeSolution | None:
     """The solution of a stage, or None where it was not solved yet."""
     path = stage_path(run, stage)
     return _solution(*read_tensors(path)) if path.exists() else None
+
+
+def solved_cost(run: Path, stage: Stage) -> tuple[float, float] | None:
+    """Step and coded bits of a stage of the lattice, or None where it was not solved yet."""
+    path = stage_path(run, stage)
+    if not path.exists():
+        return None
+    metadata = read_metadata(path)
+    bits = sum(math.prod(site["shape"]) * site["bits_per_weight"] for site in json.loads(metadata["report"]))
+    return float(metadata["step"]), bits
 
 
 def solved_sites(run: Path) -> set[str]:
@@ -111,30 +145,44 @@ class SiteFiles(Mapping[str, Solution]):
         return len(self._stages)
 
 
+class StageFiles(Mapping[str, LatticeSolution]):
+    """Solutions by stage name, read from the run folder one at a time, in model order."""
+
+    def __init__(self, run: Path, blocks: tuple[Block, ...]):
+        self._run = run
+        self._stages = {stage.name: stage for block in blocks for stage in block.stages}
+
+    def __getitem__(self, name: str) -> LatticeSolution:
+        return _solution(*read_tensors(stage_path(self._run, self._stages[name])))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stages)
+
+    def __len__(self) -> int:
+        return len(self._stages)
+
+
 def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
     """The `sites` entries of report.json for one stage."""
     solution, moments = result.solution, result.moments
     metric = moments.hessian if moments.heldout is None else moments.hessian + moments.heldout
     quantized = solution.dequantize()
-    kept, why = _kept(solution)
+    lattice = isinstance(solution, LatticeSolution)
+    kept, why = ([], "") if lattice else _kept(solution)
+    spread = spread_of(solution.codes) if lattice else None
     entries, start = [], 0
     if result.warning is not None:
         plans = {site.name: _rounded(plans[site.name], result) for site in result.stage.sites}
     for site in result.stage.sites:
         part = slice(start, start + site.shape[0])
         start += site.shape[0]
-        plan = plans[site.name]
-        measured = certificate(
-            result.original[part],
-            quantized[part],
-            metric,
-            moments.heldout,
-            solution.scales[part],
-            solution.gram_schmidt,
-            solution.kept_index,
-            solution.grid.group_size,
-            solution.saturated[part].mean().item(),
-        )
+        plan, own = plans[site.name], solution.rows(part.start, part.stop)
+        clipped = 0.0 if lattice else own.saturated.mean().item()
+        measured = certificate(result.original[part], quantized[part], metric, moments.heldout, own.squares, clipped)
+        bits = plan.bits_per_weight
+        if lattice:
+            share = site.shape[0] / result.stage.rows
+            bits = site_bits(own.codes, spread.part(part.start, part.stop), share) / math.prod(site.shape)
         entries.append(
             {
                 "name": site.name,
@@ -142,34 +190,31 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
                 "kind": site.kind,
                 "shape": list(site.shape),
                 "bits": plan.bits,
-                "bits_per_weight": plan.bits_per_weight,
+                "bits_per_weight": bits,
                 "method": plan.method,
                 "order": plan.order,
                 "damping": solution.damping,
                 **asdict(measured),
-                "kept": solution.kept_index.numel(),
+                "kept": 0 if lattice else solution.kept_index.numel(),
                 "kept_columns": kept,
                 "massive_tokens": asdict(moments.massive),
                 "reason": plan.reason + why,
             }
         )
-        if plan.method == "rtn":
+        if lattice:
+            entries[-1] |= {"step": solution.step, "largest_code": int(own.codes.abs().max())}
+        if plan.method in ("rtn", "nearest"):
             entries[-1]["bound"] = None  # the bound is Babai's
     return entries
 
 
 def _rounded(plan: SitePlan, result: StageResult) -> SitePlan:
     """What a site got whose stage could not be solved as planned: rounding has no order and keeps no columns."""
+    changes = {"method": "rtn", "order": "none", "reason": f"planned as {plan.method}, but {result.warning}"}
+    if isinstance(result.solution, LatticeSolution):
+        return replace(plan, **changes | {"method": "nearest"})
     grid = result.solution.grid
-    return replace(
-        plan,
-        method="rtn",
-        order="none",
-        bits=grid.bits,
-        bits_per_weight=grid.bits_per_weight(plan.shape[1]),
-        keep=0.0,
-        reason=f"planned as {plan.method}, but {result.warning}",
-    )
+    return replace(plan, **changes, bits=grid.bits, bits_per_weight=grid.bits_per_weight(plan.shape[1]), keep=0.0)
 
 
 def _kept(solution: Solution) -> tuple[list[int], str]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from geoquant.lattice.basis import NotPositiveDefinite
-from geoquant.methods import METHODS, Problem, Solution
+from geoquant.methods import METHODS, NEAREST, LatticeSolution, Problem, Solution
 from geoquant.methods.rtn import solve as round_to_nearest
 from geoquant.model.paging import UNMAPPED, Pages, trim, unload
 from geoquant.model.walk import Block, Stage, find_blocks, read_weight, write_weight
@@ -34,7 +34,7 @@ class StageResult:
     """A solved stage: the joint solution of its stacked sites, its moments, and what happened."""
 
     stage: Stage
-    solution: Solution
+    solution: Solution | LatticeSolution
     moments: Moments
     original: Float[Tensor, "out in"]
     seconds: dict[str, float]
@@ -96,7 +96,9 @@ def solve_model(
         observed = time.process_time()
         original = torch.cat([read_weight(model.get_submodule(site.name)) for site in stage.sites])
         name, options = settings(stage)
-        solution, warning = _solve(name, Problem(original, moments.hessian, moments.heldout, **options), stage)
+        count = moments.tokens + moments.heldout_tokens
+        problem = Problem(original, moments.hessian, moments.heldout, tokens=count, **options)
+        solution, warning = _solve(name, problem, stage)
         seconds = {"observe": observed - started, "solve": time.process_time() - observed}
         return StageResult(stage, solution, moments, original, seconds, warning)
 
@@ -190,12 +192,12 @@ def _observe(
     return accumulator.finish()
 
 
-def _solve(name: str, problem: Problem, stage: Stage) -> tuple[Solution, str | None]:
+def _solve(name: str, problem: Problem, stage: Stage) -> tuple[Solution | LatticeSolution, str | None]:
     """Solve; a metric that cannot be factorised falls back to rounding, and says so."""
     try:
         return METHODS[name](problem), None
     except NotPositiveDefinite as error:
-        return round_to_nearest(problem), f"{stage.name}: {error}; rounded to nearest instead"
+        return NEAREST.get(name, round_to_nearest)(problem), f"{stage.name}: {error}; rounded to nearest instead"
 
 
 def install(model: nn.Module, stage: Stage, solution: Solution) -> None:

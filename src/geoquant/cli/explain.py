@@ -68,10 +68,11 @@ def find_site(name: str, sites: list[dict]) -> dict:
 def sentences(site: dict, sites: list[dict]) -> list[str]:
     """The decision in words, each with its number and where that number stands among all sites."""
     shape = " x ".join(str(size) for size in site.get("shape") or [])
+    width = "unbounded" if site["bits"] is None else f"{site['bits']} bits"
     lines = [
         f"{site['name']}  ({shape}, {str(site.get('kind') or 'linear').replace('_', ' ')})",
         f"  method        {site.get('method')}, {site.get('order')} order, damping {site.get('damping')}",
-        f"  codes         {site['bits']} bits; {fixed(site.get('bits_per_weight'))} bits per weight all told",
+        f"  codes         {width}; {fixed(site.get('bits_per_weight'))} bits per weight all told",
         f"  reason        {site.get('reason')}",
     ]
     if site.get("kept"):

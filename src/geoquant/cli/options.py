@@ -72,6 +72,14 @@ GRID, SOLVER, TEXT, PRIVACY, FILES = (
 class RecipeFlags:
     """The recipe's fields as flags; None means not given."""
 
+    grid: Annotated[
+        str | None,
+        option("box or lattice: codes of fixed width, or unbounded and entropy-coded (default box).", group=GRID),
+    ] = None
+    rate: Annotated[
+        float | None,
+        option("Bits per weight of the lattice, all-in, 1.5 to 8 (default 3.25); asks for --grid lattice.", group=GRID),
+    ] = None
     bits: Annotated[int | None, option("Bits per code, 2 to 8 (default 4).", group=GRID), WHOLE] = None
     group_size: Annotated[int | None, option("Input columns that share one scale (default 64).", group=GRID), WHOLE] = (
         None
@@ -144,7 +152,7 @@ class RecipeFlags:
     formats: Annotated[
         list[str] | None,
         option(
-            "Export, repeatable: see `geoquant list formats` (default compressed-tensors).",
+            "Export, repeatable, see `geoquant list formats` (default compressed-tensors); of a lattice: geoquant.",
             group=FILES,
             name="--format",
         ),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from geoquant.errors import missing_package, unknown_name
+from geoquant.errors import UserError, missing_package, unknown_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,11 @@ FORMATS: dict[str, Format] = {
         readers="transformers (no GeoQuant needed), peft for the adapter",
         folder="model",
     ),
+    "geoquant": Format(
+        summary="entropy-coded codes of the lattice, the smallest file",
+        readers="transformers, after `import geoquant`",
+        folder="coded",
+    ),
     "dense": Format(
         summary="the quantized values as ordinary bf16, fp16 or fp32 weights; no smaller file",
         readers="anything that reads a Hugging Face folder",
@@ -46,7 +51,7 @@ FORMATS: dict[str, Format] = {
 
 
 def check(
-    format: str, model: nn.Module, grids: Mapping[str, Grid], *, keep: float = 0.0, verify: bool = True
+    format: str, model: nn.Module, grids: Mapping[str, Grid | None], *, keep: float = 0.0, verify: bool = True
 ) -> tuple[str, ...]:
     """Refuse what `format` cannot hold; return what the user should know about what it can.
 
@@ -59,6 +64,13 @@ def check(
         raise unknown_name("format", format, FORMATS)
     if format == "dense":
         return ()
+    boxed = [name for name, grid in grids.items() if grid is not None]
+    if format == "geoquant":
+        if boxed:
+            raise UserError("format geoquant holds codes of the lattice", fix="add --grid lattice")
+        return ()
+    if len(boxed) < len(grids):
+        raise UserError(f"format {format} holds boxed codes only", fix="use --format geoquant, or dense")
     from geoquant.export.compressed_tensors import refuse_or_note
 
     notes = refuse_or_note(model, grids)
@@ -69,9 +81,11 @@ def check(
     return notes
 
 
-def snippet(folder: str, adapter: str | None = None) -> str:
+def snippet(folder: str, adapter: str | None = None, *, format: str = "dense") -> str:
     """Python that loads an export with stock readers (a test runs it)."""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if format == "geoquant":
+        lines = ["import geoquant  # lets transformers read the format", *lines]
     if adapter:
         lines = ["import torch", "from peft import PeftModel", *lines]
     lines += [

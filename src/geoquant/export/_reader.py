@@ -1,9 +1,11 @@
 """Run alone by `verify` in a fresh interpreter: load an export with stock readers and compare logits.
 
-This file must not import geoquant: its whole point is that the reader's machine has none. One JSON argument:
-{folder, expected, adapter, dtype, paths}; the last line of stdout is a JSON object with the outcome.
+This file must not import geoquant: its whole point is that the reader's machine has none; where the format is our
+own, `imports` says so. One JSON argument:
+{folder, expected, adapter, dtype, paths, imports}; the last line of stdout is a JSON object with the outcome.
 """
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -66,6 +68,8 @@ def main(task):
     start = time.perf_counter()
     outcome = {"versions": versions(task["adapter"])}
     try:
+        for name in task["imports"]:
+            importlib.import_module(name)
         import torch
         from safetensors.torch import load_file
 

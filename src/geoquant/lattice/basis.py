@@ -87,8 +87,9 @@ def expected_error(
 
 def heldout_prices(
     metric: Float[Tensor, "n n"], heldout: Float[Tensor, "n n"], damping: float, *, free: int = 0, stride: int = 1
-) -> Float[Tensor, " m"]:
-    """`expected_error` under `heldout` of every `stride`-th rounded column after solving with the damped `metric`.
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " n"]]:
+    """`expected_error` under `heldout` of every `stride`-th rounded column after solving with the damped `metric`,
+    and the Gram-Schmidt lengths of all columns.
 
     Both matrices come in *reversed* processing order, which is the order of the Cholesky factor, so that the `free`
     columns, processed last, stand first. Works in their precision. Raises NotPositiveDefinite.
@@ -98,7 +99,8 @@ def heldout_prices(
     picks = torch.zeros(len(chosen), len(lower), dtype=lower.dtype, device=lower.device)
     picks[torch.arange(len(chosen), device=lower.device), chosen] = 1.0
     rows = torch.linalg.solve_triangular(lower, picks, upper=False, left=False)
-    return expected_error(rows, lower.diagonal()[chosen].reciprocal(), heldout)
+    lengths = lower.diagonal()
+    return expected_error(rows, lengths[chosen].reciprocal(), heldout), lengths
 
 
 def _cholesky(matrix: Float[Tensor, "n n"], damping: float, panel: int = 128) -> Float[Tensor, "n n"]:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Certificate", "certificate", "error_energies"]
+__all__ = ["Certificate", "certificate", "error_energies", "squared_steps"]
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,22 @@ def certificate(
     quantized: Float[Tensor, "out in"],
     metric: Float[Tensor, "in in"],
     heldout: Float[Tensor, "in in"] | None,
-    scales: Float[Tensor, "out groups"],
-    lengths: Float[Tensor, " in"],
-    kept: Int[Tensor, " k"],
-    group_size: int,
+    squares: float,
     clip_rate: float,
 ) -> Certificate:
     """Compare one site with what its lattice promises.
 
     metric:  moments the site was solved on. heldout: moments of tokens that chose its damping.
+    squares: `sum over rows and columns of r_j^2 s_ij^2`, see `squared_steps`.
     """
     metrics = (metric,) if heldout is None else (metric, heldout)
     errors = error_energies(quantized - original, *metrics)
     energies = [max(energy, 1e-30) for energy in error_energies(original, *metrics)]
-    steps, energy = squared_steps(scales, lengths, kept, group_size), energies[0]
+    energy = energies[0]
     return Certificate(
         error=errors[0] / energy,
         heldout_error=None if heldout is None else errors[1] / energies[1],
-        expected_error=steps / 12 / energy,
-        bound=steps / 4 / energy,
+        expected_error=squares / 12 / energy,
+        bound=squares / 4 / energy,
         clip_rate=clip_rate,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,7 +16,7 @@ from geoquant.lattice.grid import Grid, search_scales
 from geoquant.lattice.order import column_order
 from geoquant.methods.problem import Problem, Solution
 
-__all__ = ["DAMPINGS", "choose_damping", "solve", "solve_with"]
+__all__ = ["DAMPINGS", "choose_damping", "least", "solve", "solve_with"]
 
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
 DEFAULT_DAMPING = 0.01
@@ -47,22 +48,27 @@ def choose_damping(problem: Problem, kept: Int[Tensor, " k"]) -> float:
     # Single precision suffices to rank dampings; the solve itself factorises in double.
     metric, heldout = permuted(problem.hessian, order), permuted(problem.heldout, order)
 
+    # Every fourth column tells as much as all: the sum is only compared with itself.
+    return least(lambda damping: heldout_prices(metric, heldout, damping, free=len(kept), stride=4)[0].sum().item())
+
+
+def least(error: Callable[[float], float]) -> float:
+    """The lambda of DAMPINGS where `error` is least: it falls, then rises, so walk downhill from the middle."""
+
     @cache
-    def error(index: int) -> float:
+    def at(index: int) -> float:
         if not 0 <= index < len(DAMPINGS):
             return math.inf
         try:
-            # Every fourth column tells as much as all: the sum is only compared with itself.
-            return heldout_prices(metric, heldout, DAMPINGS[index], free=len(kept), stride=4).sum().item()
+            return error(DAMPINGS[index])
         except NotPositiveDefinite:
             return math.inf
 
-    # The error falls, then rises with the damping: walk downhill from the middle.
     best = len(DAMPINGS) // 2
-    while error(best) == math.inf and best + 1 < len(DAMPINGS):
+    while at(best) == math.inf and best + 1 < len(DAMPINGS):
         best += 1
     for step in (1, -1):
-        while error(best + step) < error(best):
+        while at(best + step) < at(best):
             best += step
     return DAMPINGS[best]
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from geoquant.lattice.certificate import squared_steps
 from geoquant.lattice.grid import Grid
+from geoquant.lattice.rows import RowMetric
+from geoquant.lattice.unboxed import steps_of
 
-__all__ = ["Problem", "Solution"]
+__all__ = ["LatticeSolution", "Problem", "Solution"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Problem:
     damping:  lambda in `A + lambda * mean(diag A) * I`, or None: chosen on `heldout`.
     keep:     share of input columns kept at 16 bits (used by `dqc` only).
     static_scales: freeze the scales of the original weights instead of searching them on the updated ones.
+    tokens:   how many tokens the sums hold. For `lattice`, whose steps have units: step, the global D, and rows, the
+              output side G of the metric.
     """
 
     weight: Float[Tensor, "out in"]
@@ -36,6 +41,9 @@ class Problem:
     damping: float | None = None
     keep: float = 0.0
     static_scales: bool = False
+    tokens: int = 1
+    step: float = 1.0
+    rows: RowMetric | None = None
 
     @property
     def pooled(self) -> Float[Tensor, "in in"]:
@@ -76,6 +84,11 @@ class Solution:
             weight[:, self.kept_index] = self.kept_weight.float() if with_kept else 0.0
         return weight
 
+    @property
+    def squares(self) -> float:
+        """`sum over rows and columns of r_j^2 s_ij^2`, what the certificate is made of."""
+        return squared_steps(self.scales, self.gram_schmidt, self.kept_index, self.grid.group_size)
+
     def rows(self, start: int, stop: int) -> Solution:
         """The part that belongs to one of several stacked sites."""
         part = slice(start, stop)
@@ -91,6 +104,37 @@ class Solution:
             grid=self.grid,
             column_scores=self.column_scores,
         )
+
+
+@dataclass(frozen=True)
+class LatticeSolution:
+    """A point of the unbounded lattice: `q_ij = 2^(row_exponents_i / 8) 2^(column_exponents_j / 8) codes_ij`.
+
+    codes: (out, in) int8, int16 or int32, whatever holds them; exponents int16 (see lattice/unboxed); step: the global
+    D in use; damping and gram_schmidt as in `Solution`.
+    """
+
+    codes: Integer[Tensor, "out in"]
+    row_exponents: Int[Tensor, " out"]
+    column_exponents: Int[Tensor, " in"]
+    step: float
+    damping: float
+    gram_schmidt: Float[Tensor, " in"]
+
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """The float32 weights a reader reconstructs."""
+        return self.codes.float() * steps_of(self.row_exponents)[:, None] * steps_of(self.column_exponents)
+
+    @property
+    def squares(self) -> float:
+        """As in `Solution`."""
+        columns = steps_of(self.column_exponents).double() * self.gram_schmidt.double()
+        return (steps_of(self.row_exponents).double().square().sum() * columns.square().sum()).item()
+
+    def rows(self, start: int, stop: int) -> LatticeSolution:
+        """The part that belongs to one of several stacked sites."""
+        part = slice(start, stop)
+        return replace(self, codes=self.codes[part].clone(), row_exponents=self.row_exponents[part].clone())
 
 
 def empty_kept(rows: int) -> tuple[Tensor, Tensor]:

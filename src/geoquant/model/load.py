@@ -326,7 +326,7 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     run = Path(spec)
     adapter = None
     if quantized and (run / "manifest.json").exists():
-        spec = str(next((run / name for name in ("model", "dense") if (run / name).is_dir()), run))
+        spec = str(next((run / name for name in ("model", "coded", "dense") if (run / name).is_dir()), run))
         adapter = run / "adapter" if spec.endswith("model") and (run / "adapter").is_dir() else None
     check_device(device)
     where, extra, name = locate(spec)

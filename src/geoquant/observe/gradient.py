@@ -10,22 +10,49 @@ holds the block inputs of one chunk and the activations of one block on one batc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from geoquant.errors import UserError
 from geoquant.model.paging import UNMAPPED, Pages
-from geoquant.model.walk import Block, find_blocks
+from geoquant.model.walk import Block, Stage, find_blocks
 from geoquant.observe.attention import ProductAttention
 from geoquant.observe.compute import cast_call, pure_copy
+from geoquant.observe.moments import Accumulator
 from geoquant.observe.stream import BlockCall, Stream, hooks, run_block
 from geoquant.progress import Progress, silent
 
-__all__ = ["check_head", "token_energies"]
+__all__ = ["Curvature", "check_head", "token_energies"]
 
 CHUNK = 4  # windows per chunk
 HEAD_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What the backward pass leaves, by stage.
+
+    tokens: (n, length) `||g_t||^2` of every token, scaled to mean one; NaN where a token has no gradient.
+    rows:   (blocks, size, size) mean over tokens of `g g^T` for blocks of neighbouring outputs of each of the stacked
+            sites (zero beyond a site's last row), in nats^2 per squared unit of the output.
+    """
+
+    tokens: dict[str, Float[Tensor, "n length"]]
+    rows: dict[str, Float[Tensor, "blocks size size"]]
+
+
+@dataclass
+class _Watch:
+    """The sums of one chunk of windows; `metrics` only where somebody asked for them."""
+
+    energies: dict[str, Float[Tensor, "n length"]]
+    rows: dict[str, Float[Tensor, "blocks size size"]]
+    metrics: dict[str, Accumulator] | None = None
+    inputs: dict[str, Float[Tensor, "b l in"]] = field(default_factory=dict)
 
 
 def token_energies(
@@ -36,19 +63,31 @@ def token_energies(
     *,
     compute: torch.dtype,
     share: float = 1.0,
+    chunk: int = CHUNK,
+    row_block: int = 1,
+    seen: Callable[[Stage, Float[Tensor, "blocks size size"], Float[Tensor, "in in"]], None] | None = None,
     pages: Pages = UNMAPPED,
     progress: Progress = silent,
-) -> dict[str, Float[Tensor, "n length"]]:
-    """Per stage, `||g_t||^2` of every token, scaled to mean one.
+) -> Curvature:
+    """Token weights and output curvature of every stage.
 
-    share: of the batches, evenly spread, the last one among them; the other tokens are NaN.
+    share: of the batches, evenly spread, the last one among them; the other tokens have no gradient.
+    chunk: windows that go through together. row_block: how many neighbouring outputs share a block of `Curvature.rows`.
+    seen:  gets of each stage, last block first, what the first chunk says: the curvature of its rows (see Curvature)
+           and the moments `sum_t ||g_t||^2 x_t x_t^T / sum_t ||g_t||^2`.
     """
     _, modules = find_blocks(model)
     size = len(stream.batches[0])
     calls = [cast_call(call, compute) for call in stream.calls]
-    energies = {stage.name: torch.full(tokens.shape, torch.nan) for block in blocks for stage in block.stages}
+    stages = [stage for block in blocks for stage in block.stages]
+    device = stream.batches[0].device
+    energies = {stage.name: torch.full(tokens.shape, torch.nan) for stage in stages}
+    counts = {stage.name: sum(-(-site.shape[0] // row_block) for site in stage.sites) for stage in stages}
+    watch = _Watch(
+        energies, {name: torch.zeros(count, row_block, row_block, device=device) for name, count in counts.items()}
+    )
     chosen = spread(len(stream.batches), share)
-    per_chunk = max(1, CHUNK // size)
+    per_chunk = max(1, chunk // size)
     steps = -(-len(chosen) // per_chunk) * len(blocks)
     done = 0
     head = model.get_output_embeddings().weight.to(compute)
@@ -67,8 +106,14 @@ def token_energies(
         for block, module, call in zip(reversed(blocks), reversed(list(modules)), reversed(calls)):
             work = pure_copy(module, compute)
             inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
+            wanted = seen is not None and first == 0
+            watch.metrics = {stage.name: _accumulator(stage, device) for stage in block.stages} if wanted else None
             for index, (x, gradient) in enumerate(zip(inputs.pop(), gradients)):
-                gradients[index] = _block_gradient(work, inside, block, call, x, gradient, energies, rows[index])
+                gradients[index] = _block_gradient(work, inside, block, call, x, gradient, watch, rows[index])
+            for stage in block.stages if wanted else ():
+                moments, weight = watch.metrics.pop(stage.name).finish(), energies[stage.name].nansum()
+                count = len(rows) * size * tokens.shape[1]
+                seen(stage, watch.rows[stage.name] / count, moments.hessian.div_(weight.clamp_min(1e-30)))
             pages.release(module.parameters())
             done += 1
             progress("gradients", done, steps, block.name)
@@ -78,7 +123,25 @@ def token_energies(
             raise UserError(
                 f"the loss gradient at {name} is not finite", fix="use --compute float32, or --metric clipped"
             )
-    return {name: energy / energy.nanmean().clamp_min(1e-30) for name, energy in energies.items()}
+    counted = len(rows) * tokens.shape[1]
+    return Curvature(
+        tokens={name: energy / energy.nanmean().clamp_min(1e-30) for name, energy in energies.items()},
+        rows={name: total.cpu() / counted for name, total in watch.rows.items()},
+    )
+
+
+def _add_blocks(total: Float[Tensor, "blocks size size"], g: Float[Tensor, "tokens out"]) -> None:
+    """Add `sum_t g g^T` of neighbouring outputs to the blocks of one site, in place."""
+    blocks, size, _ = total.shape
+    if size == 1:
+        total[:, 0, 0] += g.square().sum(0)
+        return
+    padded = nn.functional.pad(g, (0, blocks * size - g.shape[1])).view(-1, blocks, size).transpose(0, 1)
+    total.baddbmm_(padded.transpose(1, 2), padded)
+
+
+def _accumulator(stage: Stage, device: torch.device) -> Accumulator:
+    return Accumulator(stage.columns, dtype=torch.float32, device=device)
 
 
 def spread(count: int, share: float) -> list[int]:
@@ -176,34 +239,46 @@ def _block_gradient(
     call: BlockCall,
     x: Float[Tensor, "b l h"],
     gradient: Float[Tensor, "b l h"],
-    energies: dict[str, Float[Tensor, "n length"]],
+    watch: _Watch,
     rows: slice,
 ) -> Float[Tensor, "b l h"]:
-    """Back through one block on one batch; adds the energies of its sites' output gradients."""
+    """Back through one block on one batch; adds what its sites' output gradients tell."""
 
-    def watch(stage: str):
-        def forward(_: nn.Module, __: tuple, output: Tensor) -> None:
+    def observe(stage: Stage, part: slice):
+        def forward(_: nn.Module, inputs: tuple, output: Tensor) -> None:
+            if watch.metrics is not None:
+                watch.inputs[stage.name] = inputs[0].detach()
+
             def backward(g: Tensor) -> None:
-                energy = g.detach().square().sum(-1, dtype=torch.float32).cpu()
-                if energy.numel() != x.shape[0] * x.shape[1]:
+                flat = g.detach().float().flatten(0, -2)
+                if len(flat) != x.shape[0] * x.shape[1]:
                     raise UserError(
-                        f"site {stage} sees {energy.numel()} of {x.shape[0] * x.shape[1]} tokens",
+                        f"site {stage.name} sees {len(flat)} of {x.shape[0] * x.shape[1]} tokens",
                         wanted="a site that sees every token",
                         fix="use --metric plain",
                     )
                 # Some modules flatten their tokens (shared experts).
-                energies[stage][rows] += energy.view(x.shape[:2])
+                watch.energies[stage.name][rows] += flat.square().sum(1).view(x.shape[:2]).cpu()
+                _add_blocks(watch.rows[stage.name][part], flat)
 
             output.register_hook(backward)
 
         return forward
 
+    handles = []
     for stage in block.stages:
-        energies[stage.name][rows] = 0.0
-    handles = [
-        inside[site.name].register_forward_hook(watch(stage.name)) for stage in block.stages for site in stage.sites
-    ]
+        watch.energies[stage.name][rows] = 0.0
+        start = 0
+        for site in stage.sites:
+            part = slice(start, start - (-site.shape[0] // watch.rows[stage.name].shape[1]))
+            handles.append(inside[site.name].register_forward_hook(observe(stage, part)))
+            start = part.stop
     leaf = x.detach().requires_grad_()
     with hooks(handles), ProductAttention():
         output = run_block(work, call, leaf)
-        return torch.autograd.grad(output, leaf, gradient)[0]
+        result = torch.autograd.grad(output, leaf, gradient)[0]
+    for stage in block.stages if watch.metrics is not None else ():
+        inputs = watch.inputs.pop(stage.name).flatten(0, -2).float()
+        weights = watch.energies[stage.name][rows].flatten().to(inputs.device)
+        watch.metrics[stage.name].add(inputs, weights, held=False)
+    return result

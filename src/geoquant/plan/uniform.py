@@ -26,7 +26,7 @@ class SitePlan:
     kind: str
     shape: tuple[int, int]
     method: str
-    bits: int
+    bits: int | None  # None: unbounded codes
     group_size: int
     symmetric: bool
     order: str
@@ -36,8 +36,9 @@ class SitePlan:
     reason: str
 
     @property
-    def grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
+    def grid(self) -> Grid | None:
+        """The box, or None on the unbounded lattice."""
+        return None if self.bits is None else Grid(self.bits, self.group_size, self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Plan:
     def settings(self, stage: Stage, *, static_scales: bool) -> tuple[str, dict]:
         """Method and `Problem` fields of a stage (its sites share one scheme)."""
         site = self[stage.name]
+        if site.grid is None:
+            return site.method, {"order": site.order, "damping": site.damping}
         return site.method, {
             "grid": site.grid,
             "order": site.order,
@@ -87,6 +90,14 @@ def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
     ):
         if name not in known:
             raise unknown_name(kind, name, known)
+    if recipe.grid == "lattice":
+        return lattice_plan(blocks, recipe)
+    if recipe.rate != Recipe.model_fields["rate"].default:
+        raise UserError(
+            "a box has bits, not a rate", got=f"--rate {recipe.rate:g}", fix="use --grid lattice, or --bits"
+        )
+    if recipe.method == "lattice":
+        raise UserError("method lattice has no box", fix="add --grid lattice and, if you like, --rate 3.25")
     if recipe.keep and recipe.method == "rtn":
         raise UserError("method rtn keeps no columns", got=f"--keep {recipe.keep}", fix="use --method dqc")
     method = "dqc" if recipe.keep else recipe.method
@@ -123,6 +134,44 @@ def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
                 )
             )
     return Plan(tuple(plans))
+
+
+def lattice_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
+    """One lattice for the whole model: every site gets what falls out of the global step, on average the rate.
+
+    Raises UserError for options that only a box has.
+    """
+    if recipe.method != "lattice":
+        raise UserError(f"method {recipe.method} needs a box", fix="leave --method out, or use --grid box")
+    if recipe.keep:
+        raise UserError("the unbounded lattice keeps no columns", got=f"--keep {recipe.keep}", fix="leave --keep out")
+    if recipe.metric != "gradient":
+        raise UserError(
+            "the lattice weighs sites against each other by their gradients",
+            got=f"--metric {recipe.metric}",
+            fix="use --metric gradient, or --grid box",
+        )
+    order = "activation" if recipe.order == "group-aware" else recipe.order  # no groups: the same order
+    sites = (
+        SitePlan(
+            name=site.name,
+            block=site.block,
+            kind=site.kind,
+            shape=site.shape,
+            method="lattice",
+            bits=None,
+            group_size=0,
+            symmetric=True,
+            order=order,
+            damping=recipe.damping,
+            keep=0.0,
+            bits_per_weight=recipe.rate,
+            reason=f"one lattice for the whole model at {recipe.rate:g} bits per weight",
+        )
+        for block in blocks
+        for site in block.sites
+    )
+    return Plan(tuple(sites))
 
 
 def _reason(recipe: Recipe, method: str, kept: int, columns: int) -> str:

@@ -1,0 +1,108 @@
+"""Does a setting help? The same settings over several calibration texts, judged on one test text.
+
+    python benchmarks/paired.py MODEL --calibration VALID.txt --test TEST.txt --sets 6 \\
+        --arm bits=3 --arm bits=3,keep=0.01 --arm bits=3,group_size=40
+
+One calibration set moves the perplexity of a 3-bit model by one or two per cent, more than most settings do. Set k is
+made of windows 32 k to 32 k + 31 of the calibration text; each arm changes fields of the recipe. Printed: every
+perplexity, and for every arm but the first the mean over the sets of log(perplexity / first arm's), with its standard
+error. `--jobs 2` runs two arms at a time, one thread each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+from figures import literal
+
+
+def measure(settings: dict) -> dict:
+    """One arm on one set, in this process."""
+    import tempfile
+    from dataclasses import replace
+    from pathlib import Path
+
+    from geoquant import pipeline
+    from geoquant.data.text import read_text, windows
+    from geoquant.evaluate.perplexity import perplexity
+    from geoquant.recipe import Recipe
+
+    recipe = Recipe(**settings["recipe"])
+    loaded, blocks, texts, plan, _ = pipeline.prepare(recipe)
+    calibration = windows(
+        loaded.tokenizer,
+        read_text(recipe.calibration),
+        length=recipe.window,
+        count=recipe.windows,
+        source=recipe.calibration,
+        skip=settings["set"] * recipe.windows,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.solve(
+            Path(folder), recipe, loaded, blocks, replace(texts, calibration=calibration), plan, lambda *_: None
+        )
+    return {"perplexity": perplexity(loaded.model, texts.evaluation).perplexity, "bits": plan.bits_per_weight}
+
+
+def main() -> None:
+    """Run every arm on every set; print one JSON line each and a table at the end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--arm", action="append", default=[], metavar="NAME=VALUE,...")
+    parser.add_argument("--sets", type=int, default=6)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(json.loads(arguments.one))))
+        return
+    texts = {"calibration": arguments.calibration, "evaluation": arguments.test, "evaluation_windows": 40}
+
+    def run(job: tuple[int, str]) -> dict:
+        number, arm = job
+        changes = {name: literal(value) for name, _, value in (item.partition("=") for item in arm.split(","))}
+        settings = {"set": number, "recipe": {"model": arguments.model, **texts, **changes}}
+        command = [sys.executable, __file__, arguments.model, "--calibration", "-", "--test", "-"]
+        done = subprocess.run(
+            [*command, "--one", json.dumps(settings)],
+            stdout=subprocess.PIPE,
+            check=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        row = {"set": number, "arm": arm, **json.loads(done.stdout.strip().splitlines()[-1])}
+        print(json.dumps(row), flush=True)
+        return row
+
+    jobs = [(number, arm) for number in range(arguments.sets) for arm in arguments.arm]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        rows = list(pool.map(run, jobs))
+    print(table(rows, arguments.arm))
+
+
+def table(rows: list[dict], arms: list[str]) -> str:
+    """Markdown: perplexities by set, and each arm against the first."""
+    found = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
+    sets = [f"set {row['set']}" for row in found[arms[0]]]
+    head = ["arm", "bits per weight", *sets, "against the first, %"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for arm in arms:
+        logs = [math.log(row["perplexity"] / first["perplexity"]) for row, first in zip(found[arm], found[arms[0]])]
+        error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
+        against = "-" if arm == arms[0] else f"{100 * statistics.mean(logs):+.2f} ± {100 * error:.2f}"
+        cells = [arm, f"{found[arm][0]['bits']:.3f}", *(f"{row['perplexity']:.2f}" for row in found[arm]), against]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

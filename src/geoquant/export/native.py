@@ -1,0 +1,178 @@
+"""The format `geoquant`: entropy-coded lattice codes in a safetensors checkpoint.
+
+docs/formats.md holds the byte layout. Sites that share an input share their column steps and classes; distributions
+are shared by the whole model. Read by `geoquant.export.reader`, which transformers finds once geoquant is imported.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geoquant.export.coder import Coded, Tables, decode, encode, make_tables
+from geoquant.export.weights import (
+    MAX_SHARD_BYTES,
+    ExportResult,
+    chosen_dtype,
+    summarize,
+    untouched,
+    write_shards,
+    write_side_files,
+)
+from geoquant.lattice.rate import CLASSES, Spread, class_histograms, spread_of
+from geoquant.methods.problem import LatticeSolution
+from geoquant.model.walk import Block, Stage
+from geoquant.runs import atomic_directory
+
+__all__ = ["METHOD", "VERSION", "decode_site", "export_native", "read_tables"]
+
+METHOD = "geoquant"
+VERSION = 1
+STREAM_WEIGHTS = 1 << 20  # a stream holds whole rows, about this many codes
+TABLES, REACHES = "geoquant.tables", "geoquant.reaches"
+
+
+def export_native(
+    model: nn.Module,
+    tokenizer: object,
+    blocks: tuple[Block, ...],
+    stages: Mapping[str, LatticeSolution],
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ExportResult:
+    """Write `out`, whose linear weights are coded; everything else is stored as it is, in `dtype`.
+
+    stages: solutions by stage name, read twice (once to count, once to code), one stage at a time.
+    """
+    dtype = chosen_dtype(model, dtype)
+    order = [stage for block in blocks for stage in block.stages]
+    tables = count(order, stages)
+    models, sites, linear = tables.models(), {}, 0
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal linear
+        for name, tensor in table_tensors(tables).items():
+            linear += tensor.nbytes
+            yield name, tensor
+        for stage in order:
+            for name, tensor in stage_tensors(stage, stages[stage.name], tables, models, sites):
+                linear += tensor.nbytes
+                yield name, tensor
+        yield from untouched(model, sites, dtype)
+
+    with atomic_directory(out) as folder:
+        write_shards(folder, tensors(), max_shard_bytes)
+        counts = sum(map(len, tables.counts))
+        settings = {"quant_method": METHOD, "version": VERSION, "tables": counts, "sites": sites}
+        write_side_files(folder, model, tokenizer, dtype, settings)
+    return summarize(out, linear)
+
+
+def count(order: list[Stage], stages: Mapping[str, LatticeSolution]) -> Tables:
+    """The distributions of all codes by class."""
+    solved = (stages[stage.name].codes for stage in order)
+    return make_tables(sum(class_histograms(codes, spread_of(codes)) for codes in solved).numpy())
+
+
+def table_tensors(tables: Tables) -> dict[str, Tensor]:
+    """The distributions as two tensors: all counts in a row, and each class's reach."""
+    reaches = [tables.reach(index) for index in range(CLASSES)]
+    counts = np.concatenate(tables.counts).astype(np.uint16)
+    return {TABLES: torch.from_numpy(counts), REACHES: torch.tensor(reaches, dtype=torch.int16)}
+
+
+def read_tables(counts: Tensor, reaches: Tensor) -> Tables:
+    """The distributions back."""
+    sizes = [2 * reach + 2 for reach in reaches.tolist()]
+    return Tables(tuple(part.numpy().astype(np.int64) for part in counts.to(torch.int64).split(sizes)))
+
+
+def stage_tensors(
+    stage: Stage, solution: LatticeSolution, tables: Tables, models: list, sites: dict[str, dict]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one stage, and (in `sites`) what config.json says of its sites."""
+    spread, shared = spread_of(solution.codes), stage.sites[0].name
+    steps, base = byte_steps(solution.column_exponents)
+    yield f"{shared}.column_steps", steps
+    yield f"{shared}.column_classes", spread.columns
+    start = 0
+    for site in stage.sites:
+        stop = start + site.shape[0]
+        part = spread.part(start, stop)
+        row_steps, row_base = byte_steps(solution.row_exponents[start:stop])
+        words, escapes, streams = site_streams(solution.codes[start:stop], part, tables, models)
+        stored = {
+            "words": words,
+            "escapes": escapes,
+            "streams": streams,
+            "row_steps": row_steps,
+            "row_classes": part.rows,
+        }
+        sites[site.name] = {
+            "shape": list(site.shape),
+            "columns": shared,
+            "bases": [row_base, base],
+            "sizes": [words.numel(), escapes.numel(), streams.shape[0]],
+            "crc32": checksum(*stored.values(), steps, spread.columns),
+        }
+        for name, tensor in stored.items():
+            yield f"{site.name}.{name}", tensor
+        start = stop
+
+
+def site_streams(codes: Tensor, spread: Spread, tables: Tables, models: list) -> tuple[Tensor, Tensor, Tensor]:
+    """All streams of a site one after another: words, escapes, and (rows, words, escapes) of each stream."""
+    matrix, rows, columns = codes.numpy(), spread.rows.numpy().astype(int), spread.columns.numpy().astype(int)
+    step = max(1, STREAM_WEIGHTS // matrix.shape[1])
+    coded = [
+        (
+            min(step, len(matrix) - first),
+            encode(matrix[first : first + step], rows[first : first + step], columns, tables, models),
+        )
+        for first in range(0, len(matrix), step)
+    ]
+    words = np.concatenate([stream.words for _, stream in coded]).view(np.int32)
+    escapes = np.concatenate([stream.escapes for _, stream in coded])
+    sizes = [[count, len(stream.words), len(stream.escapes)] for count, stream in coded]
+    return torch.from_numpy(words), torch.from_numpy(escapes), torch.tensor(sizes, dtype=torch.int32)
+
+
+def decode_site(stored: Mapping[str, Tensor], entry: Mapping, tables: Tables, models: list) -> Tensor:
+    """The codes (int32) of one site from its tensors, column tensors included.
+
+    Raises ValueError when the checksum or the streams say that the tensors are not what was written.
+    """
+    names = ("words", "escapes", "streams", "row_steps", "row_classes", "column_steps", "column_classes")
+    if checksum(*(stored[name] for name in names)) != entry["crc32"]:
+        raise ValueError("the checksum does not match")
+    words, escapes = stored["words"].numpy().view(np.uint32), stored["escapes"].numpy()
+    rows, columns = (stored[name].numpy().astype(int) for name in ("row_classes", "column_classes"))
+    parts, row, word, escape = [], 0, 0, 0
+    for count, length, outside in stored["streams"].tolist():
+        coded = Coded(words[word : word + length].copy(), escapes[escape : escape + outside])
+        parts.append(decode(coded, rows[row : row + count], columns, tables, models))
+        row, word, escape = row + count, word + length, escape + outside
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def byte_steps(exponents: Tensor) -> tuple[Tensor, int]:
+    """Exponents as bytes above a base."""
+    base = int(exponents.min())
+    if int(exponents.max()) - base > 255:  # steps of one vector that differ by 2^32: no damped metric gives them
+        raise ValueError("steps span more than a byte of exponents")
+    return (exponents - base).to(torch.uint8), base
+
+
+def checksum(*tensors: Tensor) -> int:
+    """CRC-32 over the bytes of tensors."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.contiguous().numpy().tobytes(), value)
+    return value

@@ -1,0 +1,69 @@
+"""The output side of the metric: curvature of the rows, in diagonal blocks of neighbouring rows.
+
+Errors of two outputs that feed the same softmax or the same residual direction do not add like strangers. Inside one
+input column the rows are therefore rounded one after another too, each moved by the errors of those before it, in the
+metric `G` of its block: Babai on the Kronecker lattice `G (x) A`, blocks apart. The Gram-Schmidt lengths of G are
+shorter than the square roots of its diagonal, so rows get longer steps, and fewer bits, for the same expected loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["RowMetric", "block_sizes", "row_metric"]
+
+SIZE = 64  # rows per block: a head of most models
+
+
+@dataclass(frozen=True)
+class RowMetric:
+    """Factors of G by block.
+
+    factor: (blocks, size, size) `U` upper triangular with `G^-1 = U^T U` in the order of the rows; blocks of fewer
+            rows are filled up with the identity. sizes: rows of each block.
+    """
+
+    factor: Float[Tensor, "blocks size size"]
+    sizes: tuple[int, ...]
+
+    def spread(self, values: Float[Tensor, "blocks size"]) -> Float[Tensor, " rows"]:
+        """One value per row, without what fills the blocks up."""
+        return torch.cat([part[:size] for part, size in zip(values, self.sizes)])
+
+    @property
+    def lengths(self) -> Float[Tensor, " rows"]:
+        """Gram-Schmidt lengths of the rows."""
+        return self.spread(self.factor.diagonal(dim1=1, dim2=2).reciprocal())
+
+
+def block_sizes(rows: list[int], size: int = SIZE) -> tuple[int, ...]:
+    """Rows of each block when sites with `rows` rows are stacked; no block belongs to two sites."""
+    return tuple(min(size, count - start) for count in rows for start in range(0, count, size))
+
+
+def row_metric(
+    curvature: Float[Tensor, "blocks size size"], sizes: tuple[int, ...], *, floor: float, keep: float
+) -> RowMetric:
+    """Factorise means of `g g^T`, zero where a block has no rows, after making them trustworthy.
+
+    floor: added to every diagonal entry, as a share of the mean diagonal of its block. keep: share of the off-diagonal
+    entries that is believed; the rest is taken for noise of too few tokens.
+    """
+    size = curvature.shape[-1]
+    held = torch.arange(size, device=curvature.device) < torch.tensor(sizes, device=curvature.device)[:, None]
+    diagonal = curvature.diagonal(dim1=1, dim2=2).double()
+    mean = diagonal.sum(1, keepdim=True) / held.sum(1, keepdim=True)
+    diagonal = (diagonal + floor * mean).clamp_min(1e-28)
+    diagonal = torch.where(held, diagonal, 1.0)
+    metric = keep * curvature.double()
+    metric.diagonal(dim1=1, dim2=2).copy_(diagonal)
+    # (flip G) = L L^T gives G = V V^T with V upper triangular, and U = V^-1.
+    lower = torch.linalg.cholesky(metric.flip(1, 2))
+    identity = torch.eye(size, dtype=metric.dtype, device=metric.device).expand_as(metric)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(1, 2)
+    # Blocks were filled up at the end: the identity part stays apart.
+    return RowMetric(upper.to(torch.float32), sizes)

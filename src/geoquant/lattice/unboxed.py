@@ -1,0 +1,133 @@
+"""Babai's nearest plane on the unbounded lattice with rank-one steps `s_ij = a_i b_j`.
+
+No box, so nothing is clipped and the certificate's bound always holds. With `b_j` proportional to `1/r_j` every
+Gram-Schmidt length of the scaled basis is the same: the gap between arithmetic and geometric mean, which is all that
+lattice reduction could ever close, is closed without any reduction. With `a_i = D G_ii^(-1/2)` and one D for the whole
+model, every code of every site costs the same expected loss per bit: reverse water-filling in the metric `G (x) A`.
+
+Steps are powers of 2^(1/8), rounded to bfloat16: a reader's cast to bf16 or fp32 keeps them, a byte names them, and a
+step off by at most 4.4% costs less than 0.1% of error (the optimum is flat).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from geoquant.lattice.rows import RowMetric, block_sizes
+
+__all__ = ["exponents", "snapped", "steps_of", "unboxed_babai"]
+
+PER_OCTAVE = 8
+PANEL = 64
+
+
+def exponents(steps: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The integers k of the nearest steps `2^(k/8)`, int16."""
+    return torch.round(PER_OCTAVE * torch.log2(steps.double())).to(torch.int16)
+
+
+def steps_of(index: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """`2^(k/8)` with its mantissa rounded to bfloat16's, exact in bfloat16 and float32."""
+    index = index.to(torch.int32)
+    octave = torch.div(index, PER_OCTAVE, rounding_mode="floor")
+    mantissa = torch.exp2((index - PER_OCTAVE * octave).double() / PER_OCTAVE).to(torch.bfloat16).float()
+    return torch.ldexp(mantissa, octave)
+
+
+def snapped(steps: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The nearest steps that can be stored."""
+    return steps_of(exponents(steps))
+
+
+def unboxed_babai(
+    weight: Float[Tensor, "out in"],
+    factor: Float[Tensor, "in in"],
+    order: Int[Tensor, " in"],
+    row_steps: Float[Tensor, " out"],
+    column_steps: Float[Tensor, " in"],
+    rows: RowMetric | None = None,
+) -> Int[Tensor, "out in"]:
+    """Codes z (int32) with `q_ij = row_steps_i column_steps_j z_ij`, Babai's plane by plane in `order`.
+
+    factor: `U` of `compensation_factor`, in processing order. Column steps in the original order. rows: the output side
+    of the metric; without it rows are strangers to each other. All rows are solved in units of their own step, so the
+    recursion sees one step per column. Compiled on a CPU in float32, torch operations elsewhere.
+    """
+    # Transposed, so that one column of the layer is one contiguous row of memory.
+    work = (weight / row_steps[:, None]).T[order].contiguous()
+    columns, count = work.shape
+    steps, pivots = column_steps[order].to(work.dtype), factor.diagonal().reciprocal()
+    feedback, sizes = _feedback(rows, row_steps, work)
+    codes = torch.empty(columns, count, dtype=torch.int32, device=weight.device)
+    errors = torch.empty(PANEL, count, dtype=weight.dtype, device=weight.device)
+    run = _compiled if work.device.type == "cpu" and work.dtype == torch.float32 else _plain
+    for panel in range(0, columns, PANEL):
+        end = min(panel + PANEL, columns)
+        part, found = slice(panel, end), errors[: end - panel]
+        codes[order[part]] = run(work[part], found, steps[part], pivots[part], factor[part, part], feedback, sizes)
+        if end < columns:
+            work[end:].addmm_(factor[part, end:].T, found, alpha=-1.0)
+    return codes.T.contiguous()
+
+
+def _feedback(
+    rows: RowMetric | None, row_steps: Float[Tensor, " out"], work: Float[Tensor, "in out"]
+) -> tuple[Float[Tensor, "blocks size size"], tuple[int, ...]]:
+    """How a row's error moves those after it, both in units of their steps, and the sizes of the blocks."""
+    count = work.shape[1]
+    if rows is None:
+        return work.new_empty(0, 1, 1), block_sizes([count])
+    steps = work.new_ones(rows.factor.shape[:2])
+    for block, part in enumerate(row_steps.split(rows.sizes)):
+        steps[block, : len(part)] = part
+    unit = rows.factor / rows.factor.diagonal(dim1=1, dim2=2)[:, :, None]
+    return (unit * steps[:, :, None] / steps[:, None, :]).to(work.dtype).contiguous(), rows.sizes
+
+
+def _compiled(
+    work: Tensor,
+    errors: Tensor,
+    steps: Tensor,
+    pivots: Tensor,
+    factor: Tensor,
+    feedback: Tensor,
+    sizes: tuple[int, ...],
+) -> Tensor:
+    from geoquant.lattice.kernel import panel
+
+    codes = torch.empty(work.shape, dtype=torch.int32)
+    arrays = (work, codes, errors, steps, pivots, factor.contiguous(), feedback)
+    panel(*(tensor.numpy() for tensor in arrays), np.array(sizes))
+    return codes
+
+
+def _plain(
+    work: Tensor,
+    errors: Tensor,
+    steps: Tensor,
+    pivots: Tensor,
+    factor: Tensor,
+    feedback: Tensor,
+    sizes: tuple[int, ...],
+) -> Tensor:
+    """The same in torch operations, blocks side by side."""
+    codes = torch.empty_like(work)
+    size = feedback.shape[1]
+    # Place of every row in the padded blocks.
+    place = torch.cat([torch.arange(rows) + block * size for block, rows in enumerate(sizes)]).to(work.device)
+    for j, (step, pivot) in enumerate(zip(steps.tolist(), pivots.tolist())):
+        if not len(feedback):
+            torch.div(work[j], step, out=codes[j]).round_()
+        else:
+            target = work.new_zeros(len(sizes) * size).index_copy_(0, place, work[j]).view(len(sizes), size)
+            for i in range(size):
+                rest = target[:, i] - (target[:, i] / step).round_() * step
+                target[:, i + 1 :].addcmul_(rest[:, None], feedback[:, i, i + 1 :], value=-1.0)
+            codes[j] = (target.flatten()[place] / step).round_()
+        torch.add(work[j], codes[j], alpha=-step, out=errors[j]).mul_(pivot)
+        if j + 1 < len(work):
+            work[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
+    return codes.to(torch.int32)

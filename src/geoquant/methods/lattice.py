@@ -1,0 +1,83 @@
+"""The unboxed lattice: rank-one steps from the metric, Babai without clipping, codes for an entropy coder.
+
+With the metric `G (x) A` of a stage (A from its inputs, G its output curvature in blocks of rows) and one global step
+D, row i gets the step `D / r_i` and column j the step `1 / r_j`, r the Gram-Schmidt lengths of G and of A. Every code
+of the whole model then costs the same expected loss, `D^2/24` nats: reverse water-filling. How many bits a site takes
+falls out of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from geoquant.lattice.basis import compensation_factor, heldout_prices, permuted
+from geoquant.lattice.order import column_order
+from geoquant.lattice.unboxed import exponents, steps_of, unboxed_babai
+from geoquant.methods.babai import DEFAULT_DAMPING, least
+from geoquant.methods.problem import LatticeSolution, Problem
+
+__all__ = ["choose_damping", "nearest", "solve"]
+
+
+def solve(problem: Problem) -> LatticeSolution:
+    """Babai at the problem's step. Raises NotPositiveDefinite when the metric has no factor."""
+    count = max(1, problem.tokens)
+    metric = problem.pooled / count
+    order = column_order(problem.order, metric, metric.shape[0])
+    damping, price = choose_damping(problem, order)
+    factor = compensation_factor(metric, order, damping)
+    lengths = torch.empty_like(factor.diagonal())
+    lengths[order] = factor.diagonal().reciprocal()
+    columns = exponents((lengths * price**0.5).reciprocal())
+    weight, known = problem.weight, problem.rows
+    if known is not None:
+        known = replace(known, factor=known.factor.to(weight))
+    row_lengths = weight.new_ones(len(weight)) if known is None else known.lengths
+    rows = exponents(problem.step / row_lengths)
+    codes = unboxed_babai(weight, factor, order, steps_of(rows), steps_of(columns), known)
+    return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5)
+
+
+def nearest(problem: Problem) -> LatticeSolution:
+    """Where the metric has no factor: every weight alone, with a sixteenth of its row's mean square as its step."""
+    rows = exponents(problem.weight.square().mean(1).sqrt().clamp_min(1e-12) / 16)
+    columns = torch.zeros(problem.weight.shape[1], dtype=torch.int16, device=rows.device)
+    codes = torch.round(problem.weight / steps_of(rows)[:, None]).to(torch.int32)
+    lengths = problem.pooled.diagonal().nan_to_num(0.0, 0.0, 0.0).clamp_min(0).sqrt()
+    return LatticeSolution(narrow(codes), rows, columns, problem.step, 0.0, lengths)
+
+
+def choose_damping(problem: Problem, order: Tensor) -> tuple[float, float]:
+    """The lambda of DAMPINGS with the least expected held-out error *at equal rate*, and what a unit of squared length
+    costs there: below one where damping makes the lengths longer than they are, above where they were over-fitted.
+
+    Steps follow the lengths, `s_j = D / r_j`, and at equal rate D follows their geometric mean. A damping that is
+    given is not changed.
+    """
+    if problem.heldout is None:
+        return DEFAULT_DAMPING if problem.damping is None else problem.damping, 1.0
+    reverse = order.flip(0)
+    metric, heldout = permuted(problem.hessian, reverse), permuted(problem.heldout, reverse)
+    # Held-out tokens may weigh more or less than the others; only the shape of their metric is news.
+    scale = (metric.diagonal().sum() / heldout.diagonal().sum().clamp_min(1e-30)).item()
+
+    @cache
+    def prices(damping: float) -> tuple[float, float]:
+        prices, lengths = heldout_prices(metric, heldout, damping, stride=4)
+        return scale * (prices / lengths[::4].square()).mean().item(), 2 * lengths.log().mean().item()
+
+    damping = problem.damping
+    if damping is None:
+        damping = least(lambda damping: prices(damping)[0] * math.exp(prices(damping)[1]))
+    return damping, prices(damping)[0]
+
+
+def narrow(codes: Tensor) -> Tensor:
+    """The smallest integer type that holds the codes."""
+    largest = int(codes.abs().max()) if codes.numel() else 0
+    return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)

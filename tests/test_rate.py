@@ -1,0 +1,188 @@
+"""What codes cost: entropies against closed forms, the coder against the entropy, the control against its target."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geoquant.export.coder import Coded, decode, encode, make_tables
+from geoquant.lattice.rate import REACH, SIDE_BITS, class_histograms, code_bits, entropy_bits, site_bits, spread_of
+from geoquant.lattice.rows import row_metric
+from geoquant.plan.rate import Forecast, RateControl, forecast
+from oracles.lattice import random_metric
+
+
+def codes_of(rows, columns, scale, seed=0, spread=0.5):
+    """Rounded Gaussians whose spread follows row and column."""
+    generator = torch.Generator().manual_seed(seed)
+    row, column = (torch.exp(spread * torch.randn(size, generator=generator)) for size in (rows, columns))
+    values = scale * torch.randn(rows, columns, generator=generator) * row[:, None] * column
+    return torch.round(values).int()
+
+
+def tables_of(*matrices):
+    """Tables counted over some matrices, as the export does."""
+    return make_tables(sum(class_histograms(codes, spread_of(codes)) for codes in matrices).numpy())
+
+
+def test_entropy_of_known_counts():
+    assert entropy_bits(torch.tensor([[8, 8, 0], [0, 0, 5]])) == pytest.approx(16.0)
+    assert entropy_bits(torch.tensor([[3, 1]])) == pytest.approx(-3 * math.log2(0.75) - math.log2(0.25))
+    assert entropy_bits(torch.zeros(4, 3, dtype=torch.int64)) == 0.0
+
+
+def test_histograms_count_every_code_in_its_class():
+    codes = codes_of(40, 30, 2.0)
+    spread = spread_of(codes)
+    codes[2, 2] = -5000
+    counts = class_histograms(codes, spread)
+    classes = spread.classes()
+    for row, column in ((0, 0), (39, 29), (7, 11)):
+        at = (classes == classes[row, column]) & (codes == codes[row, column])
+        assert counts[classes[row, column], codes[row, column] + REACH] == at.sum()
+    assert counts.sum() == codes.numel()
+    assert counts[:, -1].sum() == 1
+    torch.testing.assert_close(spread.part(3, 9).classes(), classes[3:9])
+
+
+def test_classes_find_the_spread():
+    """Two kinds of rows and of columns: classed, they cost what each kind would cost alone."""
+    generator = torch.Generator().manual_seed(3)
+    row, column = torch.ones(400), torch.ones(300)
+    row[::2], column[::3] = 8.0, 3.0
+    codes = torch.round(2 * torch.randn(400, 300, generator=generator) * row[:, None] * column).int()
+    alone = sum(
+        entropy_bits(torch.bincount((part - part.min()).flatten())[None])
+        for part in (codes[i::2][:, columns] for i in (0, 1) for columns in (column == 1, column == 3))
+    )
+    assert code_bits(codes, spread_of(codes)) == pytest.approx(alone, rel=0.004)
+
+
+def test_a_site_pays_for_the_bytes_beside_its_codes():
+    codes = codes_of(20, 50, 3.0)
+    spread = spread_of(codes)
+    assert site_bits(codes, spread, 0.5) - code_bits(codes, spread) == pytest.approx(SIDE_BITS * (20 + 25))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 40),
+    scale=st.sampled_from([0.0, 0.3, 2.0, 90.0]),
+    outlier=st.sampled_from([0, 128, -7000, 2**20]),
+    seed=st.integers(0, 999),
+)
+def test_codes_survive_the_coder(rows, columns, scale, outlier, seed):
+    """Any size, nearly nothing but zeros, values far beyond the tables."""
+    codes = codes_of(rows, columns, scale, seed)
+    if outlier:
+        codes[seed % rows, seed % columns] = outlier
+    spread, tables = spread_of(codes), tables_of(codes)
+    side = (spread.rows.numpy().astype(int), spread.columns.numpy().astype(int))
+    models = tables.models()
+    coded = encode(codes.numpy(), *side, tables, models)
+    np.testing.assert_array_equal(decode(coded, *side, tables, models), codes.numpy())
+
+
+@pytest.mark.parametrize("scale", [0.4, 1.5, 5.0])
+def test_the_coder_takes_the_entropy_and_hardly_more(scale):
+    """At most 0.02 bit per weight, with distributions shared by matrices of other shapes."""
+    matrices = [codes_of(300, 400, scale, 1), codes_of(700, 200, 1.3 * scale, 2)]
+    tables = tables_of(*matrices)
+    models = tables.models()
+    for codes in matrices:
+        spread = spread_of(codes)
+        side = (spread.rows.numpy().astype(int), spread.columns.numpy().astype(int))
+        coded = encode(codes.numpy(), *side, tables, models)
+        size = 32 * (len(coded.words) + len(coded.escapes))
+        assert size / codes.numel() <= code_bits(codes, spread) / codes.numel() + 0.02
+
+
+def test_a_stream_that_does_not_fit_is_noticed():
+    codes = codes_of(30, 40, 2.0)
+    codes[1, 1] = 5000
+    spread, tables = spread_of(codes), tables_of(codes)
+    side = (spread.rows.numpy().astype(int), spread.columns.numpy().astype(int))
+    models = tables.models()
+    coded = encode(codes.numpy(), *side, tables, models)
+    for words, escapes in (
+        (coded.words, coded.escapes[:0]),
+        (coded.words, np.append(coded.escapes, 7).astype(np.int32)),
+        (np.append(coded.words[:1], coded.words).astype(np.uint32), coded.escapes),
+    ):
+        with pytest.raises(ValueError, match=r"than are stored|does not end"):
+            decode(Coded(words, escapes), *side, tables, models)
+
+
+def test_a_forecast_meets_what_babai_s_codes_really_cost():
+    """The metric that is solved with, hundreds of rows: within a tenth of a bit from 1.5 to 6 bits."""
+    from geoquant.methods.lattice import solve
+    from geoquant.methods.problem import Problem
+
+    columns, rows = 160, 300
+    generator = torch.Generator().manual_seed(0)
+    metric = random_metric(columns, 4).float()
+    weight = torch.randn(rows, columns, generator=generator) * torch.exp(torch.randn(rows, 1, generator=generator))
+    curvature = 0.05 + torch.rand(rows, generator=generator)
+    rows_ = row_metric(curvature[:, None, None], (1,) * rows, floor=0.0, keep=1.0)
+    known = forecast(weight, rows_.lengths, metric, "activation")
+    for step in (0.1, 0.4, 1.2):
+        options = {"order": "activation", "damping": 0.01, "step": step, "rows": rows_}
+        codes = solve(Problem(weight, metric, **options)).codes
+        real = site_bits(codes, spread_of(codes)) / codes.numel()
+        assert known.at(math.log2(step)) == pytest.approx(real, abs=0.12), real
+
+
+def test_a_forecast_between_and_beyond_its_samples():
+    known = Forecast((-2.0, 0.0, 1.0), (5.0, 3.0, 2.5), 10)
+    assert [known.at(step) for step in (-4.0, -2.0, -1.0, 0.5, 1.0, 9.0)] == [7.0, 5.0, 4.0, 2.75, 2.5, 2.5]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    target=st.floats(1.6, 7.5),
+    bias=st.floats(-0.8, 0.8),
+    noise=st.floats(0.0, 0.4),
+    seed=st.integers(0, 999),
+)
+def test_the_whole_meets_its_rate_though_every_forecast_is_wrong(target, bias, noise, seed):
+    """Forecasts off by a common bias, a bias of each kind and noise: the total within one per cent."""
+    rng = np.random.default_rng(seed)
+    steps = tuple(np.arange(-16.0, 2.0, 0.5).tolist())
+    names = [(f"{block}.{kind}", kind) for block in range(24) for kind in "abcd"]
+    weights = {"a": 900, "b": 300, "c": 3000, "d": 1500}
+    levels = {name: rng.normal(0, 0.3) for name, _ in names}
+    forecasts = {
+        name: Forecast(steps, tuple(max(0.05, levels[name] - 8 - x) for x in steps), weights[kind])
+        for name, kind in names
+    }
+    control = RateControl(target, forecasts, names)
+    own = {kind: rng.normal(0, 0.2) for kind in "abcd"}
+    for name, kind in names:
+        step = control.step()
+        real = max(0.02, forecasts[name].at(math.log2(step)) + bias + own[kind] + rng.normal(0, noise))
+        control.record(name, step, real * weights[kind])
+    total = sum(control.spent.values()) / sum(weights[kind] for _, kind in names)
+    assert total == pytest.approx(target, rel=0.01)
+
+
+def test_the_control_goes_on_where_it_was_stopped():
+    """Told of what was solved, a new one gives the same steps."""
+    steps = tuple(np.arange(-16.0, 2.0, 0.5).tolist())
+    names = [(f"{block}.{kind}", kind) for block in range(6) for kind in "ab"]
+    forecasts = {name: Forecast(steps, tuple(max(0.05, -8 - x) for x in steps), 100) for name, _ in names}
+    first, seen = RateControl(3.0, forecasts, names), []
+    for index, (name, _) in enumerate(names):
+        seen.append((name, first.step(), 100 * (3.1 + 0.1 * (index % 3))))
+        first.record(*seen[-1])
+    second = RateControl(3.0, forecasts, names)
+    for known in seen[:5]:
+        second.record(*known)
+    for name, step, bits in seen[5:]:
+        assert second.step() == step
+        second.record(name, step, bits)

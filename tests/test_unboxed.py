@@ -1,0 +1,263 @@
+"""Babai on the unbounded lattice against the textbook, brute force, and its own law of errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geoquant.lattice.babai import boxed_babai
+from geoquant.lattice.basis import NotPositiveDefinite, compensation_factor, damped
+from geoquant.lattice.grid import Grid
+from geoquant.lattice.order import ORDERS, column_order
+from geoquant.lattice.rows import block_sizes, row_metric
+from geoquant.lattice.unboxed import exponents, snapped, steps_of, unboxed_babai
+from geoquant.methods.lattice import choose_damping, nearest, solve
+from geoquant.methods.problem import Problem
+from oracles.lattice import closest_vectors, column_error, random_metric, textbook_babai
+
+
+def lengths_of(metric, order, damping=0.01):
+    found = torch.empty(len(metric), dtype=metric.dtype)
+    factor = compensation_factor(metric, order, damping)
+    found[order] = factor.diagonal().reciprocal()
+    return factor, found
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-900, 900), min_size=1, max_size=40))
+def test_exponents_name_their_steps(index):
+    index = torch.tensor(index, dtype=torch.int16)
+    steps = steps_of(index)
+    torch.testing.assert_close(exponents(steps), index)
+    torch.testing.assert_close(steps.to(torch.bfloat16).float(), steps, rtol=0, atol=0)
+
+
+def test_a_stored_step_is_near_the_wanted_one():
+    wanted = torch.logspace(-12, 6, 5000, dtype=torch.float64)
+    ratio = snapped(wanted).double() / wanted
+    # Half of an eighth of an octave, and half a unit of bfloat16's eight bits.
+    assert ratio.log2().abs().max() <= 1 / 16 + math.log2(1 + 2**-8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    columns=st.sampled_from([1, 2, 15, 64, 65, 150]),
+    rows=st.sampled_from([1, 3]),
+    name=st.sampled_from(sorted(ORDERS)),
+    seed=st.integers(0, 99),
+)
+def test_codes_are_the_textbook_s(columns, rows, name, seed):
+    """In double precision, on every order, with different steps for every row and column."""
+    metric = random_metric(columns, seed)
+    order = column_order(name, metric, 16)
+    factor, _ = lengths_of(metric, order)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    rows_, columns_ = (0.05 + torch.rand(size, generator=generator, dtype=torch.float64) for size in (rows, columns))
+    found = unboxed_babai(weight, factor, order, rows_, columns_)
+    wide = Grid(8)
+    object.__setattr__(wide, "bits", 40)  # a box that nothing reaches
+    steps = rows_[:, None] * columns_
+    expected = textbook_babai(weight, damped(metric, 0.01), order, steps, wide)
+    torch.testing.assert_close(found.double(), expected)
+
+
+def test_without_clipping_the_box_gives_the_same_codes():
+    metric, columns = random_metric(90, 3), 90
+    order = column_order("activation", metric, columns)
+    factor, lengths = lengths_of(metric, order)
+    weight = torch.randn(5, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    steps = 0.2 / lengths * lengths.median()
+    scales = steps[:, None].expand(columns, 5).contiguous()
+    boxed = boxed_babai(weight, factor, order, Grid(8, 1), metric.diagonal(), scales=scales)
+    assert boxed.clipped.sum() == 0
+    found = unboxed_babai(weight, factor, order, torch.ones(5, dtype=torch.float64), steps)
+    torch.testing.assert_close(found.T.to(torch.int8), boxed.codes)
+
+
+@settings(max_examples=30, deadline=None)
+@given(columns=st.integers(1, 4), seed=st.integers(0, 999))
+def test_never_better_than_the_closest_vector_nor_worse_than_the_bound(columns, seed):
+    metric = damped(random_metric(columns, seed), 0.01)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+    factor, lengths = lengths_of(metric, order, 0.0)
+    steps, one = lengths.reciprocal(), torch.ones(3, dtype=torch.float64)
+    # Few steps from zero, so that a box of sixteen codes holds the closest vector.
+    weight = steps * torch.randn(3, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    codes = unboxed_babai(weight, factor, order, one, steps)
+    error = column_error(weight - codes * steps, metric)
+    # The same lattice in units of its steps.
+    best = closest_vectors(weight / steps, metric * steps * steps[:, None], one, Grid(4))
+    assert (error >= best - 1e-9).all()
+    # Steps 1/r_j: a quarter for every column.
+    assert (error <= columns / 4 + 1e-9).all()
+
+
+def test_the_expected_error_is_a_twelfth_of_every_square():
+    """4000 random targets: within five per cent of the mean (three standard errors are about one)."""
+    columns = 48
+    metric = damped(random_metric(columns, 7), 0.01)
+    order = column_order("activation", metric, columns)
+    factor, lengths = lengths_of(metric, order, 0.0)
+    generator = torch.Generator().manual_seed(1)
+    weight = 50 * torch.randn(4000, columns, generator=generator, dtype=torch.float64) / lengths
+    steps = lengths.reciprocal()
+    codes = unboxed_babai(weight, factor, order, torch.ones(4000, dtype=torch.float64), steps)
+    assert column_error(weight - codes * steps, metric).mean().item() == pytest.approx(columns / 12, rel=0.05)
+
+
+def diagonal(curvature):
+    """Rows that are strangers to each other."""
+    return row_metric(curvature[:, None, None], (1,) * len(curvature), floor=0.0, keep=1.0)
+
+
+def correlated(rows, size, seed=0, **options):
+    """Curvature of stacked rows in blocks, its factors, and the whole metric as one matrix."""
+    sizes = block_sizes(rows, size)
+    blocks = torch.zeros(len(sizes), size, size, dtype=torch.float64)
+    for block, count in enumerate(sizes):
+        blocks[block, :count, :count] = random_metric(count, seed + block, decades=0.5)
+    metric = row_metric(blocks.float(), sizes, **({"floor": 0.0, "keep": 1.0} | options))
+    return blocks, metric, torch.block_diag(*(part[:count, :count] for part, count in zip(blocks, sizes)))
+
+
+def test_blocks_do_not_straddle_sites():
+    assert block_sizes([5, 3, 4], 4) == (4, 1, 3, 4)
+
+
+def test_row_factors_are_those_of_every_block():
+    _, rows, whole = correlated([5, 3], 4, seed=2)
+    factors = torch.block_diag(*(part[:count, :count] for part, count in zip(rows.factor, rows.sizes))).double()
+    torch.testing.assert_close(factors.T @ factors @ whole, torch.eye(8, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+    lengths = torch.cat(
+        [
+            torch.linalg.cholesky(part.flip(0, 1)).flip(0, 1).diagonal()
+            for part in (whole[:4, :4], whole[4:5, 4:5], whole[5:, 5:])
+        ]
+    )
+    torch.testing.assert_close(rows.lengths.double(), lengths, rtol=1e-5, atol=0)
+
+
+def test_what_is_not_believed_leaves_the_diagonal():
+    blocks, rows, _ = correlated([6], 6, floor=0.1, keep=0.0)
+    diagonal_ = blocks[0].diagonal()
+    torch.testing.assert_close(rows.lengths.double().square(), diagonal_ + 0.1 * diagonal_.mean(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("rows", "size"), [([3], 3), ([2, 3], 2), ([70], 64)])
+def test_rows_that_feel_each_other_are_the_textbook_s_kronecker_lattice(rows, size, dtype):
+    """One vector of all weights, column after column and row after row, in the metric A (x) G. Compiled and plain."""
+    columns, count = 6 if sum(rows) < 10 else 3, sum(rows)
+    _, known, whole = correlated(rows, size, seed=5)
+    metric = random_metric(columns, 8)
+    order = column_order("activation", metric, columns)
+    factor, lengths = lengths_of(metric, order, 0.0)
+    row_steps, column_steps = snapped(0.3 / known.lengths), snapped(lengths.reciprocal())
+    weight = 4 * torch.randn(count, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = unboxed_babai(weight.to(dtype), factor.to(dtype), order, row_steps.to(dtype), column_steps.to(dtype), known)
+    wide = Grid(8)
+    object.__setattr__(wide, "bits", 40)
+    flat = torch.arange(columns * count)
+    places = torch.cat([flat.view(columns, count)[column] for column in order])
+    vector = weight.T.reshape(1, -1)
+    steps = (column_steps[:, None] * row_steps).reshape(1, -1).double()
+    expected = textbook_babai(vector, torch.kron(metric, whole), places, steps, wide).view(columns, count).T
+    agree = (found.double() == expected).double().mean().item()
+    assert agree == 1.0 if dtype == torch.float64 else agree > 0.99
+
+
+def test_expected_loss_is_a_twelfth_of_the_squared_step_whatever_feels_what():
+    """tr(G E A E^T) / (rows columns) = D^2 / 12 with row and column steps from both lengths."""
+    _, known, whole = correlated([64, 64, 40], 64, seed=9)
+    given_ = problem(columns=120, count=168, damping=0.01, heldout=None, order="natural", rows=known)
+    solved = solve(given_)
+    error = (solved.dequantize() - given_.weight).double()
+    metric = damped(given_.hessian / given_.tokens, 0.01).double()
+    loss = ((whole @ error @ metric) * error).sum() / error.numel()
+    assert loss.item() == pytest.approx(0.05**2 / 12, rel=0.05)
+
+
+def problem(columns=60, count=12, seed=0, **changes):
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        "heldout": random_metric(columns, seed).float() * 40,
+        "tokens": 400,
+        "step": 0.05,
+        "rows": diagonal(0.1 + torch.rand(count, generator=generator)),
+        "order": "activation",
+    }
+    weight = torch.randn(count, columns, generator=generator)
+    return Problem(weight, random_metric(columns, seed).float() * 360, **(values | changes))
+
+
+def test_the_solution_is_what_its_parts_say():
+    solved = solve(problem())
+    values = solved.dequantize()
+    rows, columns = (torch.exp2(index.double() / 8) for index in (solved.row_exponents, solved.column_exponents))
+    torch.testing.assert_close(values.double(), solved.codes.double() * rows[:, None] * columns, rtol=2**-7, atol=0)
+    part = solved.rows(3, 7)
+    torch.testing.assert_close(part.dequantize(), values[3:7])
+
+
+def test_every_weight_costs_the_same_whatever_its_row_and_column():
+    """G_ii times the squared error of row i is D^2/12 a column, up to the rounding of steps."""
+    given_ = problem(columns=100, count=400, damping=0.01, heldout=None, order="natural")
+    solved = solve(given_)
+    metric = damped(given_.hessian / given_.tokens, 0.01)
+    curvature = given_.rows.lengths.square()
+    costs = column_error((solved.dequantize() - given_.weight).double(), metric.double()) * curvature
+    assert costs.mean().item() == pytest.approx(100 * 0.05**2 / 12, rel=0.05)
+    few, many = costs[curvature < 0.3].mean(), costs[curvature > 0.8].mean()
+    assert few.item() == pytest.approx(many.item(), rel=0.1)
+
+
+def test_a_finer_step_errs_less():
+    errors = []
+    for step in (0.2, 0.1, 0.05):
+        given_ = problem(step=step)
+        difference = (solve(given_).dequantize() - given_.weight).double()
+        errors.append(column_error(difference, given_.pooled.double()).sum().item())
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+def test_damping_does_not_make_a_site_finer():
+    """Lengths grow with the damping; the price of a unit of length, measured on held-out tokens, takes it back."""
+    light, heavy = (choose_damping(problem(damping=value), torch.arange(60)) for value in (0.003, 0.3))
+    assert light[1] > heavy[1]
+    same = problem(heldout=None)
+    assert choose_damping(same, torch.arange(60)) == (0.01, 1.0)
+
+
+def test_a_price_is_that_of_the_closed_form():
+    given_ = problem(damping=0.03)
+    order = column_order("activation", given_.hessian, 60)
+    factor, lengths = lengths_of(given_.hessian.double(), order, 0.03)
+    heldout = given_.heldout.double() * (given_.hessian.trace() / given_.heldout.trace()).item()
+    rows = torch.diagonal(factor @ heldout[order][:, order] @ factor.T)
+    _, price = choose_damping(given_, order)
+    assert price == pytest.approx(rows.flip(0)[::4].mean().item(), rel=1e-3)
+    assert (lengths > 0).all()
+
+
+def test_where_the_metric_fails_every_weight_is_rounded_alone():
+    broken = dataclasses.replace(problem(), hessian=torch.full((60, 60), torch.nan))
+    with pytest.raises(NotPositiveDefinite):
+        solve(broken)
+    solved = nearest(broken)
+    steps = steps_of(solved.row_exponents)[:, None]
+    assert ((solved.dequantize() - broken.weight).abs() <= steps / 2 * 1.01).all()
+
+
+def test_codes_take_the_smallest_type_that_holds_them():
+    for step, wanted in ((1.0, torch.int8), (0.01, torch.int16), (1e-5, torch.int32)):
+        solved = solve(problem(step=step))
+        assert solved.codes.dtype == wanted
+        limits = torch.iinfo(wanted)
+        assert limits.min < solved.codes.min()
+        assert solved.codes.max() < limits.max
