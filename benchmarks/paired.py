@@ -33,6 +33,7 @@ def measure(settings: dict) -> dict:
     from geoquant.data.text import read_text, windows
     from geoquant.evaluate.perplexity import perplexity
     from geoquant.recipe import Recipe
+    from geoquant.results import site_reports
 
     recipe = Recipe(**settings["recipe"])
     loaded, blocks, texts, plan, _ = pipeline.prepare(recipe)
@@ -48,7 +49,10 @@ def measure(settings: dict) -> dict:
         pipeline.solve(
             Path(folder), recipe, loaded, blocks, replace(texts, calibration=calibration), plan, lambda *_: None
         )
-    return {"perplexity": perplexity(loaded.model, texts.evaluation).perplexity, "bits": plan.bits_per_weight}
+        sites = site_reports(Path(folder), blocks)[0]
+    weights = [math.prod(site["shape"]) for site in sites]
+    bits = sum(site["bits_per_weight"] * count for site, count in zip(sites, weights)) / sum(weights)
+    return {"perplexity": perplexity(loaded.model, texts.evaluation).perplexity, "bits": bits}
 
 
 def main() -> None:
@@ -99,7 +103,8 @@ def table(rows: list[dict], arms: list[str]) -> str:
         logs = [math.log(row["perplexity"] / first["perplexity"]) for row, first in zip(found[arm], found[arms[0]])]
         error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
         against = "-" if arm == arms[0] else f"{100 * statistics.mean(logs):+.2f} ± {100 * error:.2f}"
-        cells = [arm, f"{found[arm][0]['bits']:.3f}", *(f"{row['perplexity']:.2f}" for row in found[arm]), against]
+        bits = statistics.mean(row["bits"] for row in found[arm])
+        cells = [arm, f"{bits:.3f}", *(f"{row['perplexity']:.2f}" for row in found[arm]), against]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

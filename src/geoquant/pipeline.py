@@ -17,7 +17,6 @@ from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
 from geoquant.export.verify import verify, write_expected
 from geoquant.finished import earlier_exports, finished_report
-from geoquant.lattice.rows import SIZE
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
     Texts,
@@ -195,7 +194,7 @@ def solve(
                 compute=compute,
                 share=recipe.gradient_share,
                 chunk=2 * CHUNK if forecaster else CHUNK,  # a forecast from few tokens is a poor one
-                row_block=SIZE if forecaster else 1,
+                row_block=recipe.row_block if forecaster else 1,
                 seen=forecaster,
                 pages=pages,
                 progress=progress,

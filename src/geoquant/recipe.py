@@ -39,6 +39,7 @@ class Recipe(BaseModel):
     # metric and solver
     metric: str = "gradient"
     gradient_share: float = Field(default=0.25, gt=0.0, le=1.0)
+    row_block: int = Field(default=64, ge=1, le=256)
     order: str = "group-aware"
     damping: float | None = Field(default=None, gt=0.0, le=1.0)
     static_scales: bool = False

@@ -196,7 +196,8 @@ def assemble(
             "original_bytes": facts["bytes"],
             "kept_bytes": main["adapter_bytes"] if main else 0,
         },
-        "quality": quality(texts, before, after),
+        "quality": quality(texts, before, after)
+        | {"expected_delta_nll": sum(s["expected_loss"] for s in sites) if recipe.grid == "lattice" else None},
         "privacy": privacy,
         "sites": sites,
         "exports": exports,

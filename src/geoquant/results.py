@@ -202,7 +202,9 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
             }
         )
         if lattice:
-            entries[-1] |= {"step": solution.step, "largest_code": int(own.codes.abs().max())}
+            # In the metric of the loss every weight costs half a step's variance.
+            loss = math.prod(site.shape) * solution.step**2 / 24
+            entries[-1] |= {"step": solution.step, "largest_code": int(own.codes.abs().max()), "expected_loss": loss}
         if plan.method in ("rtn", "nearest"):
             entries[-1]["bound"] = None  # the bound is Babai's
     return entries

@@ -22,7 +22,7 @@ __all__ = ["COMMANDS", "build_app", "main", "overview"]
 
 # command -> (module:function, its line in the overview)
 COMMANDS = {
-    "demo": ("demo:demo", "the whole tour on a small model, about ten minutes"),
+    "demo": ("demo:demo", "the whole tour on a small model, about nine minutes"),
     "quantize": ("quantize:quantize", "compress a model, measure quality and leakage, export, report"),
     "plan": ("plan:plan", "the same without doing it: codes, sizes, time, memory"),
     "eval": ("evaluate:evaluate", "perplexity, divergence from another model, multiple choice"),

@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Fine-tune a small model on invented private records, compress it, and measure what it still reveals.
 
-    Takes about ten minutes on two cores; needs no network. A second run reuses the fine-tuned model.
+    Takes about nine minutes on two cores; needs no network. A second run reuses the fine-tuned model.
 
     For example:
 

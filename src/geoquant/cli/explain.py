@@ -102,6 +102,11 @@ def sentences(site: dict, sites: list[dict]) -> list[str]:
             promise = "as promised: no code was clipped" if kept else "although no code was clipped"
         word = "not exceeded" if kept else "exceeded"
         lines.append(f"  bound         {scientific(site['bound'])} {word}, {promise}")
+    if site.get("expected_loss") is not None:
+        lines.append(
+            f"  step          {scientific(site['step'])}: expected loss {scientific(site['expected_loss'])} nats; "
+            f"largest code {site['largest_code']}"
+        )
     massive = site.get("massive_tokens")
     if massive:
         lines.append(

@@ -106,6 +106,9 @@ class RecipeFlags:
         float | None,
         option("Share of the windows whose tokens are weighted by their gradient (default 0.25).", group=SOLVER),
     ] = None
+    row_block: Annotated[
+        int | None, option("Rows of the lattice that are rounded one after another (default 64).", group=SOLVER), WHOLE
+    ] = None
     order: Annotated[
         str | None,
         option("Column order: natural, activation, group-aware, min-pivot (default group-aware).", group=SOLVER),

@@ -16,8 +16,6 @@ from torch import Tensor
 
 __all__ = ["RowMetric", "block_sizes", "row_metric"]
 
-SIZE = 64  # rows per block: a head of most models
-
 
 @dataclass(frozen=True)
 class RowMetric:
@@ -40,7 +38,7 @@ class RowMetric:
         return self.spread(self.factor.diagonal(dim1=1, dim2=2).reciprocal())
 
 
-def block_sizes(rows: list[int], size: int = SIZE) -> tuple[int, ...]:
+def block_sizes(rows: list[int], size: int) -> tuple[int, ...]:
     """Rows of each block when sites with `rows` rows are stacked; no block belongs to two sites."""
     return tuple(min(size, count - start) for count in rows for start in range(0, count, size))
 

@@ -79,7 +79,7 @@ def _feedback(
     """How a row's error moves those after it, both in units of their steps, and the sizes of the blocks."""
     count = work.shape[1]
     if rows is None:
-        return work.new_empty(0, 1, 1), block_sizes([count])
+        return work.new_empty(0, 1, 1), block_sizes([count], PANEL)
     steps = work.new_ones(rows.factor.shape[:2])
     for block, part in enumerate(row_steps.split(rows.sizes)):
         steps[block, : len(part)] = part
