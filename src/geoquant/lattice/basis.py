@@ -38,16 +38,17 @@ def compensation_factor(
     hessian: Float[Tensor, "n n"],
     order: Int[Tensor, " n"],
     damping: float,
+    dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "n n"]:
     """`U` upper triangular with `(A + damping)^-1 = U^T U`, rows and columns in processing order.
 
     The reversed matrix has a lower Cholesky factor whose reversal is V; its inverse comes by halving, so that the
-    work is matrix products. Float64: damped metrics reach condition numbers of 1e6.
+    work is matrix products. Computed in `dtype`: damped metrics reach condition numbers of 1e6.
 
     Raises NotPositiveDefinite.
     """
     # Double precision only between the two reorderings: these matrices are the largest of a run.
-    lower = _cholesky(permuted(damped(hessian, damping), order.flip(0)).to(torch.float64), damping)
+    lower = _cholesky(permuted(damped(hessian, damping), order.flip(0)).to(dtype), damping)
     return triangular_inverse(lower).to(hessian.dtype).flip(0, 1)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 __all__ = ["panel"]
 
 
-@numba.njit(cache=True, nogil=True)
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
 def panel(work, codes, errors, steps, pivots, factor, feedback, sizes):  # pragma: no cover (compiled)
     """Quantize the columns of a panel, in place.
 
@@ -25,23 +25,25 @@ def panel(work, codes, errors, steps, pivots, factor, feedback, sizes):  # pragm
         last = first + size
         for j in range(columns):
             step, pivot = steps[j], pivots[j]
+            # Views that start at zero: the compiler vectorises loops over them, and not over offsets.
+            own, own_codes, own_errors = work[j, first:last], codes[j, first:last], errors[j, first:last]
             if feedback.shape[0] == 0:
-                for r in range(first, last):
-                    code = np.rint(work[j, r] / step)
-                    codes[j, r] = np.int32(code)
-                    errors[j, r] = (work[j, r] - code * step) * pivot
-            else:
                 for i in range(size):
-                    target[i] = work[j, first + i]
+                    code = np.rint(own[i] / step)
+                    own_codes[i] = np.int32(code)
+                    own_errors[i] = (own[i] - code * step) * pivot
+            else:
+                target[:size] = own
                 for i in range(size):
                     code = np.rint(target[i] / step)
-                    codes[j, first + i] = np.int32(code)
-                    errors[j, first + i] = (work[j, first + i] - code * step) * pivot
+                    own_codes[i] = np.int32(code)
+                    own_errors[i] = (own[i] - code * step) * pivot
                     rest = target[i] - code * step
-                    for k in range(i + 1, size):
-                        target[k] -= rest * feedback[block, i, k]
+                    after, shares = target[i + 1 : size], feedback[block, i, i + 1 : size]
+                    for k in range(len(after)):
+                        after[k] -= rest * shares[k]
             for other in range(j + 1, columns):
-                share = factor[j, other]
-                for r in range(first, last):
-                    work[other, r] -= share * errors[j, r]
+                share, later = factor[j, other], work[other, first:last]
+                for i in range(size):
+                    later[i] -= share * own_errors[i]
         first = last

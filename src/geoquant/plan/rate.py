@@ -31,7 +31,7 @@ OCTAVES = torch.tensor([-7.5, -4.5, -3.0, -2.0, -1.0, 0.0, 1.5])
 # Misses correct the forecasts that are left: those of a kind as if DOUBT more had shown the mean of all, those of all
 # as if DOUBT more had shown BIAS, bits per weight. Forecasts are low: lengths from few tokens are too short.
 DOUBT = 4.0
-BIAS = 0.3
+BIAS = 0.4
 SLACK = 0.003  # share of the target by which the whole may miss it before the step moves
 
 
@@ -67,7 +67,7 @@ def forecast(
     metric: mean of `w_t x_t x_t^T` over tokens. Raises NotPositiveDefinite.
     """
     columns = column_order(order, metric, len(metric))
-    factor = compensation_factor(metric, columns, DEFAULT_DAMPING)
+    factor = compensation_factor(metric, columns, DEFAULT_DAMPING, torch.float32)  # a forecast needs no more
     pivots = factor.diagonal()
     # Babai moves a weight by the compensation of all columns before it: variance sum_i U_ij^2 s_i^2 / (12 U_ii^2),
     # which with s_i proportional to U_ii is the column's sum of squares over twelve.
