@@ -1,0 +1,135 @@
+"""Which entropy coder: bits above the entropy and decoding speed, on rounded Gaussians and on a real coded model.
+
+    pip install zstandard
+    python benchmarks/coder.py [RUN]
+
+Each line is one distribution of codes: constriction's ANS and range coder under the exact distribution, Zstandard on
+bytes, and Zstandard on pairs of codes packed into bytes where they fit. With RUN (a finished lattice run) its coded
+sites are decoded as the reader does, and the entropy of their codes is compared with what the file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import constriction
+import numpy as np
+
+COUNT = 4_000_000
+OWN = ("words", "escapes", "streams", "row_steps", "row_classes")
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path)
+    arguments = parser.parse_args()
+    coders = {"ANS": ans, "range coder": ranged, "zstd": zstd, "zstd, pairs": pairs}
+    print("| spread | entropy | " + " | ".join(coders) + " |")
+    print("|---" * (2 + len(coders)) + "|")
+    rng = np.random.default_rng(0)
+    for spread in (0.4, 0.7, 1.0, 2.0, 4.0, 8.0):
+        values = np.rint(spread * rng.standard_normal(COUNT)).astype(np.int32)
+        symbols = values - values.min()
+        share = np.bincount(symbols) / COUNT
+        entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
+        cells = []
+        for coder in coders.values():
+            found = coder(symbols, share)
+            cells.append(f"+{found[0] - entropy:.3f} bit, {found[1]:.0f} M/s" if found else "-")
+        print(f"| {spread} | {entropy:.3f} | " + " | ".join(cells) + " |", flush=True)
+    if arguments.run:
+        print(real(arguments.run))
+
+
+def timed(decode) -> tuple[float, object]:
+    """Million codes a second, and what was decoded."""
+    started = time.perf_counter()
+    result = decode()
+    return COUNT / (time.perf_counter() - started) / 1e6, result
+
+
+def ans(symbols: np.ndarray, share: np.ndarray) -> tuple[float, float]:
+    """Bits per code and speed."""
+    model = constriction.stream.model.Categorical(share.astype(np.float32), perfect=False)
+    coder = constriction.stream.stack.AnsCoder()
+    coder.encode_reverse(symbols, model)
+    words = coder.get_compressed()
+    speed, back = timed(lambda: constriction.stream.stack.AnsCoder(words).decode(model, COUNT))
+    assert (back == symbols).all()
+    return 8 * words.nbytes / COUNT, speed
+
+
+def ranged(symbols: np.ndarray, share: np.ndarray) -> tuple[float, float]:
+    """The same of the range coder."""
+    model = constriction.stream.model.Categorical(share.astype(np.float32), perfect=False)
+    coder = constriction.stream.queue.RangeEncoder()
+    coder.encode(symbols, model)
+    words = coder.get_compressed()
+    speed, back = timed(lambda: constriction.stream.queue.RangeDecoder(words).decode(model, COUNT))
+    assert (back == symbols).all()
+    return 8 * words.nbytes / COUNT, speed
+
+
+def zstd(symbols: np.ndarray, share: np.ndarray) -> tuple[float, float] | None:
+    """Zstandard, one code a byte; the smallest of a few levels."""
+    if symbols.max() > 255:
+        return None
+    return packed(symbols.astype(np.uint8).tobytes())
+
+
+def pairs(symbols: np.ndarray, share: np.ndarray) -> tuple[float, float] | None:
+    """Zstandard, two codes a byte."""
+    if symbols.max() > 15:
+        return None
+    return packed((16 * symbols[::2] + symbols[1::2]).astype(np.uint8).tobytes())
+
+
+def packed(data: bytes) -> tuple[float, float]:
+    """Bits per code and speed of Zstandard."""
+    import zstandard
+
+    smallest = min((zstandard.ZstdCompressor(level=level).compress(data) for level in (1, 3, 9)), key=len)
+    speed, back = timed(lambda: zstandard.ZstdDecompressor().decompress(smallest))
+    assert back == data
+    return 8 * len(smallest) / COUNT, speed
+
+
+def real(run: Path) -> str:
+    """Decode every site of a run's coded model as the reader does."""
+    import json
+
+    from safetensors.torch import load_file
+
+    from geoquant.export.native import REACHES, TABLES, decode_site, read_tables
+    from geoquant.lattice.rate import code_bits, spread_of
+
+    stored = {
+        name: tensor
+        for path in sorted((run / "coded").glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+    sites = json.loads((run / "coded" / "config.json").read_text())["quantization_config"]["sites"]
+    tables = read_tables(stored[TABLES], stored[REACHES])
+    models, seconds, weights, held, entropy = tables.models(), 0.0, 0, 0, 0.0
+    for name, entry in sites.items():
+        own = {
+            label: stored[f"{name}.{label}"] for label in ("words", "escapes", "streams", "row_steps", "row_classes")
+        }
+        own |= {label: stored[f"{entry['columns']}.{label}"] for label in ("column_steps", "column_classes")}
+        started = time.perf_counter()
+        codes = decode_site(own, entry, tables, models)
+        seconds += time.perf_counter() - started
+        weights += codes.numel()
+        held += 8 * (own["words"].nbytes + own["escapes"].nbytes)
+        entropy += code_bits(codes, spread_of(codes))
+    return (
+        f"{run}: {weights / 1e6:.1f} M codes in {seconds:.2f} s ({weights / seconds / 1e6:.1f} M/s on one core); "
+        f"{held / weights:.4f} bits per code in the file, {entropy / weights:.4f} is the entropy of each site's classes"
+    )
+
+
+if __name__ == "__main__":
+    main()
