@@ -188,6 +188,96 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(run, recipe, tmp_path, monk
             torch.testing.assert_close(other[name], tensor, rtol=0, atol=0)
 
 
+def test_a_lost_site_is_solved_again_to_the_same_bits(run, recipe, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder, tmp_path / "run")
+    for path in sorted((tmp_path / "run" / "sites").glob("*.safetensors"))[1:5:3]:
+        path.unlink()
+    quantize(recipe, tmp_path / "run", resume=True)
+    for path in sorted((folder / "sites").glob("*.safetensors")):
+        one, other = load_file(path), load_file(tmp_path / "run" / "sites" / path.name)
+        for name, tensor in one.items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=0)
+
+
+def changed(source, folder, **changes):
+    """A copy of a model's folder with some weights changed by functions of them."""
+    shutil.copytree(source, folder)
+    stored = load_file(folder / "model.safetensors")
+    for name, change in changes.items():
+        key = next(key for key in sorted(stored) if key.endswith(name.replace("__", ".") + ".weight"))
+        stored[key] = change(stored[key].clone()).contiguous()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def half_dead(weight):
+    weight[:, : weight.shape[1] // 2] = 0
+    return weight
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers__0__self_attn__o_proj": half_dead},  # half of the heads reach nobody
+        {"layers__0__mlp__down_proj": torch.zeros_like},  # gate and up reach nobody
+        {"layers__1__self_attn__v_proj": torch.zeros_like},  # the input of o_proj is zero
+    ],
+)
+def test_what_influences_nothing_stays_finite_and_cheap(changes, recipe, tmp_path, tiny_model_dir):
+    """In half precision too, which holds nothing beyond 65504."""
+    model = changed(tiny_model_dir, tmp_path / "model", **changes)
+    report = quantize(recipe.model_copy(update={"model": model}), tmp_path / "run")
+    assert all(site["error"] is not None and site["error"] == site["error"] for site in report["sites"])
+    assert max(site["bits_per_weight"] for site in report["sites"]) < 12
+    tokens = torch.arange(12)[None]
+    for dtype in (torch.float32, torch.float16):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "coded", dtype=dtype)
+        assert loaded(tokens).logits.isfinite().all()
+
+
+def test_autocast_and_overflow_agree(recipe, tmp_path, tiny_model_dir):
+    def outlier(weight):
+        weight[1, 2] = 1000 * weight.abs().max()
+        return weight
+
+    model = changed(tiny_model_dir, tmp_path / "model", layers__0__mlp__down_proj=outlier)
+    quantize(recipe.model_copy(update={"model": model, "verify": False}), tmp_path / "run")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "coded")
+    assert any(len(module.overflow) for module in loaded.modules() if isinstance(module, CodedLinear))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loaded(torch.arange(12)[None]).logits.isfinite().all()
+
+
+def test_a_rate_that_cannot_be_met_is_told(recipe, tmp_path):
+    report = quantize(recipe.model_copy(update={"rate": 1.5, "verify": False}), tmp_path / "run")
+    assert any("asked for 1.5 bits per weight, got" in warning for warning in report["warnings"])
+
+
+def test_changed_bases_are_noticed(run, tmp_path):
+    folder, _ = run
+    shutil.copytree(folder / "coded", tmp_path / "coded")
+    config = json.loads((tmp_path / "coded" / "config.json").read_text())
+    next(iter(config["quantization_config"]["sites"].values()))["bases"][0] += 8
+    (tmp_path / "coded" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
+
+
+def test_gpt2_is_refused_before_anything_runs(tmp_path, capsys):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from conftest import make_tokenizer
+
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 304}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    command = ["quantize", str(tmp_path / "gpt2"), "--rate", "4", "--windows", "4", "--window", "32"]
+    assert cli.run([*command, "--out", str(tmp_path / "run")]) == 2
+    assert "use --format dense" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -196,6 +286,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(run, recipe, tmp_path, monk
         (["--method", "rtn"], "needs a box"),
         (["--format", "compressed-tensors"], "boxed codes only"),
         (["--grid", "box"], "a box has bits"),
+        (["--bits", "3"], "bits belongs to the box"),
+        (["--group-size", "32"], "group_size belongs to the box"),
     ],
 )
 def test_what_the_lattice_cannot_do_is_one_line(flags, words, recipe, tmp_path, capsys):

@@ -104,3 +104,9 @@ def test_clipped_weights_cap_the_energy_of_a_token(energies):
     cap = CLIP * energy.median()
     torch.testing.assert_close(weights * energy, torch.minimum(energy, cap))
     assert (weights[energy <= cap] == 1).all()
+
+
+def test_clipped_weights_where_most_tokens_have_no_input():
+    energy = torch.tensor([0.0, 0.0, 0.0, 4.0, 6.0])
+    assert clipped_weights(energy).tolist() == [1.0] * 5
+    assert clipped_weights(torch.zeros(4)).tolist() == [1.0] * 4

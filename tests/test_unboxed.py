@@ -183,6 +183,34 @@ def test_expected_loss_is_a_twelfth_of_the_squared_step_whatever_feels_what():
     assert loss.item() == pytest.approx(0.05**2 / 12, rel=0.05)
 
 
+def test_a_row_s_error_in_the_metric_of_its_inputs_alone():
+    """Expected and largest error of each row, where rows take over each other's: 20000 random targets (one per cent)."""
+    _, known, _ = correlated([6], 6, seed=4)
+    steps = snapped(0.3 / known.lengths)
+    expected, worst = known.error_squares(steps)
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(20):
+        weight = 20 * torch.randn(6, 1000, generator=generator)
+        # Columns that are strangers to each other, with length one and step one.
+        codes = unboxed_babai(weight, torch.eye(1000), torch.arange(1000), steps, torch.ones(1000), known)
+        errors.append((codes * steps[:, None] - weight).square())
+    error = torch.cat(errors, dim=1)
+    torch.testing.assert_close(error.mean(1), expected / 12, rtol=0.05, atol=0)
+    assert (error <= worst[:, None] / 4 * (1 + 1e-3)).all()
+    assert (expected > steps.square() * 0.999).all()
+
+
+def test_a_block_without_any_gradient_counts_a_millionth():
+    blocks = torch.zeros(2, 3, 3)
+    blocks[0] = torch.eye(3)
+    rows = row_metric(blocks, (3, 3), floor=0.05, keep=0.7)
+    ratio = rows.lengths[3:] / rows.lengths[:3]
+    torch.testing.assert_close(ratio, torch.full((3,), 1e-3))
+    nothing = row_metric(torch.zeros(1, 3, 3), (3,), floor=0.05, keep=0.7)
+    torch.testing.assert_close(nothing.lengths, torch.ones(3))
+
+
 def problem(columns=60, count=12, seed=0, **changes):
     generator = torch.Generator().manual_seed(seed)
     values = {

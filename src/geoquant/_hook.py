@@ -7,6 +7,7 @@ for, and the reader is registered right after that module has run.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -31,7 +32,8 @@ class _Watcher:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            import_module(READER)
+            with suppress(ImportError):  # without the coder's library other models must still load
+                import_module(READER)
 
         spec.loader.exec_module = exec_module
         return spec

@@ -39,10 +39,10 @@ from geoquant.privacy.scores import SplitScores
 from geoquant.progress import Progress, silent
 from geoquant.recipe import Recipe, checked, located
 from geoquant.report.build import write_report
-from geoquant.results import SiteFiles, StageFiles, load_stage, save_stage, solved_cost, stage_path
+from geoquant.results import SiteFiles, StageFiles, load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, remove_empty, write_json
-from geoquant.solve import StageResult, install, solve_model
-from geoquant.steps import Forecaster, curvature_of, rate_control, rows_of
+from geoquant.solve import install, solve_model
+from geoquant.steps import Forecaster, curvature_of, rate_control, rows_of, step_of
 
 __all__ = ["export", "make_plan", "prepare", "quantize"]
 
@@ -203,19 +203,17 @@ def solve(
 
         curvature, forecasts = curvature_of(run / "token_weights.safetensors", observe)
         if forecaster:
-            control = rate_control(run, blocks, recipe.rate, forecasts)
+            control = rate_control(blocks, recipe.rate, forecasts)
     plans = {site.name: site for site in plan.sites}
 
     def settings(stage: Stage) -> tuple[str, dict]:
         method, options = plan.settings(stage, static_scales=recipe.static_scales)
         if control is not None:
-            options |= {"step": control.step(), "rows": rows_of(stage, curvature.rows[stage.name])}
+            options |= {
+                "step": step_of(control, run, blocks, stage),
+                "rows": rows_of(stage, curvature.rows[stage.name]),
+            }
         return method, options
-
-    def done(result: StageResult) -> None:
-        save_stage(run, result, plans)
-        if control is not None:
-            control.record(result.stage.name, *solved_cost(run, result.stage))
 
     solve_model(
         model,
@@ -228,7 +226,7 @@ def solve(
         compute=compute,
         moments_dtype=getattr(torch, recipe.moments),
         finished=lambda stage: load_stage(run, stage),
-        done=done,
+        done=lambda result: save_stage(run, result, plans),
         pages=pages,
         lean=True,
         progress=progress,

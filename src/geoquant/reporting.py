@@ -179,6 +179,12 @@ def assemble(
     main = exports[0] if exports else None
     # Of what each site got: the plan does not know which of them fell back to rounding.
     weights = [math.prod(site["shape"]) for site in sites]
+    reached = sum(s["bits_per_weight"] * n for s, n in zip(sites, weights)) / sum(weights)
+    if recipe.grid == "lattice" and abs(reached / recipe.rate - 1) > 0.01:
+        warnings.append(
+            f"asked for {recipe.rate:g} bits per weight, got {reached:.3f}: a small or strange model, whose steps and "
+            "last sites weigh too much"
+        )
     return {
         "schema": SCHEMA,
         "model": {key: value for key, value in facts.items() if key not in ("bytes", "sha256")},
@@ -189,7 +195,7 @@ def assemble(
         "seed": recipe.seed,
         "hashes": manifest["hashes"],
         "size": {
-            "bits_per_weight": sum(s["bits_per_weight"] * n for s, n in zip(sites, weights)) / sum(weights),
+            "bits_per_weight": reached,
             "file_bits_per_weight": main["linear_bytes"] * 8 / sum(weights) if main else None,
             "linear_bytes": main["linear_bytes"] if main else 0,
             "total_bytes": main["bytes"] if main else 0,

@@ -75,7 +75,7 @@ def _boxed(solution: Solution) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _lattice(solution: LatticeSolution) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a file holds of a point of the unbounded lattice."""
-    names = ("codes", "row_exponents", "column_exponents", "gram_schmidt")
+    names = ("codes", "row_exponents", "column_exponents", "gram_schmidt", "row_errors")
     return {name: getattr(solution, name) for name in names}, {"step": repr(solution.step)}
 
 
@@ -178,7 +178,15 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
         start += site.shape[0]
         plan, own = plans[site.name], solution.rows(part.start, part.stop)
         clipped = 0.0 if lattice else own.saturated.mean().item()
-        measured = certificate(result.original[part], quantized[part], metric, moments.heldout, own.squares, clipped)
+        measured = certificate(
+            result.original[part],
+            quantized[part],
+            metric,
+            moments.heldout,
+            own.squares,
+            clipped,
+            worst=own.worst_squares if lattice else None,
+        )
         bits = plan.bits_per_weight
         if lattice:
             share = site.shape[0] / result.stage.rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from geoquant.plan.uniform import Plan
 from geoquant.results import solved_cost
 from geoquant.runs import read_tensors, write_tensors
 
-__all__ = ["Forecaster", "curvature_of", "rate_control", "rows_of"]
+__all__ = ["Forecaster", "curvature_of", "rate_control", "rows_of", "step_of"]
 
 # What is believed of a curvature seen on a few windows: a row that they hardly used is not free to take any value, and
 # of what two rows seem to have in common a part is chance.
@@ -68,12 +69,17 @@ def curvature_of(
     return Curvature(stored["tokens"], stored["rows"]), forecasts
 
 
-def rate_control(run: Path, blocks: tuple[Block, ...], rate: float, forecasts: dict[str, Forecast]) -> RateControl:
-    """The controller of a run, told of every stage that is solved already. Stages at the same place in their blocks
-    are of one kind."""
+def rate_control(blocks: tuple[Block, ...], rate: float, forecasts: dict[str, Forecast]) -> RateControl:
+    """The controller of a run. Stages at the same place in their blocks are of one kind."""
     stages = [(stage, str(place)) for block in blocks for place, stage in enumerate(block.stages)]
-    control = RateControl(rate, forecasts, [(stage.name, kind) for stage, kind in stages])
-    for stage, _ in stages:
-        if (known := solved_cost(run, stage)) is not None:
-            control.record(stage.name, *known)
-    return control
+    return RateControl(rate, forecasts, [(stage.name, kind) for stage, kind in stages])
+
+
+def step_of(control: RateControl, run: Path, blocks: tuple[Block, ...], stage: Stage) -> float:
+    """D of a stage, from what the stages before it cost, whoever solved them: a stage that is solved again, because
+    its file was lost, gets the step it had."""
+    before = list(takewhile(lambda other: other != stage, (other for block in blocks for other in block.stages)))
+    for other in before:
+        if other.name not in control.spent:
+            control.record(other.name, *solved_cost(run, other))
+    return control.step()

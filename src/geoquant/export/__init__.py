@@ -68,6 +68,9 @@ def check(
     if format == "geoquant":
         if boxed:
             raise UserError("format geoquant holds codes of the lattice", fix="add --grid lattice")
+        for name in grids:
+            if type(model.get_submodule(name)).__name__ == "Conv1D":
+                raise UserError(f"{name} is no nn.Linear (Conv1D), which readers need", fix="use --format dense")
         return ()
     if len(boxed) < len(grids):
         raise UserError(f"format {format} holds boxed codes only", fix="use --format geoquant, or dense")

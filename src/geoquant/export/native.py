@@ -6,6 +6,7 @@ are shared by the whole model. Read by `geoquant.export.reader`, which transform
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -120,8 +121,8 @@ def stage_tensors(
             "columns": shared,
             "bases": [row_base, base],
             "sizes": [words.numel(), escapes.numel(), streams.shape[0]],
-            "crc32": checksum(*stored.values(), steps, spread.columns),
         }
+        sites[site.name]["crc32"] = checksum(sites[site.name], *stored.values(), steps, spread.columns)
         for name, tensor in stored.items():
             yield f"{site.name}.{name}", tensor
         start = stop
@@ -150,7 +151,7 @@ def decode_site(stored: Mapping[str, Tensor], entry: Mapping, tables: Tables, mo
     Raises ValueError when the checksum or the streams say that the tensors are not what was written.
     """
     names = ("words", "escapes", "streams", "row_steps", "row_classes", "column_steps", "column_classes")
-    if checksum(*(stored[name] for name in names)) != entry["crc32"]:
+    if checksum(entry, *(stored[name] for name in names)) != entry["crc32"]:
         raise ValueError("the checksum does not match")
     words, escapes = stored["words"].numpy().view(np.uint32), stored["escapes"].numpy()
     rows, columns = (stored[name].numpy().astype(int) for name in ("row_classes", "column_classes"))
@@ -170,9 +171,9 @@ def byte_steps(exponents: Tensor) -> tuple[Tensor, int]:
     return (exponents - base).to(torch.uint8), base
 
 
-def checksum(*tensors: Tensor) -> int:
-    """CRC-32 over the bytes of tensors."""
-    value = 0
+def checksum(entry: Mapping, *tensors: Tensor) -> int:
+    """CRC-32 over a site's shape and bases, as text, and the bytes of its tensors."""
+    value = zlib.crc32(json.dumps([entry["shape"], entry["bases"]]).encode())
     for tensor in tensors:
         value = zlib.crc32(tensor.contiguous().numpy().tobytes(), value)
     return value

@@ -81,7 +81,7 @@ class CodedLinear(nn.Module):
         y = nn.functional.linear(scaled, self.codes.to(x.dtype))
         if len(self.overflow):
             extra = scaled[..., self.overflow_columns] * self.overflow.to(x.dtype)
-            y = y.index_add(-1, self.overflow_rows, extra)
+            y = y.index_add(-1, self.overflow_rows, extra.to(y.dtype))
         y = y * self.row_scale.to(x.dtype)
         return y if self.bias is None else y + self.bias
 
@@ -123,8 +123,11 @@ class GeoQuantizer(HfQuantizer):
         model.geoquant = holder
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
-        tables = read_tables(model.geoquant.tables.cpu(), model.geoquant.reaches.cpu())
-        models = tables.models()
+        try:
+            tables = read_tables(model.geoquant.tables.cpu(), model.geoquant.reaches.cpu())
+            models = tables.models()
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"geoquant.tables is damaged: {error}; copy the checkpoint again") from None
         del model.geoquant
         sites = {name: model.get_submodule(name) for name in self.quantization_config.sites}
         columns = {
@@ -137,8 +140,8 @@ class GeoQuantizer(HfQuantizer):
             device = site.words.device
             try:
                 codes = decode_site(site.tensors() | shared, site.entry, tables, models)
-            except ValueError as error:
-                raise ValueError(f"tensor {name}.words is damaged: {error}; copy the checkpoint again") from None
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"layer {name} is damaged: {error}; copy the checkpoint again") from None
             site.unpack(codes, shared["column_steps"], device)
 
     def is_serializable(self) -> bool:

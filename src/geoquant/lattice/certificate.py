@@ -54,11 +54,13 @@ def certificate(
     heldout: Float[Tensor, "in in"] | None,
     squares: float,
     clip_rate: float,
+    worst: float | None = None,
 ) -> Certificate:
     """Compare one site with what its lattice promises.
 
     metric:  moments the site was solved on. heldout: moments of tokens that chose its damping.
-    squares: `sum over rows and columns of r_j^2 s_ij^2`, see `squared_steps`.
+    squares: `sum over rows and columns of r_j^2 s_ij^2`, see `squared_steps`. worst: the same for the bound, where rows
+             take over errors of other rows.
     """
     metrics = (metric,) if heldout is None else (metric, heldout)
     errors = error_energies(quantized - original, *metrics)
@@ -68,6 +70,6 @@ def certificate(
         error=errors[0] / energy,
         heldout_error=None if heldout is None else errors[1] / energies[1],
         expected_error=squares / 12 / energy,
-        bound=squares / 4 / energy,
+        bound=(squares if worst is None else worst) / 4 / energy,
         clip_rate=clip_rate,
     )

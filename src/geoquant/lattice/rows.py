@@ -37,6 +37,18 @@ class RowMetric:
         """Gram-Schmidt lengths of the rows."""
         return self.spread(self.factor.diagonal(dim1=1, dim2=2).reciprocal())
 
+    def error_squares(self, steps: Float[Tensor, " rows"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """Twelve times the expected and four times the largest squared error of each row in one column.
+
+        A row is off by its own rounding and, on purpose, by its share of the roundings before it:
+        `e_i = sum_k d_k U_ki / U_kk` with `|d_k| <= s_k / 2`.
+        """
+        padded = torch.zeros_like(self.factor[:, 0])
+        for block, part in enumerate(steps.split(self.sizes)):
+            padded[block, : len(part)] = part
+        shares = self.factor / self.factor.diagonal(dim1=1, dim2=2)[:, :, None] * padded[:, :, None]
+        return self.spread(shares.square().sum(1)), self.spread(shares.abs().sum(1).square())
+
 
 def block_sizes(rows: list[int], size: int) -> tuple[int, ...]:
     """Rows of each block when sites with `rows` rows are stacked; no block belongs to two sites."""
@@ -55,8 +67,10 @@ def row_metric(
     held = torch.arange(size, device=curvature.device) < torch.tensor(sizes, device=curvature.device)[:, None]
     diagonal = curvature.diagonal(dim1=1, dim2=2).double()
     mean = diagonal.sum(1, keepdim=True) / held.sum(1, keepdim=True)
-    diagonal = (diagonal + floor * mean).clamp_min(1e-28)
-    diagonal = torch.where(held, diagonal, 1.0)
+    diagonal = diagonal + floor * mean
+    # Whole blocks may be without any gradient (a pruned head): they count like a millionth of the largest.
+    largest = diagonal.max()
+    diagonal = torch.where(held, diagonal.clamp_min(torch.where(largest > 0, 1e-6 * largest, 1.0)), 1.0)
     metric = keep * curvature.double()
     metric.diagonal(dim1=1, dim2=2).copy_(diagonal)
     # (flip G) = L L^T gives G = V V^T with V upper triangular, and U = V^-1.

@@ -1,6 +1,6 @@
 """Babai's nearest plane on the unbounded lattice with rank-one steps `s_ij = a_i b_j`.
 
-No box, so nothing is clipped and the certificate's bound always holds. With `b_j` proportional to `1/r_j` every
+No box, so nothing is clipped. With `b_j` proportional to `1/r_j` every
 Gram-Schmidt length of the scaled basis is the same: the gap between arithmetic and geometric mean, which is all that
 lattice reduction could ever close, is closed without any reduction. With `a_i = D G_ii^(-1/2)` and one D for the whole
 model, every code of every site costs the same expected loss per bit: reverse water-filling in the metric `G (x) A`.
@@ -26,7 +26,8 @@ PANEL = 64
 
 def exponents(steps: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The integers k of the nearest steps `2^(k/8)`, int16."""
-    return torch.round(PER_OCTAVE * torch.log2(steps.double())).to(torch.int16)
+    index = torch.round(PER_OCTAVE * torch.log2(steps.double()))
+    return index.nan_to_num(0.0).clamp(-1000, 1000).to(torch.int16)  # beyond lie no float32 numbers
 
 
 def steps_of(index: Int[Tensor, " n"]) -> Float[Tensor, " n"]:

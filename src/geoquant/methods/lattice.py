@@ -38,18 +38,33 @@ def solve(problem: Problem) -> LatticeSolution:
     if known is not None:
         known = replace(known, factor=known.factor.to(weight))
     row_lengths = weight.new_ones(len(weight)) if known is None else known.lengths
-    rows = exponents(problem.step / row_lengths)
-    codes = unboxed_babai(weight, factor, order, steps_of(rows), steps_of(columns), known)
-    return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5)
+    rows = exponents(torch.minimum(problem.step / row_lengths, longest(weight, steps_of(columns))))
+    row_steps = steps_of(rows)
+    codes = unboxed_babai(weight, factor, order, row_steps, steps_of(columns), known)
+    expected, worst = row_steps.square(), row_steps.square()
+    if known is not None:
+        expected, worst = known.error_squares(row_steps)
+    spread = torch.stack([expected, worst])
+    return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5, spread)
+
+
+def longest(weight: Tensor, column_steps: Tensor) -> Tensor:
+    """The longest step a row has any use for: twice its largest weight; of a row of zeros, that of the others."""
+    largest = 2 * (weight.abs() / column_steps).amax(1)
+    most = largest.max()
+    return torch.where(largest > 1e-6 * most, largest, torch.where(most > 0, most, 1.0))
 
 
 def nearest(problem: Problem) -> LatticeSolution:
     """Where the metric has no factor: every weight alone, with a sixteenth of its row's mean square as its step."""
-    rows = exponents(problem.weight.square().mean(1).sqrt().clamp_min(1e-12) / 16)
+    size = problem.weight.square().mean(1).sqrt()
+    most = size.max()
+    rows = exponents(torch.where(size > 1e-6 * most, size, torch.where(most > 0, most, 1.0)) / 16)
     columns = torch.zeros(problem.weight.shape[1], dtype=torch.int16, device=rows.device)
     codes = torch.round(problem.weight / steps_of(rows)[:, None]).to(torch.int32)
     lengths = problem.pooled.diagonal().nan_to_num(0.0, 0.0, 0.0).clamp_min(0).sqrt()
-    return LatticeSolution(narrow(codes), rows, columns, problem.step, 0.0, lengths)
+    squares = steps_of(rows).square().expand(2, -1)
+    return LatticeSolution(narrow(codes), rows, columns, problem.step, 0.0, lengths, squares)
 
 
 def choose_damping(problem: Problem, order: Tensor) -> tuple[float, float]:
@@ -74,7 +89,8 @@ def choose_damping(problem: Problem, order: Tensor) -> tuple[float, float]:
     damping = problem.damping
     if damping is None:
         damping = least(lambda damping: prices(damping)[0] * math.exp(prices(damping)[1]))
-    return damping, prices(damping)[0]
+    price = prices(damping)[0]
+    return damping, price if 0 < price < math.inf else 1.0  # no held-out signal
 
 
 def narrow(codes: Tensor) -> Tensor:

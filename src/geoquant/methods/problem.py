@@ -111,7 +111,8 @@ class LatticeSolution:
     """A point of the unbounded lattice: `q_ij = 2^(row_exponents_i / 8) 2^(column_exponents_j / 8) codes_ij`.
 
     codes: (out, in) int8, int16 or int32, whatever holds them; exponents int16 (see lattice/unboxed); step: the global
-    D in use; damping and gram_schmidt as in `Solution`.
+    D in use; damping and gram_schmidt as in `Solution`; row_errors (2, out): 12 times the expected and 4 times the
+    largest squared error of a row in a column with step one.
     """
 
     codes: Integer[Tensor, "out in"]
@@ -120,6 +121,7 @@ class LatticeSolution:
     step: float
     damping: float
     gram_schmidt: Float[Tensor, " in"]
+    row_errors: Float[Tensor, "2 out"]
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The float32 weights a reader reconstructs."""
@@ -127,14 +129,27 @@ class LatticeSolution:
 
     @property
     def squares(self) -> float:
-        """As in `Solution`."""
+        """As in `Solution`, for the expected error."""
+        return self._squares(0)
+
+    @property
+    def worst_squares(self) -> float:
+        """The same for the bound: larger where rows take over errors of other rows."""
+        return self._squares(1)
+
+    def _squares(self, which: int) -> float:
         columns = steps_of(self.column_exponents).double() * self.gram_schmidt.double()
-        return (steps_of(self.row_exponents).double().square().sum() * columns.square().sum()).item()
+        return (self.row_errors[which].double().sum() * columns.square().sum()).item()
 
     def rows(self, start: int, stop: int) -> LatticeSolution:
         """The part that belongs to one of several stacked sites."""
         part = slice(start, stop)
-        return replace(self, codes=self.codes[part].clone(), row_exponents=self.row_exponents[part].clone())
+        return replace(
+            self,
+            codes=self.codes[part].clone(),
+            row_exponents=self.row_exponents[part].clone(),
+            row_errors=self.row_errors[:, part].clone(),
+        )
 
 
 def empty_kept(rows: int) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,8 @@ def token_energies(
             watch.metrics = {stage.name: _accumulator(stage, device) for stage in block.stages} if wanted else None
             for index, (x, gradient) in enumerate(zip(inputs.pop(), gradients)):
                 gradients[index] = _block_gradient(work, inside, block, call, x, gradient, watch, rows[index])
+            for stage in block.stages:
+                _check_finite(stage.name, torch.cat([energies[stage.name][part] for part in rows]))
             for stage in block.stages if wanted else ():
                 moments, weight = watch.metrics.pop(stage.name).finish(), energies[stage.name].nansum()
                 count = len(rows) * size * tokens.shape[1]
@@ -119,15 +121,17 @@ def token_energies(
             progress("gradients", done, steps, block.name)
     rows = [row for index in chosen for row in range(index * size, (index + 1) * size)]
     for name, energy in energies.items():
-        if not energy[rows].isfinite().all():
-            raise UserError(
-                f"the loss gradient at {name} is not finite", fix="use --compute float32, or --metric clipped"
-            )
+        _check_finite(name, energy[rows])
     counted = len(rows) * tokens.shape[1]
     return Curvature(
         tokens={name: energy / energy.nanmean().clamp_min(1e-30) for name, energy in energies.items()},
         rows={name: total.cpu() / counted for name, total in watch.rows.items()},
     )
+
+
+def _check_finite(name: str, energies: Tensor) -> None:
+    if not energies.isfinite().all():
+        raise UserError(f"the loss gradient at {name} is not finite", fix="use --compute float32, or --metric clipped")
 
 
 def _add_blocks(total: Float[Tensor, "blocks size size"], g: Float[Tensor, "tokens out"]) -> None:

@@ -50,8 +50,13 @@ class Moments:
 
 
 def clipped_weights(energy: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-    """Token weights of the metric `clipped` from ||x_t||^2."""
-    return (CLIP * energy.median() / energy.clamp_min(1e-30)).clamp_max(1.0)
+    """Token weights of the metric `clipped` from ||x_t||^2.
+
+    Where most tokens have no input at all the mean stands for the median; without any input all weights are one.
+    """
+    typical = energy.median()
+    typical = torch.where(typical > 0, typical, energy.mean())
+    return torch.where(typical > 0, (CLIP * typical / energy.clamp_min(1e-30)).clamp_max(1.0), 1.0)
 
 
 class Accumulator:

@@ -32,6 +32,7 @@ OCTAVES = torch.tensor([-7.5, -4.5, -3.0, -2.0, -1.0, 0.0, 1.5])
 # as if DOUBT more had shown BIAS, bits per weight. Forecasts are low: lengths from few tokens are too short.
 DOUBT = 4.0
 BIAS = 0.4
+TURN = 0.15  # octaves by which the step may differ from the last one
 SLACK = 0.003  # share of the target by which the whole may miss it before the step moves
 
 
@@ -136,6 +137,8 @@ class RateControl:
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if cost(middle) > goal else (low, middle)
+        if self.last is not None:  # a few stages must not pay for all that the others missed
+            low = min(max(low, math.log2(self.last) - TURN), math.log2(self.last) + TURN)
         return 2.0**low
 
     def _correction(self, kind: str) -> float:

@@ -143,6 +143,9 @@ def lattice_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
     """
     if recipe.method != "lattice":
         raise UserError(f"method {recipe.method} needs a box", fix="leave --method out, or use --grid box")
+    for name in ("bits", "group_size", "symmetric", "static_scales"):
+        if getattr(recipe, name) != Recipe.model_fields[name].default:
+            raise UserError(f"{name} belongs to the box", got=f"{name} = {getattr(recipe, name)}", fix="leave it out")
     if recipe.keep:
         raise UserError("the unbounded lattice keeps no columns", got=f"--keep {recipe.keep}", fix="leave --keep out")
     if recipe.metric != "gradient":
