@@ -184,7 +184,7 @@ def test_expected_loss_is_a_twelfth_of_the_squared_step_whatever_feels_what():
 
 
 def test_a_row_s_error_in_the_metric_of_its_inputs_alone():
-    """Expected and largest error of each row, where rows take over each other's: 20000 random targets (one per cent)."""
+    """Expected and largest error where rows take over each other's: 20000 random targets, known to one per cent."""
     _, known, _ = correlated([6], 6, seed=4)
     steps = snapped(0.3 / known.lengths)
     expected, worst = known.error_squares(steps)
