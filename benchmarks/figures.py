@@ -43,7 +43,7 @@ def measure(settings: dict) -> dict:
         calibration=settings["calibration"],
         evaluation=settings["test"],
         evaluation_windows=40,
-        bits=settings["bits"] or 8,  # not used on the lattice
+        **({"bits": settings["bits"]} if settings["bits"] else {}),
         **settings["recipe"],
     )
     started, wall = cpu_seconds(), time.perf_counter()
