@@ -65,11 +65,12 @@ def measure(settings: dict) -> dict:
             row["wall_seconds"] = seconds
             row["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             row["bits_per_weight"] = plan.bits_per_weight
-            _, row["warnings"], row["step_cpu_seconds"] = site_reports(run, blocks)
+            sites, row["warnings"], row["step_cpu_seconds"] = site_reports(run, blocks)
             if recipe.grid == "lattice":  # what the files really take
                 entry = pipeline.write_export(run, "geoquant", loaded, blocks)
                 weights = sum(stage.rows * stage.columns for block in blocks for stage in block.stages)
                 row["bits_per_weight"] = entry["linear_bytes"] * 8 / weights
+                row["expected_delta_nll"] = sum(site["expected_loss"] for site in sites)
         if "gradients" in marks:
             row["step_cpu_seconds"]["gradients"] = marks["gradients"][-1] - started
         work = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)

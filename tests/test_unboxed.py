@@ -15,10 +15,15 @@ from geoquant.lattice.basis import NotPositiveDefinite, compensation_factor, dam
 from geoquant.lattice.grid import Grid
 from geoquant.lattice.order import ORDERS, column_order
 from geoquant.lattice.rows import block_sizes, row_metric
-from geoquant.lattice.unboxed import exponents, snapped, steps_of, unboxed_babai
+from geoquant.lattice.unboxed import exponents, steps_of, unboxed_babai
 from geoquant.methods.lattice import choose_damping, nearest, solve
 from geoquant.methods.problem import Problem
 from oracles.lattice import closest_vectors, column_error, random_metric, textbook_babai
+
+
+def snapped(steps):
+    """The nearest steps that can be stored."""
+    return steps_of(exponents(steps))
 
 
 def lengths_of(metric, order, damping=0.01):

@@ -32,16 +32,21 @@ class _Watcher:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            with suppress(ImportError):  # without the coder's library other models must still load
-                import_module(READER)
+            register()
 
         spec.loader.exec_module = exec_module
         return spec
 
 
+def register() -> None:
+    """Import the reader, which registers itself; without the coder's library other models must still load."""
+    with suppress(ImportError):
+        import_module(READER)
+
+
 def install() -> None:
     """Register the reader now if transformers is there already, else as soon as it is."""
     if WATCHED in sys.modules:
-        import_module(READER)
+        register()
     elif _Watcher not in sys.meta_path:
         sys.meta_path.insert(0, _Watcher)

@@ -7,6 +7,7 @@ and its column's: one static distribution per class is then within a few thousan
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 __all__ = [
     "CLASSES",
     "REACH",
-    "WIDTH",
+    "SIDE_BITS",
     "Spread",
     "class_histograms",
     "code_bits",
@@ -29,7 +30,7 @@ __all__ = [
 WIDTH = 0.2
 LOWEST = -3.0
 CLASSES = 48
-REACH = 1023
+REACH = 1023  # values beyond are counted as escapes
 ESCAPE_BITS = 32
 SIDE_BITS = 16  # one byte for a step, one for a class
 
@@ -75,7 +76,7 @@ def entropy_bits(histograms: Int[Tensor, "classes symbols"]) -> float:
     """Bits of all counted codes under their class's empirical distribution."""
     counts = histograms.double()
     totals = counts.sum(1, keepdim=True)
-    return torch.special.xlogy(counts, totals / counts.clamp_min(1)).sum().item() / 0.6931471805599453
+    return torch.special.xlogy(counts, totals / counts.clamp_min(1)).sum().item() / math.log(2)
 
 
 def site_bits(codes: Integer[Tensor, "out in"], spread: Spread, share: float = 1.0) -> float:

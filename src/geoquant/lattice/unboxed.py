@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geoquant.lattice.rows import RowMetric, block_sizes
 
-__all__ = ["exponents", "snapped", "steps_of", "unboxed_babai"]
+__all__ = ["exponents", "steps_of", "unboxed_babai"]
 
 PER_OCTAVE = 8
 PANEL = 64
@@ -36,11 +36,6 @@ def steps_of(index: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     octave = torch.div(index, PER_OCTAVE, rounding_mode="floor")
     mantissa = torch.exp2((index - PER_OCTAVE * octave).double() / PER_OCTAVE).to(torch.bfloat16).float()
     return torch.ldexp(mantissa, octave)
-
-
-def snapped(steps: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The nearest steps that can be stored."""
-    return steps_of(exponents(steps))
 
 
 def unboxed_babai(

@@ -3,7 +3,7 @@
 One global step D makes the model one lattice, and bits per site fall out of it. How many bits D will cost is forecast
 before anything is solved: codes are simulated from the weights, the full-precision metric and Babai's known
 compensation noise. The sites solved so far then correct the forecast, and D is set anew for every stage so that the
-whole meets the target; after the first block it moves by a few per cent.
+whole meets the target.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class RateControl:
     """The step of the next stage, from what the stages before it really cost.
 
     stages: (name, kind) in the order in which they are solved; kinds share their correction.
-    target: bits per weight over all stages, everything in the file that describes them.
+    target: bits per weight over all stages: codes and the bytes beside them, not the tables that all share.
     """
 
     target: float
