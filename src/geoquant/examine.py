@@ -17,6 +17,7 @@ from geoquant.evaluate.divergence import final_states, measure
 from geoquant.evaluate.perplexity import perplexity
 from geoquant.measure import builtin_tail
 from geoquant.model.load import Loaded, load
+from geoquant.model.vocabulary import head_weight
 from geoquant.privacy.audit import audit as run_attacks
 from geoquant.privacy.audit import merge
 from geoquant.privacy.scores import SplitScores, score_split
@@ -55,7 +56,7 @@ def evaluate(
         check_context(other, length)
         known = cut(other.tokenizer)
         states = final_states(other.model, known, progress=progress)
-        head = other.model.get_output_embeddings().weight.detach().clone()
+        head = head_weight(other.model).clone()
         del other
         gc.collect()
     loaded = load(model, device=device, quantized=True)

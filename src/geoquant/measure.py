@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from geoquant.data.records import Split
 from geoquant.data.text import Windows, builtin_text, read_text, windows
@@ -104,15 +105,26 @@ def measure_original(run: Path, model: nn.Module, text: Windows, progress: Progr
     return Quality(result)
 
 
-def measure_quantized(run: Path, model: nn.Module, text: Windows, progress: Progress) -> Quality:
-    """Perplexity of the quantized model and its divergence from the original, remembered in the run folder."""
+def measure_quantized(
+    run: Path,
+    model: nn.Module,
+    text: Windows,
+    progress: Progress,
+    original_head: Float[Tensor, "vocab hidden"] | None = None,
+) -> Quality:
+    """Perplexity of the quantized model and its divergence from the original, remembered in the run folder.
+
+    original_head: the original's vocabulary projection where it was quantized too.
+    """
     path = run / "quantized.json"
     if path.exists():
         kept = read_json(path)
         found = Divergence(**{**kept["divergence"], "windows": tuple(kept["divergence"]["windows"])})
         return Quality(_perplexity(kept["perplexity"]), found)
     states = divergence.load_states(run / "original_states.safetensors", text)
-    result, found = divergence.measure(model, text, states, progress=progress, phase="perplexity (quantized)")
+    result, found = divergence.measure(
+        model, text, states, original_head, progress=progress, phase="perplexity (quantized)"
+    )
     _check_finite(result, "the quantized model", "use more bits, a larger --damping, or --metric clipped")
     write_json(path, {"perplexity": result.to_dict(), "divergence": asdict(found)})
     return Quality(result, found)

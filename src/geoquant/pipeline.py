@@ -28,12 +28,12 @@ from geoquant.measure import (
 )
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import map_weights
+from geoquant.model.vocabulary import ends, repeated, vocabulary
 from geoquant.model.walk import Block, Stage, untouched_parameters, walk
 from geoquant.observe.compute import compute_dtype
-from geoquant.observe.gradient import CHUNK, Curvature, check_head, token_energies
+from geoquant.observe.gradient import check_head
 from geoquant.observe.stream import open_stream
 from geoquant.plan.estimate import Cost, cost
-from geoquant.plan.rate import Forecast
 from geoquant.plan.uniform import Plan, uniform_plan
 from geoquant.privacy.scores import SplitScores
 from geoquant.progress import Progress, silent
@@ -41,8 +41,8 @@ from geoquant.recipe import Recipe, checked, located
 from geoquant.report.build import write_report
 from geoquant.results import SiteFiles, StageFiles, load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, remove_empty, write_json
-from geoquant.solve import install, solve_model
-from geoquant.steps import Forecaster, curvature_of, rate_control, rows_of, step_of
+from geoquant.solve import install, solve_model, solve_vocabulary
+from geoquant.steps import look_back, rows_of, step_of
 
 __all__ = ["export", "make_plan", "prepare", "quantize"]
 
@@ -94,13 +94,16 @@ def quantize(
         exported = dict.fromkeys(exported)
         for name in ("quantized.json", "quantized_scores.safetensors"):
             (run / name).unlink(missing_ok=True)
+    # A view of the weights file, not a copy: the original's logits are made of it once more.
+    head = loaded.model.get_output_embeddings().weight.detach() if ends(blocks) else None
     with clock("quantize"):
         solve(run, recipe, loaded, blocks, texts, plan, progress)
     if missing == stages:  # a resumed run did only part of the work in this time
         spent = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
         solver = spent.achieved(clock.seconds["quantize"])
     with clock("measure the quantized model"):
-        after = measure_quantized(run, loaded.model, texts.evaluation, progress)
+        after = measure_quantized(run, loaded.model, texts.evaluation, progress, head)
+        del head
         quantized = score(run, "quantized", loaded, split, progress)
         subjects = {"base": base, "original": original, "quantized": quantized}
         privacy = attack(split, subjects, recipe.seed) if split else None
@@ -131,6 +134,12 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
     check_context(loaded, recipe.window)
     pages = map_weights(loaded.model)
     blocks = walk(loaded.model, texts.calibration.tokens[:1, :8], pages)
+    alone = left_alone(loaded, blocks)
+    if recipe.grid == "lattice" and recipe.embeddings:
+        if (found := vocabulary(loaded.model, len(blocks))) is not None:
+            blocks += (found,)
+        else:
+            alone += ("embeddings or head are of an unusual kind and stay at full precision",)
     plan = uniform_plan(blocks, recipe)
     if recipe.metric == "gradient":
         check_head(loaded.model, texts.calibration.tokens[:1, :8], pages)
@@ -140,7 +149,7 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
         for name in recipe.formats
         for note in check(name, loaded.model, grids, keep=recipe.keep, verify=recipe.verify)
     )
-    return loaded, blocks, texts, plan, notes + left_alone(loaded, blocks)
+    return loaded, blocks, texts, plan, notes + alone
 
 
 def left_alone(loaded: Loaded, blocks: tuple[Block, ...]) -> tuple[str, ...]:
@@ -183,41 +192,24 @@ def solve(
     stream = open_stream(model, tokens, compute, pages)
     curvature = control = None
     if recipe.metric == "gradient":
-        forecaster = Forecaster(model, plan) if recipe.grid == "lattice" else None
-
-        def observe() -> tuple[Curvature, dict[str, Forecast]]:
-            found = token_energies(
-                model,
-                blocks,
-                stream,
-                tokens,
-                compute=compute,
-                share=recipe.gradient_share,
-                chunk=2 * CHUNK if forecaster else CHUNK,  # a forecast from few tokens is a poor one
-                row_block=recipe.row_block if forecaster else 1,
-                seen=forecaster,
-                pages=pages,
-                progress=progress,
-            )
-            return found, forecaster.found if forecaster else {}
-
-        curvature, forecasts = curvature_of(run / "token_weights.safetensors", observe)
-        if forecaster:
-            control = rate_control(blocks, recipe.rate, forecasts)
+        curvature, control = look_back(
+            run, recipe, model, blocks, stream, tokens, plan, compute=compute, pages=pages, progress=progress
+        )
     plans = {site.name: site for site in plan.sites}
 
     def settings(stage: Stage) -> tuple[str, dict]:
         method, options = plan.settings(stage, static_scales=recipe.static_scales)
         if control is not None:
-            options |= {
-                "step": step_of(control, run, blocks, stage),
-                "rows": rows_of(stage, curvature.rows[stage.name]),
-            }
+            options["step"] = step_of(control, run, blocks, stage)
+            if stage.name in curvature.rows:
+                options["rows"] = rows_of(stage, curvature.rows[stage.name])
         return method, options
+
+    kept = {"finished": lambda stage: load_stage(run, stage), "done": lambda result: save_stage(run, result, plans)}
 
     solve_model(
         model,
-        blocks,
+        repeated(blocks),
         stream,
         settings,
         metric=recipe.metric,
@@ -225,12 +217,13 @@ def solve(
         sequential=recipe.sequential,
         compute=compute,
         moments_dtype=getattr(torch, recipe.moments),
-        finished=lambda stage: load_stage(run, stage),
-        done=lambda result: save_stage(run, result, plans),
         pages=pages,
         lean=True,
         progress=progress,
+        **kept,
     )
+    if stages := ends(blocks):
+        solve_vocabulary(model, stages, curvature.vocabulary, settings, progress=progress, **kept)
 
 
 def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]) -> dict:

@@ -16,17 +16,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from geoquant.lattice.basis import NotPositiveDefinite
+from geoquant.lattice.rows import single_rows
 from geoquant.methods import METHODS, NEAREST, LatticeSolution, Problem, Solution
 from geoquant.methods.rtn import solve as round_to_nearest
 from geoquant.model.paging import UNMAPPED, Pages, trim, unload
 from geoquant.model.walk import Block, Stage, find_blocks, read_weight, write_weight
 from geoquant.observe.compute import autocast, working_copy
-from geoquant.observe.moments import Accumulator, Moments, clipped_weights
+from geoquant.observe.moments import Accumulator, MassiveTokens, Moments, clipped_weights
 from geoquant.observe.replay import Replay
 from geoquant.observe.stream import Stream
+from geoquant.observe.vocabulary import VocabularyMoments, vocabulary_metric
 from geoquant.progress import Progress, silent
 
-__all__ = ["StageResult", "install", "solve_model"]
+__all__ = ["StageResult", "install", "solve_model", "solve_vocabulary", "vocabulary_problem"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,42 @@ def solve_model(
             for stage in block.stages:
                 install(model, stage, finished(stage))
             trim()
+
+
+def vocabulary_problem(
+    stage: Stage, weight: Float[Tensor, "vocab h"], observed: VocabularyMoments, **options: object
+) -> Problem:
+    """Embedding or head as a problem of the lattice. options: further fields of `Problem`."""
+    hessian, heldout, rows = vocabulary_metric(observed, stage.sites[0].kind)
+    tokens = int(observed.counts.sum())
+    return Problem(weight, hessian, heldout, tokens=tokens, rows=single_rows(rows), **options)
+
+
+def solve_vocabulary(
+    model: nn.Module,
+    stages: tuple[Stage, ...],
+    observed: VocabularyMoments,
+    settings: Callable[[Stage], tuple[str, dict]],
+    *,
+    finished: Callable[[Stage], Solution | None] = lambda stage: None,
+    done: Callable[[StageResult], None],
+    progress: Progress = silent,
+) -> None:
+    """Embedding and head, in place, on the moments of the full-precision model. Arguments as in `solve_model`."""
+    for index, stage in enumerate(stages):
+        solution = finished(stage)
+        if solution is None:
+            started = time.process_time()
+            original = read_weight(model.get_submodule(stage.name))
+            name, options = settings(stage)
+            problem = vocabulary_problem(stage, original, observed, **options)
+            solution, warning = _solve(name, problem, stage)
+            moments = Moments(problem.hessian, problem.heldout, *observed.counts.tolist(), MassiveTokens(0.0, 0.0))
+            seconds = {"solve": time.process_time() - started}
+            done(StageResult(stage, solution, moments, original, seconds, warning))
+            del original
+        install(model, stage, solution)
+        progress("vocabulary", index + 1, len(stages), stage.name)
 
 
 def heldout_start(windows: int) -> int:

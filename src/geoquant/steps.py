@@ -7,22 +7,73 @@ from itertools import takewhile
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from geoquant.lattice.order import column_order
 from geoquant.lattice.rows import RowMetric, block_sizes, row_metric
+from geoquant.methods.lattice import choose_damping
+from geoquant.model.paging import UNMAPPED, Pages
+from geoquant.model.vocabulary import ends, repeated
 from geoquant.model.walk import Block, Stage, read_weight
-from geoquant.observe.gradient import Curvature
+from geoquant.observe.gradient import CHUNK, Curvature, token_energies
+from geoquant.observe.stream import Stream
+from geoquant.observe.vocabulary import VocabularyMoments
 from geoquant.plan.rate import Forecast, RateControl, forecast
 from geoquant.plan.uniform import Plan
+from geoquant.progress import Progress, silent
+from geoquant.recipe import Recipe
 from geoquant.results import solved_cost
 from geoquant.runs import read_tensors, write_tensors
+from geoquant.solve import vocabulary_problem
 
-__all__ = ["Forecaster", "curvature_of", "rate_control", "rows_of", "step_of"]
+__all__ = ["Forecaster", "curvature_of", "look_back", "rate_control", "rows_of", "step_of"]
 
 # What is believed of a curvature seen on a few windows: a row that they hardly used is not free to take any value, and
 # of what two rows seem to have in common a part is chance.
 FLOOR, BELIEF = 0.05, 0.7
+
+
+def look_back(
+    run: Path,
+    recipe: Recipe,
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    stream: Stream,
+    tokens: Int[Tensor, "n length"],
+    plan: Plan,
+    *,
+    compute: torch.dtype,
+    pages: Pages = UNMAPPED,
+    progress: Progress = silent,
+) -> tuple[Curvature, RateControl | None]:
+    """One backward pass on the full-precision model, or what an earlier attempt kept of it; on the lattice also the
+    controller of its global step.
+    """
+    lattice, inner = recipe.grid == "lattice", repeated(blocks)
+    forecaster = Forecaster(model, plan) if lattice else None
+
+    def observe() -> tuple[Curvature, dict[str, Forecast]]:
+        found = token_energies(
+            model,
+            inner,
+            stream,
+            tokens,
+            compute=compute,
+            share=recipe.gradient_share,
+            chunk=2 * CHUNK if lattice else CHUNK,  # a forecast from few tokens is a poor one
+            row_block=recipe.row_block if lattice else 1,
+            vocabulary=len(inner) < len(blocks),
+            seen=forecaster,
+            pages=pages,
+            progress=progress,
+        )
+        for stage in ends(blocks):
+            forecaster.see_vocabulary(stage, found.vocabulary)
+        return found, forecaster.found if forecaster else {}
+
+    curvature, forecasts = curvature_of(run / "token_weights.safetensors", observe)
+    return curvature, rate_control(blocks, recipe.rate, forecasts) if lattice else None
 
 
 def rows_of(stage: Stage, curvature: Float[Tensor, "blocks size size"]) -> RowMetric:
@@ -45,6 +96,16 @@ class Forecaster:
         order = self.plan[stage.name].order
         self.found[stage.name] = forecast(weight, rows_of(stage, curvature).lengths, metric, order)
 
+    def see_vocabulary(self, stage: Stage, moments: VocabularyMoments) -> None:
+        """Embedding and head are solved on these very moments: nothing is left to guess but a sample of rows."""
+        weight = read_weight(self.model.get_submodule(stage.name))
+        plan = self.plan[stage.name]
+        problem = vocabulary_problem(stage, weight, moments, order=plan.order, damping=plan.damping)
+        metric = problem.pooled / problem.tokens
+        damping, price = choose_damping(problem, column_order(plan.order, metric, len(metric)))
+        lengths = problem.rows.lengths * price**0.5
+        self.found[stage.name] = forecast(weight, lengths, metric, plan.order, damping)
+
 
 def curvature_of(
     path: Path, observe: Callable[[], tuple[Curvature, dict[str, Forecast]]]
@@ -54,11 +115,13 @@ def curvature_of(
         curvature, forecasts = observe()
         tensors = {f"tokens/{name}": tensor for name, tensor in curvature.tokens.items()}
         tensors |= {f"rows/{name}": tensor for name, tensor in curvature.rows.items()}
+        if curvature.vocabulary is not None:
+            tensors |= {f"vocabulary/{name}": tensor for name, tensor in curvature.vocabulary.tensors().items()}
         for name, known in forecasts.items():
             curve = [known.log2_steps, known.bits, [known.weights] * len(known.bits)]
             tensors[f"forecast/{name}"] = torch.tensor(curve, dtype=torch.float64)
         write_tensors(path, tensors)
-    stored: dict[str, dict[str, Tensor]] = {"tokens": {}, "rows": {}, "forecast": {}}
+    stored: dict[str, dict[str, Tensor]] = {"tokens": {}, "rows": {}, "vocabulary": {}, "forecast": {}}
     for key, tensor in read_tensors(path)[0].items():
         kind, _, name = key.partition("/")
         stored[kind][name] = tensor
@@ -66,13 +129,16 @@ def curvature_of(
         name: Forecast(tuple(steps), tuple(bits), int(weights[0]))
         for name, (steps, bits, weights) in ((name, curve.tolist()) for name, curve in stored["forecast"].items())
     }
-    return Curvature(stored["tokens"], stored["rows"]), forecasts
+    known = VocabularyMoments(**stored["vocabulary"]) if stored["vocabulary"] else None
+    return Curvature(stored["tokens"], stored["rows"], known), forecasts
 
 
 def rate_control(blocks: tuple[Block, ...], rate: float, forecasts: dict[str, Forecast]) -> RateControl:
-    """The controller of a run. Stages at the same place in their blocks are of one kind."""
-    stages = [(stage, str(place)) for block in blocks for place, stage in enumerate(block.stages)]
-    return RateControl(rate, forecasts, [(stage.name, kind) for stage, kind in stages])
+    """The controller of a run. Stages at the same place in their blocks are of one kind; embedding and head, whose
+    forecasts need no correction, of none.
+    """
+    stages = [(stage.name, str(place)) for block in repeated(blocks) for place, stage in enumerate(block.stages)]
+    return RateControl(rate, forecasts, [*stages, *((stage.name, None) for stage in ends(blocks))])
 
 
 def step_of(control: RateControl, run: Path, blocks: tuple[Block, ...], stage: Stage) -> float:

@@ -124,7 +124,7 @@ def measure(
     device = next(model.parameters()).device
     if original.shape[:2] != text.tokens.shape:
         raise ValueError(f"states of {tuple(original.shape[:2])} windows for {tuple(text.tokens.shape)}")
-    dtype = model.get_output_embeddings().weight.dtype
+    dtype = model.dtype
     head = None if original_head is None else original_head.to(device, dtype)
     rows = head_rows(model)
     kl, nll, same = [], [], 0

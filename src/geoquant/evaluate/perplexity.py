@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from geoquant.data.text import Windows
 from geoquant.errors import UserError
+from geoquant.model.vocabulary import vocabulary_rows
 from geoquant.progress import Progress, silent
 
 __all__ = [
@@ -79,7 +80,7 @@ def head_logits(
 
 def head_rows(model: nn.Module) -> int:
     """Positions to project onto the vocabulary at a time."""
-    return max(1, VOCABULARY_CHUNK // model.get_output_embeddings().weight.shape[0])
+    return max(1, VOCABULARY_CHUNK // vocabulary_rows(model))
 
 
 def head_nll(

@@ -1,6 +1,7 @@
 """Lets `AutoModelForCausalLM.from_pretrained` read the format `geoquant`, weights in memory as int8 codes.
 
-Registered with transformers when geoquant has been imported (see geoquant.__init__).
+Embeddings and heads may be coded too; a tied head multiplies with the embedding's codes. Registered with transformers
+when geoquant has been imported (see geoquant.__init__).
 """
 
 from __future__ import annotations
@@ -16,51 +17,54 @@ from geoquant.export.native import METHOD, VERSION, decode_site, read_tables
 from geoquant.lattice.rate import CLASSES
 from geoquant.lattice.unboxed import steps_of
 
-__all__ = ["CodedLinear", "GeoQuantConfig", "GeoQuantizer"]
+__all__ = ["CodedEmbedding", "CodedLinear", "GeoQuantConfig", "GeoQuantizer"]
 
 
-class CodedLinear(nn.Module):
-    """A linear map `y = a * ((b * x) Z^T) + bias` with int8 codes Z and steps a (rows), b (columns).
+class Coded(nn.Module):
+    """A matrix `a_i b_j Z_ij` with narrow integer codes Z and steps a (rows), b (columns).
 
-    Codes beyond int8 are split: Z holds what fits, `overflow` the rest, one value per (row, column). Until `unpack`
-    the module holds the tensors of the file, and `columns` names the site that holds the column tensors.
+    Z is int8; where more than one code in a hundred lies beyond, int16. What lies beyond even so is split: `overflow`
+    holds the rest, one value per (row, column), row by row. Until `unpack` the module holds the tensors of the file,
+    and `entry["columns"]` names the site that holds the column tensors. It computes in `dtype`.
     """
 
-    def __init__(self, name: str, entry: dict, bias: nn.Parameter | None):
+    def __init__(self, name: str, entry: dict, dtype: torch.dtype):
         super().__init__()
-        self.out_features, self.in_features = entry["shape"]
+        self.rows, self.columns = entry["shape"]
         words, escapes, streams = entry["sizes"]
-        self.entry = entry
+        self.entry, self.dtype = entry, dtype
         shapes = {
             "words": ((words,), torch.int32),
             "escapes": ((escapes,), torch.int32),
             "streams": ((streams, 3), torch.int32),
-            "row_steps": ((self.out_features,), torch.uint8),
-            "row_classes": ((self.out_features,), torch.int8),
+            "row_steps": ((self.rows,), torch.uint8),
+            "row_classes": ((self.rows,), torch.int8),
         }
         if entry["columns"] == name:
-            shapes["column_steps"] = ((self.in_features,), torch.uint8)
-            shapes["column_classes"] = ((self.in_features,), torch.int8)
+            shapes["column_steps"] = ((self.columns,), torch.uint8)
+            shapes["column_classes"] = ((self.columns,), torch.int8)
         self.stored = tuple(shapes)
-        for label, (shape, dtype) in shapes.items():
-            self.register_buffer(label, torch.empty(shape, dtype=dtype))
-        self.bias = bias
+        for label, (shape, kind) in shapes.items():
+            self.register_buffer(label, torch.empty(shape, dtype=kind))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the file that this site has of its own."""
         return {label: getattr(self, label).cpu() for label in self.stored}
 
     def unpack(self, codes: Int[Tensor, "out in"], column_steps: Int[Tensor, " in"], device: torch.device) -> None:
-        """Replace the stored tensors by int8 codes, steps and what overflows."""
+        """Replace the stored tensors by codes, steps and what overflows."""
         row_base, column_base = self.entry["bases"]
         row_steps = steps_of(self.row_steps.cpu().to(torch.int32) + row_base)
         for label in self.stored:
             delattr(self, label)
         self.stored = ()
-        kept = codes.clamp(-128, 127)
+        beyond = int(((codes < -128) | (codes > 127)).sum())
+        kind = torch.int8 if 100 * beyond <= codes.numel() else torch.int16
+        limits = torch.iinfo(kind)
+        kept = codes.clamp(limits.min, limits.max)
         rows, columns = torch.nonzero(codes != kept, as_tuple=True)
         buffers = {
-            "codes": kept.to(torch.int8),
+            "codes": kept.to(kind),
             "row_scale": row_steps,
             "column_scale": steps_of(column_steps.to(torch.int32) + column_base),
             "overflow_rows": rows,
@@ -71,31 +75,97 @@ class CodedLinear(nn.Module):
             self.register_buffer(label, tensor.to(device))
 
     def dequantize(self) -> Float[Tensor, "out in"]:
-        """The float32 weight."""
+        """The float32 matrix."""
         values = self.codes.float()
         values[self.overflow_rows, self.overflow_columns] += self.overflow
         return values.mul_(self.row_scale[:, None]).mul_(self.column_scale)
 
-    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+    def project(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """`x W^T`."""
         scaled = x * self.column_scale.to(x.dtype)
         y = nn.functional.linear(scaled, self.codes.to(x.dtype))
         if len(self.overflow):
             extra = scaled[..., self.overflow_columns] * self.overflow.to(x.dtype)
             y = y.index_add(-1, self.overflow_rows, extra.to(y.dtype))
-        y = y * self.row_scale.to(x.dtype)
+        return y * self.row_scale.to(x.dtype)
+
+    def look_up(self, index: Int[Tensor, ...]) -> Float[Tensor, "... in"]:
+        """Rows of W."""
+        flat = index.flatten()
+        values = self.codes[flat].float()
+        first = torch.searchsorted(self.overflow_rows, flat)
+        count = torch.searchsorted(self.overflow_rows, flat, right=True) - first
+        if count.any():
+            place = torch.repeat_interleave(count)
+            entry = torch.arange(len(place), device=flat.device) + (first + count - count.cumsum(0))[place]
+            values[place, self.overflow_columns[entry]] += self.overflow[entry]
+        values = values.mul_(self.row_scale[flat][:, None]).mul_(self.column_scale)
+        return values.to(self.dtype).view(*index.shape, self.columns)
+
+
+class CodedLinear(Coded):
+    """A linear map `y = W x + bias`."""
+
+    def __init__(self, name: str, entry: dict, linear: nn.Linear):
+        super().__init__(name, entry, linear.weight.dtype)
+        self.out_features, self.in_features = entry["shape"]
+        self.bias = linear.bias
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        y = self.project(x)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+class CodedEmbedding(Coded):
+    """A lookup of rows."""
+
+    def __init__(self, name: str, entry: dict, embedding: nn.Embedding):
+        super().__init__(name, entry, embedding.weight.dtype)
+        self.num_embeddings, self.embedding_dim = entry["shape"]
+        self.padding_idx = embedding.padding_idx
+
+    def forward(self, index: Int[Tensor, ...]) -> Float[Tensor, "... in"]:
+        return self.look_up(index)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class TiedHead(nn.Module):
+    """A head that multiplies with the embedding's matrix and owns nothing but its bias."""
+
+    def __init__(self, embedding: CodedEmbedding, linear: nn.Linear):
+        super().__init__()
+        self.tied = (embedding,)  # in a tuple: not a submodule, whose buffers would count twice
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.bias = linear.bias
+
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """The float32 matrix."""
+        return self.tied[0].dequantize()
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        y = self.tied[0].project(x)
+        return y if self.bias is None else y + self.bias
+
+
 @register_quantization_config(METHOD)
 class GeoQuantConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint in the format `geoquant`."""
 
-    def __init__(self, version: int = VERSION, sites: dict | None = None, tables: int = 0, **kwargs: object):
+    def __init__(
+        self,
+        version: int = VERSION,
+        sites: dict | None = None,
+        tables: int = 0,
+        tied: dict | None = None,
+        **kwargs: object,
+    ):
         self.quant_method = METHOD
-        self.version, self.sites, self.tables = version, sites or {}, tables
+        self.version, self.sites, self.tables, self.tied = version, sites or {}, tables, tied or {}
 
 
 @register_quantizer(METHOD)
@@ -114,9 +184,13 @@ class GeoQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
         for name, entry in self.quantization_config.sites.items():
-            parent, _, last = name.rpartition(".")
-            linear = model.get_submodule(name)
-            setattr(model.get_submodule(parent), last, CodedLinear(name, entry, linear.bias))
+            module = model.get_submodule(name)
+            kind = CodedEmbedding if isinstance(module, nn.Embedding) else CodedLinear
+            replace(model, name, kind(name, entry, module))
+        for name, source in self.quantization_config.tied.items():
+            replace(model, name, TiedHead(model.get_submodule(source), model.get_submodule(name)))
+            # Nothing is left that transformers could tie, now or when asked to do it again.
+            model.all_tied_weights_keys, model._tied_weights_keys = {}, None
         holder = nn.Module()
         holder.register_buffer("tables", torch.empty(self.quantization_config.tables, dtype=torch.uint16))
         holder.register_buffer("reaches", torch.empty(CLASSES, dtype=torch.int16))
@@ -150,3 +224,9 @@ class GeoQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is."""
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)

@@ -32,6 +32,7 @@ LOWEST = -3.0
 CLASSES = 48
 REACH = 1023  # values beyond are counted as escapes
 ESCAPE_BITS = 32
+PART = 1 << 22  # codes counted at a time
 SIDE_BITS = 16  # one byte for a step, one for a class
 
 
@@ -56,8 +57,8 @@ def spread_of(codes: Integer[Tensor, "out in"], rounds: int = 3) -> Spread:
     energy = codes.float().square_().add_(1e-3)
     columns = torch.ones(codes.shape[1], device=codes.device)
     for _ in range(rounds):
-        rows = (energy / columns).mean(1)
-        columns = (energy / rows[:, None]).mean(0)
+        rows = energy @ columns.reciprocal() / len(columns)
+        columns = rows.reciprocal() @ energy / len(rows)
     level = columns.log().mean() / 2
     row_class = torch.round((rows.log() / 2 + level - LOWEST) / WIDTH)
     column_class = torch.round((columns.log() / 2 - level) / WIDTH)
@@ -66,10 +67,15 @@ def spread_of(codes: Integer[Tensor, "out in"], rounds: int = 3) -> Spread:
 
 def class_histograms(codes: Integer[Tensor, "out in"], spread: Spread) -> Int[Tensor, "classes symbols"]:
     """Counts of the values -REACH..REACH by class, and in the last column of those beyond."""
-    values = codes.long()
-    symbols = torch.where(values.abs() <= REACH, values + REACH, 2 * REACH + 1)
-    index = spread.classes().mul_(2 * REACH + 2).add_(symbols)
-    return torch.bincount(index.flatten(), minlength=CLASSES * (2 * REACH + 2)).view(CLASSES, 2 * REACH + 2)
+    symbols = 2 * REACH + 2
+    counts = torch.zeros(CLASSES * symbols, dtype=torch.int64, device=codes.device)
+    step = max(1, PART // max(1, codes.shape[1]))
+    for start in range(0, len(codes), step):  # indices take eight bytes a code
+        values = codes[start : start + step].long()
+        values = torch.where(values.abs() <= REACH, values + REACH, 2 * REACH + 1)
+        index = spread.part(start, start + step).classes().mul_(symbols).add_(values)
+        counts += torch.bincount(index.flatten(), minlength=len(counts))
+    return counts.view(CLASSES, symbols)
 
 
 def entropy_bits(histograms: Int[Tensor, "classes symbols"]) -> float:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["RowMetric", "block_sizes", "row_metric"]
+__all__ = ["RowMetric", "block_sizes", "row_metric", "single_rows"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,15 @@ class RowMetric:
     factor: Float[Tensor, "blocks size size"]
     sizes: tuple[int, ...]
 
+    @property
+    def strangers(self) -> bool:
+        """Whether every row is a block of its own: no row moves another."""
+        return self.factor.shape[1] == 1
+
     def spread(self, values: Float[Tensor, "blocks size"]) -> Float[Tensor, " rows"]:
         """One value per row, without what fills the blocks up."""
+        if self.strangers:
+            return values[:, 0]
         return torch.cat([part[:size] for part, size in zip(values, self.sizes)])
 
     @property
@@ -43,11 +50,18 @@ class RowMetric:
         A row is off by its own rounding and, on purpose, by its share of the roundings before it:
         `e_i = sum_k d_k U_ki / U_kk` with `|d_k| <= s_k / 2`.
         """
+        if self.strangers:
+            return steps.square(), steps.square()
         padded = torch.zeros_like(self.factor[:, 0])
         for block, part in enumerate(steps.split(self.sizes)):
             padded[block, : len(part)] = part
         shares = self.factor / self.factor.diagonal(dim1=1, dim2=2)[:, :, None] * padded[:, :, None]
         return self.spread(shares.square().sum(1)), self.spread(shares.abs().sum(1).square())
+
+
+def single_rows(weights: Float[Tensor, " rows"]) -> RowMetric:
+    """A diagonal G: rows that are strangers to each other."""
+    return RowMetric(weights.clamp_min(1e-30).rsqrt()[:, None, None], (1,) * len(weights))
 
 
 def block_sizes(rows: list[int], size: int) -> tuple[int, ...]:

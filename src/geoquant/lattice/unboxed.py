@@ -22,6 +22,7 @@ __all__ = ["exponents", "steps_of", "unboxed_babai"]
 
 PER_OCTAVE = 8
 PANEL = 64
+ROWS = 1 << 14
 
 
 def exponents(steps: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -52,6 +53,9 @@ def unboxed_babai(
     of the metric; without it rows are strangers to each other. All rows are solved in units of their own step, so the
     recursion sees one step per column. Compiled on a CPU in float32, torch operations elsewhere.
     """
+    if len(weight) > ROWS and (rows is None or rows.strangers):  # rows are solved alone: a few thousand at a time
+        parts = zip(weight.split(ROWS), row_steps.split(ROWS))
+        return torch.cat([unboxed_babai(part, factor, order, steps, column_steps) for part, steps in parts])
     # Transposed, so that one column of the layer is one contiguous row of memory.
     work = (weight / row_steps[:, None]).T[order].contiguous()
     columns, count = work.shape
@@ -74,7 +78,7 @@ def _feedback(
 ) -> tuple[Float[Tensor, "blocks size size"], tuple[int, ...]]:
     """How a row's error moves those after it, both in units of their steps, and the sizes of the blocks."""
     count = work.shape[1]
-    if rows is None:
+    if rows is None or rows.strangers:
         return work.new_empty(0, 1, 1), block_sizes([count], PANEL)
     steps = work.new_ones(rows.factor.shape[:2])
     for block, part in enumerate(row_steps.split(rows.sizes)):

@@ -47,7 +47,7 @@ class Site:
     name: str
     block: int
     shape: tuple[int, int]
-    kind: str  # attention_in | attention_out | mlp_in | mlp_out | other
+    kind: str  # attention_in | attention_out | mlp_in | mlp_out | other, or one of model/vocabulary
     fused: str  # sites with the same value share their input and must keep one scheme
 
 
@@ -82,19 +82,24 @@ class Block:
 
 def is_linear(module: nn.Module) -> bool:
     """A plain linear map: torch's, or GPT-2's transposed one."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    return type(module) is nn.Linear or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D"
 
 
 def site_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear map."""
     rows, columns = module.weight.shape
-    return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+    return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
 def read_weight(module: nn.Module) -> Float[Tensor, "out in"]:
     """The weight as a float32 (out, in) copy."""
     weight = module.weight.detach()
-    weight = weight if isinstance(module, nn.Linear) else weight.T
+    weight = weight.T if is_transposed(module) else weight
     return weight.to(torch.float32, copy=True).contiguous()
 
 
@@ -105,7 +110,7 @@ def write_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
     """
     if tuple(weight.shape) != site_shape(module):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} for a site of shape {site_shape(module)}")
-    own = weight if isinstance(module, nn.Linear) else weight.T
+    own = weight.T if is_transposed(module) else weight
     module.weight.data = own.detach().to(module.weight.device, module.weight.dtype, copy=True).contiguous()
 
 

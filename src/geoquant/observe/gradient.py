@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,7 @@ from geoquant.observe.attention import ProductAttention
 from geoquant.observe.compute import cast_call, pure_copy
 from geoquant.observe.moments import Accumulator
 from geoquant.observe.stream import BlockCall, Stream, hooks, run_block
+from geoquant.observe.vocabulary import VocabularyMoments, VocabularyWatch
 from geoquant.progress import Progress, silent
 
 __all__ = ["Curvature", "check_head", "token_energies"]
@@ -39,10 +41,12 @@ class Curvature:
     tokens: (n, length) `||g_t||^2` of every token, scaled to mean one; NaN where a token has no gradient.
     rows:   (blocks, size, size) mean over tokens of `g g^T` for blocks of neighbouring outputs of each of the stacked
             sites (zero beyond a site's last row), in nats^2 per squared unit of the output.
+    vocabulary: what embedding and head need, if they were asked for.
     """
 
     tokens: dict[str, Float[Tensor, "n length"]]
     rows: dict[str, Float[Tensor, "blocks size size"]]
+    vocabulary: VocabularyMoments | None = None
 
 
 @dataclass
@@ -65,6 +69,7 @@ def token_energies(
     share: float = 1.0,
     chunk: int = CHUNK,
     row_block: int = 1,
+    vocabulary: bool = False,
     seen: Callable[[Stage, Float[Tensor, "blocks size size"], Float[Tensor, "in in"]], None] | None = None,
     pages: Pages = UNMAPPED,
     progress: Progress = silent,
@@ -73,6 +78,7 @@ def token_energies(
 
     share: of the batches, evenly spread, the last one among them; the other tokens have no gradient.
     chunk: windows that go through together. row_block: how many neighbouring outputs share a block of `Curvature.rows`.
+    vocabulary: observe embedding and head as well; the last batch is held out where there are several.
     seen:  gets of each stage, last block first, what the first chunk says: the curvature of its rows (see Curvature)
            and the moments `sum_t ||g_t||^2 x_t x_t^T / sum_t ||g_t||^2`.
     """
@@ -87,6 +93,7 @@ def token_energies(
         energies, {name: torch.zeros(count, row_block, row_block, device=device) for name, count in counts.items()}
     )
     chosen = spread(len(stream.batches), share)
+    ends = VocabularyWatch(model, tokens) if vocabulary else None
     per_chunk = max(1, chunk // size)
     steps = -(-len(chosen) // per_chunk) * len(blocks)
     done = 0
@@ -102,7 +109,11 @@ def token_energies(
             with torch.no_grad():
                 hidden = [run_block(work, call, x) for x in hidden]
             pages.release(module.parameters())
-        gradients = [_head_gradient(model, x, tokens[part].to(x.device), head) for part, x in zip(rows, hidden)]
+        held = [len(chosen) > 2 and index == chosen[-1] for index in chosen[first : first + per_chunk]]
+        gradients = []
+        for part, x, last in zip(rows, hidden, held):
+            see = ends and partial(ends.see_head, held=last)
+            gradients.append(_head_gradient(model, x, tokens[part].to(x.device), head, see))
         for block, module, call in zip(reversed(blocks), reversed(list(modules)), reversed(calls)):
             work = pure_copy(module, compute)
             inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
@@ -119,6 +130,9 @@ def token_energies(
             pages.release(module.parameters())
             done += 1
             progress("gradients", done, steps, block.name)
+        for part, gradient, last in zip(rows, gradients, held):
+            if ends:
+                ends.see_embedding(tokens[part], gradient, held=last)
     rows = [row for index in chosen for row in range(index * size, (index + 1) * size)]
     for name, energy in energies.items():
         _check_finite(name, energy[rows])
@@ -126,6 +140,7 @@ def token_energies(
     return Curvature(
         tokens={name: energy / energy.nanmean().clamp_min(1e-30) for name, energy in energies.items()},
         rows={name: total.cpu() / counted for name, total in watch.rows.items()},
+        vocabulary=ends and ends.finish(),
     )
 
 
@@ -160,6 +175,7 @@ def _head_gradient(
     hidden: Float[Tensor, "b l h"],
     tokens: Int[Tensor, "b l"],
     head: Float[Tensor, "vocab h"],
+    see: Callable[[Tensor, Tensor, Tensor | float], None] | None = None,
 ) -> Float[Tensor, "b l h"]:
     """Gradient of the summed next-token loss at the last block's output, a few positions at a time.
 
@@ -184,6 +200,8 @@ def _head_gradient(
             slope = 1 - logits.square()
             logits *= cap
         gradient = torch.softmax(logits, dim=-1)
+        if see is not None:
+            see(normed, gradient, scale if slope is None else scale * slope)
         gradient[torch.arange(len(t), device=t.device), t] -= 1.0
         if slope is not None:
             gradient *= slope

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from geoquant.model.load import Loaded
+from geoquant.model.vocabulary import repeated
 from geoquant.model.walk import Block
 from geoquant.observe.compute import compute_dtype
 from geoquant.recipe import Recipe
@@ -74,7 +75,7 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.2) ->
 
 def cost(loaded: Loaded, blocks: tuple[Block, ...], shape: tuple[int, int], recipe: Recipe) -> Cost:
     """Count the work of a run with these choices."""
-    model, tokens = loaded.model, shape[0] * shape[1]
+    model, tokens, blocks = loaded.model, shape[0] * shape[1], repeated(blocks)
     weights = sum(stage.rows * stage.columns for block in blocks for stage in block.stages)
     once = 2 * weights * tokens
     # Per block: one pass over its stages, each starting where the last one stopped; a second one for the outputs

@@ -61,6 +61,7 @@ def forecast(
     row_lengths: Float[Tensor, " out"],
     metric: Float[Tensor, "in in"],
     order: str,
+    damping: float = DEFAULT_DAMPING,
 ) -> Forecast:
     """Simulate the codes of a few rows at many steps.
 
@@ -68,14 +69,14 @@ def forecast(
     metric: mean of `w_t x_t x_t^T` over tokens. Raises NotPositiveDefinite.
     """
     columns = column_order(order, metric, len(metric))
-    factor = compensation_factor(metric, columns, DEFAULT_DAMPING, torch.float32)  # a forecast needs no more
+    factor = compensation_factor(metric, columns, damping, torch.float32)  # a forecast needs no more
     pivots = factor.diagonal()
     # Babai moves a weight by the compensation of all columns before it: variance sum_i U_ij^2 s_i^2 / (12 U_ii^2),
     # which with s_i proportional to U_ii is the column's sum of squares over twelve.
     noise = ((factor.square().sum(0) / pivots.square() - 1.0).clamp_min(0.0) / 12).sqrt()
     # Every so many rows in the order of their size: a sample that hardly misses the mean of any smooth function of it.
     by_size = torch.argsort(weight.square().sum(1) * row_lengths.square())
-    count = min(SAMPLED_ROWS, len(weight))
+    count = min(max(SAMPLED_ROWS, len(weight) // 64), len(weight))
     rows = by_size[((torch.arange(count, device=weight.device) + 0.5) * len(weight) / count).long()]
     # Weights in units of their step at D = 1.
     unit = weight[rows][:, columns] * row_lengths[rows][:, None] / pivots
@@ -97,13 +98,14 @@ def simulated(codes: Float[Tensor, "rows in"]) -> float:
 class RateControl:
     """The step of the next stage, from what the stages before it really cost.
 
-    stages: (name, kind) in the order in which they are solved; kinds share their correction.
+    stages: (name, kind) in the order in which they are solved; kinds share their correction. Without a kind a forecast
+    is taken as it is.
     target: bits per weight over all stages: codes and the bytes beside them, not the tables that all share.
     """
 
     target: float
     forecasts: dict[str, Forecast]
-    stages: Sequence[tuple[str, str]]
+    stages: Sequence[tuple[str, str | None]]
     spent: dict[str, float] = field(default_factory=dict)
     misses: dict[str, list[float]] = field(default_factory=dict)
     last: float | None = None
@@ -114,7 +116,8 @@ class RateControl:
         self.spent[name] = bits
         self.last = step
         miss = bits / known.weights - known.at(math.log2(step))
-        self.misses.setdefault(dict(self.stages)[name], []).append(miss)
+        if (kind := dict(self.stages)[name]) is not None:
+            self.misses.setdefault(kind, []).append(miss)
 
     def step(self) -> float:
         """D for the next stage: the last one as long as spent + forecast of the rest is near the target, else the
@@ -141,8 +144,10 @@ class RateControl:
             low = min(max(low, math.log2(self.last) - TURN), math.log2(self.last) + TURN)
         return 2.0**low
 
-    def _correction(self, kind: str) -> float:
+    def _correction(self, kind: str | None) -> float:
         """What to add to the forecast of a kind, in bits per weight: its mean miss, shrunk."""
+        if kind is None:
+            return 0.0
         known, all_known = self.misses.get(kind, []), [miss for misses in self.misses.values() for miss in misses]
         common = (sum(all_known) + DOUBT * BIAS) / (len(all_known) + DOUBT)
         return (sum(known) + DOUBT * common) / (len(known) + DOUBT)

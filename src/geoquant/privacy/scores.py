@@ -28,6 +28,7 @@ from geoquant.data.records import Record, Split
 from geoquant.data.text import adds_bos
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import check_head, final_hidden, head_logits, head_rows
+from geoquant.model.vocabulary import vocabulary_rows
 from geoquant.progress import Progress, silent
 from geoquant.runs import read_tensors, write_tensors
 
@@ -151,7 +152,7 @@ def score_records(
     limit = min(max_tokens, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens)
     encoded = _encode(tokenizer, records, limit)
     # Padding goes to the right: a causal model's real positions never see it, so no mask is needed.
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = vocabulary_rows(model)
     # A padding token that was added without a row for it is as good as none.
     padding = 0 if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows else tokenizer.pad_token_id
     bos = int(adds_bos(tokenizer))

@@ -34,6 +34,9 @@ KINDS = {
     "mlp_in": "MLP in",
     "mlp_out": "MLP out",
     "other": "other",
+    "embedding": "embedding",
+    "head": "head",
+    "tied": "embedding and head",
 }
 ESTIMATORS = {
     "digits-bound": "a lower bound from the probability of the digits",
