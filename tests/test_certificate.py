@@ -72,7 +72,7 @@ def test_squared_steps_are_the_double_sum(rows, columns, group, data, seed):
         if j not in kept
     )
     index = torch.tensor(sorted(kept), dtype=torch.int64)
-    assert squared_steps(scales, lengths, index, group) == pytest.approx(total, rel=1e-6)
+    assert squared_steps(scales, lengths, index, group).planes == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -98,7 +98,7 @@ def test_errors_are_relative_and_units_of_the_metric_do_not_matter():
     quantized, scales, lengths = weight + 0.1, torch.full((3, 2), 0.5), torch.rand(6)
     one = certificate(weight, quantized, a, a, squared_steps(scales, lengths, NONE, 3), 0.25)
     other = certificate(weight, quantized, 4 * a, 7 * a, squared_steps(scales, 2 * lengths, NONE, 3), 0.25)
-    for name in ("error", "heldout_error", "expected_error", "bound"):
+    for name in ("error", "heldout_error", "expected_error", "bound", "sphere_bound", "gap_db", "headroom_db"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-6)
     assert one.error == pytest.approx(one.heldout_error)
     assert one.clip_rate == 0.25
@@ -106,7 +106,7 @@ def test_errors_are_relative_and_units_of_the_metric_do_not_matter():
 
 def test_the_sign_of_a_step_does_not_matter():
     scales, lengths = torch.tensor([[0.5, -0.25]]), torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert squared_steps(scales, lengths, NONE, 2) == 0.25 * 5 + 0.0625 * 25
+    assert squared_steps(scales, lengths, NONE, 2).planes == 0.25 * 5 + 0.0625 * 25
 
 
 def test_a_site_that_no_input_reaches_has_finite_numbers():

@@ -476,8 +476,35 @@ def test_explain_gives_the_decision_in_numbers(finished, capsys):
         "1 of 2 by error",
     ):
         assert fact in text
+    # The report is older than the sphere bound: nothing is said about it.
+    assert "sphere" not in text
+    assert "headroom" not in text
     assert cli.run(["explain", str(finished), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"sites": REPORT["sites"]}
+
+
+def test_explain_tells_the_headroom_without_a_reduction():
+    """Gap = what a cube is no ball + headroom + what rows take over; the share follows from the headroom."""
+    profile = {"lengths": [4.46, 0.0, -3.04], "steps": [4.4, 0.1, -4.2]}
+    limits = {"sphere_bound": 0.0098, "gap_db": 2.1329, "headroom_db": 0.6, "rows_db": 0.0, "profile": profile}
+    text = "\n".join(explain.limit_lines(SITE | limits))
+    for fact in (
+        "0.0098: no lattice of this density could expect less; the expectation lies 2.13 dB above",
+        "1.53 because a cube is no ball, 0.60 headroom\n",
+        "could lower the expected error by 12.9% at most",
+        "the box of codes would not survive it",
+        "lengths r -3.0 to +4.5 dB; with their steps, r s, -4.2 to +4.4 dB around the geometric mean",
+    ):
+        assert fact in text
+    assert "lies below" not in text
+    unboxed = {"bits": None, "headroom_db": 0.0, "rows_db": 0.6, "sphere_bound": 0.03, "profile": None}
+    text = "\n".join(explain.limit_lines(SITE | limits | unboxed))
+    assert "0.00 headroom, 0.60 that rows take over" in text
+    assert "by 0.0% at most" in text
+    assert "the achieved error lies below" in text
+    assert "box" not in text
+    assert "profile" not in text
+    assert explain.limit_lines(SITE | dict.fromkeys(limits)) == []
 
 
 def test_compare_lists_only_settings_that_differ(finished, tmp_path, capsys):

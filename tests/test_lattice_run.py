@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from geoquant import cli, pipeline
 from geoquant.data.text import builtin_text
 from geoquant.errors import UserError
 from geoquant.export.reader import Coded, CodedEmbedding, CodedLinear
+from geoquant.lattice.sphere import CUBE_DB
 from geoquant.model.load import load
 from geoquant.pipeline import quantize
 from geoquant.plan import estimate
 from geoquant.recipe import Recipe, checked
+from geoquant.results import BABAI_ONLY
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,6 +91,17 @@ def test_the_report_says_what_every_site_got(run):
     assert all(0 < site["error"] <= site["bound"] for site in sites)
     assert all(site["error"] == pytest.approx(site["expected_error"], rel=0.5) for site in sites)
     assert len({site["bits_per_weight"] for site in sites}) > 3
+    for site in sites:
+        # Steps at most a sixteenth of an octave off: lengths within 0.4 dB, so no basis has anything left to gain.
+        assert 0 <= site["headroom_db"] < 0.03
+        assert all(abs(level) <= 0.7 for level in site["profile"]["steps"])
+        assert site["profile"]["lengths"][0] > site["profile"]["steps"][0]
+        assert site["gap_db"] == pytest.approx(CUBE_DB + site["headroom_db"] + site["rows_db"])
+        assert site["rows_db"] > 0.01
+        assert site["gap_db"] == pytest.approx(10 * math.log10(site["expected_error"] / site["sphere_bound"]))
+    # What this adds to a report stays small.
+    added = [{key: site[key] for key in BABAI_ONLY if key != "bound"} for site in sites]
+    assert len(json.dumps(added, indent=1)) / len(sites) < 700
 
 
 def test_transformers_reads_the_coded_file(run):

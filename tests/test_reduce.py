@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,6 +86,22 @@ def test_size_reduction_does_not_move_babai_s_point():
     change = torch.randint(-3, 4, (12, 12), generator=generator).double().triu(1) + torch.eye(12, dtype=torch.float64)
     target = 5 * torch.randn(40, 12, dtype=torch.float64, generator=generator)
     torch.testing.assert_close(nearest_plane(basis @ change, target), nearest_plane(basis, target))
+
+
+def test_only_signed_permutations_map_a_box_of_codes_to_a_box():
+    """All unimodular maps of the plane with entries up to two, on the box from -3 to 3."""
+    box = set(itertools.product(range(-3, 4), repeat=2))
+    keeping, moving = 0, 0
+    for a, b, c, d in itertools.product(range(-2, 3), repeat=4):
+        if abs(a * d - b * c) != 1:
+            continue
+        if {(a * x + b * y, c * x + d * y) for x, y in box} == box:
+            assert sorted(map(abs, (a, b))) == sorted(map(abs, (c, d))) == [0, 1]
+            keeping += 1
+        else:
+            moving += 1
+    assert keeping == 8  # two orders, four choices of signs
+    assert moving > 0
 
 
 def test_steps_from_the_lengths_leave_no_headroom():

@@ -16,6 +16,7 @@ import pytest
 from geoquant.errors import UserError
 from geoquant.report import check_schema, figures, headline, render, write_report
 from geoquant.report.build import fingerprint
+from geoquant.report.profiles import profile_panels
 from geoquant.report.words import attack_label
 
 VOID = {"meta", "input", "br", "img", "hr", "link", "col", "wbr"}
@@ -29,6 +30,9 @@ PARTS = (
     ("mlp.down_proj", "mlp_out", (576, 1536)),
 )
 
+SLOPES = {"lengths": 1.1, "steps": 0.4}  # dB from one place of a profile to the next
+LIMITS = ("sphere_bound", "gap_db", "headroom_db", "rows_db", "profile")
+
 
 def sample_sites(draw: random.Random, blocks: int = 30) -> list[dict]:
     """Sites like those of SmolLM2-135M: 30 blocks of seven maps."""
@@ -37,6 +41,8 @@ def sample_sites(draw: random.Random, blocks: int = 30) -> list[dict]:
         for part, kind, shape in PARTS:
             error = (0.004 if kind == "attention_in" else 0.012) * math.exp(draw.gauss(0.02 * block, 0.25))
             kept = 6 if kind == "mlp_out" and block % 2 else 0
+            expected, headroom = error * draw.uniform(0.9, 1.3), 0.022 + 0.01 * block
+            slope = {name: [scale * (8 - place) for place in range(17)] for name, scale in SLOPES.items()}
             sites.append(
                 {
                     "name": f"model.layers.{block}.{part}",
@@ -50,9 +56,14 @@ def sample_sites(draw: random.Random, blocks: int = 30) -> list[dict]:
                     "damping": draw.choice((0.01, 0.03)),
                     "error": error,
                     "heldout_error": error * draw.uniform(1.02, 1.4),
-                    "expected_error": error * draw.uniform(0.9, 1.3),
+                    "expected_error": expected,
                     "bound": error * 3.4,
                     "clip_rate": draw.choice((0.0, 0.0004, 0.0021)),
+                    "sphere_bound": expected / 10 ** (0.15329 + headroom / 10),
+                    "gap_db": 1.5329 + headroom,
+                    "headroom_db": headroom,
+                    "rows_db": 0.0,
+                    "profile": slope,
                     "kept": kept,
                     "kept_columns": [17 * (i + block) % shape[1] for i in range(kept)],
                     "reason": "would cost 0.0041, which is 21.7% of this site's error budget" if kept else "",
@@ -328,7 +339,9 @@ def test_says_every_number(page: str, whole: dict) -> None:
     wanted += ["19.9 bits", "exact over 10^6 digit strings", "200 members against 200 non-members"]
     for site in report["sites"]:
         wanted += [f"{100 * site[key]:.2f}%" for key in ("error", "heldout_error", "expected_error", "bound")]
+        wanted += [f"{100 * site['sphere_bound']:.2f}%", f"{site['gap_db']:.2f} {site['headroom_db']:.2f}"]
         wanted += [site["name"]]
+    wanted += ["1.70 dB above it in the median (1.55 to 1.84)", "1.53 dB is", "0.17 dB in the median, 0.31 at most"]
     wanted += ["would cost 0.0041, which is 21.7% of this site's error budget", "90 input columns in 15 maps"]
     wanted += [
         "token 0 holds 99.8% of the input energy",
@@ -606,7 +619,7 @@ def test_experts_and_huge_models_stay_small(report: dict) -> None:
     sites = sample_sites(random.Random(1), blocks=40)
     experts = [{**site, "name": site["name"].replace("mlp.", f"mlp.experts.{e}.")} for site in sites for e in range(3)]
     page = render(report | {"sites": experts})
-    assert page.count('class="panel"') == 2 * 3 + 7
+    assert page.count('class="panel"') == 2 * 3 + 7 + 7
     assert len(page) < 4_000_000
 
 
@@ -621,3 +634,66 @@ def test_a_tiny_change_is_shown_without_powers_of_ten(report) -> None:
     text = read(render(report)).text
     assert "NLL changes by −0.00007 ± 0.00004 nats per token" in text
     assert "−6.9" not in text
+
+
+def test_a_report_from_before_the_sphere_bound_still_renders(report: dict) -> None:
+    """Without the keys that came later, with some sites that have them, and with the nulls of plain rounding."""
+    older, mixed, plain = (copy.deepcopy(report) for _ in range(3))
+    for site in older["sites"]:
+        for key in LIMITS:
+            del site[key]
+    mixed["sites"] = older["sites"][:7] + mixed["sites"][7:]
+    for site in plain["sites"]:
+        site |= dict.fromkeys(LIMITS)
+    for bare in (older, plain):
+        text = read(render(bare)).text
+        assert "What lattice and basis could still gain" not in text
+        assert "Headroom" not in text
+        assert "Damping model.layers.0" in text.replace("Method, order ", "")
+    text = read(render(mixed)).text
+    assert "Flattest: model.layers.1.self_attn.q_proj, headroom 0.03 dB" in text
+    # The rows of older sites show that nothing is known.
+    assert re.search(r"model\.layers\.0\.self_attn\.q_proj 576 × 576 4 4\.25 (\S+ ){4}– – – ", text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [("gap_db", "2", "gap_db"), ("profile", [1.0], "profile"), ("profile", {"lengths": ["1"], "steps": []}, "profile")],
+)
+def test_a_later_key_of_the_wrong_type_is_named(report: dict, key: str, value: object, named: str) -> None:
+    report["sites"][3][key] = value
+    with pytest.raises(UserError, match=rf"sites\[3\]\.{named}.* has the wrong type"):
+        render(report)
+
+
+def test_what_rows_take_over_is_told_apart(report: dict) -> None:
+    for site in report["sites"]:
+        site |= {"rows_db": 0.7, "gap_db": site["gap_db"] + 0.7, "bits": None, "clip_rate": 0.0}
+    report["recipe"] |= {"grid": "lattice"}
+    text = read(render(report)).text
+    assert "2.26 dB above it in the median" in text
+    assert "The rest, 0.70 dB in the median, is what rows take over" in text
+    assert "the box of codes" not in text
+
+
+def test_profiles_are_drawn_where_the_numbers_say() -> None:
+    sites = [
+        {"profile": {"lengths": [4.0 * block, 0.0, -4.0 * block], "steps": [1.0, 0.0, -1.0]}} for block in (1, 2, 3)
+    ]
+    (panel,) = profile_panels({("q_proj", "attention in"): [*sites, {"profile": None}, {}]})
+
+    def corners(css: str) -> list[tuple[float, float]]:
+        found = re.search(rf'd="M([^"]*)" class="{css}"', panel["svg"]).group(1)
+        return [tuple(map(float, corner.split())) for corner in found.split("L")]
+
+    # One scale: 8 dB of the median lie eight times as far from the middle as 1 dB.
+    (x0, top), (x1, zero), (x2, bottom) = corners("series g-lengths")
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.15)
+    assert zero - top == pytest.approx(bottom - zero, abs=0.15)
+    assert zero - top == pytest.approx(8 * (zero - corners("series g-steps")[0][1]), abs=0.9)
+    band = corners("band g-lengths")
+    assert zero - band[0][1] == pytest.approx(1.5 * (zero - top), abs=0.15)
+    assert zero - band[-1][1] == pytest.approx(0.5 * (zero - top), abs=0.15)
+    assert "lengths r from −8.0 to 8.0 dB" in panel["svg"]
+    hole = {"lengths": [1.0, None], "steps": [1.0, 0.0]}
+    assert profile_panels({("q_proj", "x"): [{"profile": hole}]}) == []

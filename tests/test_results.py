@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from geoquant.errors import UserError
 from geoquant.lattice.basis import NotPositiveDefinite
 from geoquant.lattice.grid import Grid
+from geoquant.lattice.sphere import CUBE_DB, POINTS
 from geoquant.methods import METHODS, Problem
 from geoquant.model.walk import Block, Site, Stage
 from geoquant.observe.moments import MassiveTokens, Moments
 from geoquant.plan.uniform import SitePlan
-from geoquant.results import SiteFiles, load_stage, save_stage, site_reports, stage_path
+from geoquant.results import BABAI_ONLY, SiteFiles, load_stage, save_stage, site_reports, stage_path
 from geoquant.solve import StageResult, _solve
 
 ROWS = {"q": 5, "k": 3, "o": 4}
@@ -134,6 +136,18 @@ def test_the_report_of_each_site_speaks_of_its_own_rows(tmp_path):
         assert entry["clip_rate"] == pytest.approx(first.solution.saturated[rows].mean().item())
         assert entry["massive_tokens"] == {"largest": 9.0, "top_share": 0.3}
         assert entry["bound"] == pytest.approx(3 * entry["expected_error"])
+        # From the file alone, without a factorisation: what a box on these lengths leaves to gain.
+        part = first.solution.rows(rows.start, rows.stop)
+        group = torch.arange(20) // part.grid.group_size
+        sides = part.gram_schmidt.double() * part.scales.double().abs()[:, group]
+        floor = 20 * (2 * sides.log().mean(1)).exp()
+        assert entry["headroom_db"] == pytest.approx(10 * math.log10((sides.square().sum() / floor.sum()).item()))
+        assert entry["gap_db"] == pytest.approx(CUBE_DB + entry["headroom_db"])
+        assert entry["sphere_bound"] == pytest.approx(entry["expected_error"] / 10 ** (entry["gap_db"] / 10))
+        for name, values in (("lengths", part.gram_schmidt.double()), ("steps", sides.square().mean(0).sqrt())):
+            levels = 20 * values.log10()
+            extremes = [(levels.max() - levels.mean()).item(), (levels.min() - levels.mean()).item()]
+            assert entry["profile"][name][:: POINTS - 1] == pytest.approx(extremes, abs=0.051)
     json.dumps(entries, allow_nan=False)
 
 
@@ -148,7 +162,8 @@ def test_rounding_has_no_bound_and_kept_columns_say_what_they_save(tmp_path):
     save_stage(tmp_path, solved(STAGES[0], "rtn"), plans(method="rtn"))
     save_stage(tmp_path, result := solved(STAGES[1], "dqc", keep=0.15), plans(method="dqc"))
     rounded, _, kept = site_reports(tmp_path, BLOCKS)[0]
-    assert rounded["bound"] is None
+    assert {rounded[key] for key in BABAI_ONLY} == {None}
+    assert None not in {kept[key] for key in BABAI_ONLY if key != "profile"}
     assert kept["kept"] == 3
     scores = result.solution.column_scores
     assert kept["kept_columns"] == scores.argsort(descending=True)[:3].tolist()

@@ -18,6 +18,7 @@ from torch import Tensor
 from geoquant.lattice.certificate import certificate
 from geoquant.lattice.grid import Grid
 from geoquant.lattice.rate import site_bits, spread_of
+from geoquant.lattice.sphere import profile
 from geoquant.methods.problem import LatticeSolution, Solution
 from geoquant.model.walk import Block, Stage
 from geoquant.plan.uniform import SitePlan
@@ -34,6 +35,9 @@ __all__ = [
     "solved_sites",
     "stage_path",
 ]
+
+# What is said of a basis and its planes: rounding every weight alone has neither.
+BABAI_ONLY = ("bound", "sphere_bound", "gap_db", "headroom_db", "rows_db", "profile")
 
 
 def stage_path(run: Path, stage: Stage) -> Path:
@@ -185,7 +189,6 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
             moments.heldout,
             own.squares,
             clipped,
-            worst=own.worst_squares if lattice else None,
         )
         bits = plan.bits_per_weight
         if lattice:
@@ -203,6 +206,7 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
                 "order": plan.order,
                 "damping": solution.damping,
                 **asdict(measured),
+                "profile": dict(zip(("lengths", "steps"), map(profile, own.basis_lengths))),
                 "kept": 0 if lattice else solution.kept_index.numel(),
                 "kept_columns": kept,
                 "massive_tokens": asdict(moments.massive),
@@ -214,7 +218,7 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
             loss = math.prod(site.shape) * solution.step**2 / 24
             entries[-1] |= {"step": solution.step, "largest_code": int(own.codes.abs().max()), "expected_loss": loss}
         if plan.method in ("rtn", "nearest"):
-            entries[-1]["bound"] = None  # the bound is Babai's
+            entries[-1] |= dict.fromkeys(BABAI_ONLY)
     return entries
 
 

@@ -12,7 +12,7 @@ from geoquant.cli.options import Json
 from geoquant.cli.screen import output, stdout_console
 from geoquant.errors import UserError
 
-__all__ = ["explain", "find_site", "sentences"]
+__all__ = ["explain", "find_site", "limit_lines", "sentences"]
 
 
 def explain(
@@ -102,6 +102,7 @@ def sentences(site: dict, sites: list[dict]) -> list[str]:
             promise = "as promised: no code was clipped" if kept else "although no code was clipped"
         word = "not exceeded" if kept else "exceeded"
         lines.append(f"  bound         {scientific(site['bound'])} {word}, {promise}")
+    lines += limit_lines(site)
     if site.get("expected_loss") is not None:
         lines.append(
             f"  step          {scientific(site['step'])}: expected loss {scientific(site['expected_loss'])} nats; "
@@ -116,6 +117,37 @@ def sentences(site: dict, sites: list[dict]) -> list[str]:
     place = rank(site, sites)
     if place is not None:
         lines.append(f"  rank          {place}")
+    return lines
+
+
+def limit_lines(site: dict) -> list[str]:
+    """The sphere bound, what lies between it and the expectation, and what a reduction of the basis could gain."""
+    gap, headroom, rows = site.get("gap_db"), site.get("headroom_db"), site.get("rows_db") or 0.0
+    if gap is None or headroom is None:  # plain rounding, or a report that is older than these numbers
+        return []
+    taken = f", {rows:.2f} that rows take over from each other to lower the loss" if rows >= 0.005 else ""
+    box = "" if site.get("bits") is None else "; the box of codes would not survive it"
+    lines = [
+        f"  sphere bound  {scientific(site.get('sphere_bound'))}: no lattice of this density could expect less; the "
+        f"expectation lies {gap:.2f} dB above,",
+        f"                {gap - headroom - rows:.2f} because a cube is no ball, {headroom:.2f} headroom{taken}",
+    ]
+    if site.get("error") is not None and site.get("sphere_bound") and site["error"] < site["sphere_bound"]:
+        lines.append(
+            "                (the achieved error lies below: it knows no damping, and steps may be as long as weights)"
+        )
+    lines.append(
+        f"  reduction     could lower the expected error by {1 - 10 ** (-headroom / 10):.1%} at most (the headroom, "
+        f"known without running LLL or BKZ){box}"
+    )
+    profile = site.get("profile") or {}
+    ranges = [
+        f"{label} {profile[key][-1]:+.1f} to {profile[key][0]:+.1f} dB"
+        for key, label in (("lengths", "lengths r"), ("steps", "with their steps, r s,"))
+        if profile.get(key) and None not in profile[key]
+    ]
+    if ranges:
+        lines.append(f"  profile       {'; '.join(ranges)} around the geometric mean (of squares)")
     return lines
 
 

@@ -1,11 +1,13 @@
-"""What the lattice promises for a solved layer: bound, expected error, achieved error.
+"""What the lattice promises for a solved layer: bound, expected error, sphere bound, achieved error.
 
 For rows quantized by Babai with Gram-Schmidt lengths r_j and steps s_j, none of them clipped,
 
     (w-q)^T A (w-q) <= 1/4 sum_j r_j^2 s_j^2            (bound)
     E (w-q)^T A (w-q) = 1/12 sum_j r_j^2 s_j^2          (rounding errors uniform)
 
-with A the damped metric that was solved. Clipping voids both, so the clip rate is reported beside them.
+with A the damped metric that was solved. No lattice of the same density could expect less than the sphere bound,
+`c/(2 pi e) (prod_j r_j s_j)^(2/c)` with c columns (see `sphere`). Clipping voids all three, so the clip rate is
+reported beside them.
 """
 
 from __future__ import annotations
@@ -16,18 +18,48 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["Certificate", "certificate", "error_energies", "squared_steps"]
+from geoquant.lattice.sphere import BALL, decibels
+
+__all__ = ["Certificate", "Squares", "certificate", "error_energies", "squared_steps"]
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Errors summed over the rows of a site, relative to its output energy `tr(W A W^T)`."""
+    """Errors summed over the rows of a site, relative to its output energy `tr(W A W^T)`.
+
+    sphere_bound: the least that lattices with the density of these rows could expect, in the same units and the same
+                  metric A. A row keeps its density: nothing is said about dividing bits among rows in another way.
+    gap_db:       `10 log10(expected_error / sphere_bound)` = 1.53 + headroom_db + rows_db; None without a density.
+    headroom_db:  the largest gain of any reduction of the basis of the columns.
+    rows_db:      what rows take over, on purpose, from rows before them (`RowMetric`). In A alone that is a loss; it is
+                  the gain in the metric of the loss that was solved. Zero where rows are strangers to each other.
+    """
 
     error: float
     heldout_error: float | None
     expected_error: float
     bound: float
     clip_rate: float
+    sphere_bound: float
+    gap_db: float | None
+    headroom_db: float | None
+    rows_db: float | None
+
+
+@dataclass(frozen=True)
+class Squares:
+    """What a certificate is made of, summed over the rows of a site, in the units of `A`.
+
+    planes:   `sum_j r_j^2 s_ij^2`, the squared distances between the planes.
+    floor:    `c (prod_j r_j s_ij)^(2/c)`, the least value of `planes` in any basis of the same lattice; c columns.
+    expected: twelve times the expected error; more than `planes` where rows take over errors of other rows.
+    worst:    four times the bound.
+    """
+
+    planes: float
+    floor: float
+    expected: float
+    worst: float
 
 
 def error_energies(rows: Float[Tensor, "out in"], *metrics: Float[Tensor, "in in"]) -> list[float]:
@@ -38,13 +70,23 @@ def error_energies(rows: Float[Tensor, "out in"], *metrics: Float[Tensor, "in in
 
 def squared_steps(
     scales: Float[Tensor, "out groups"], lengths: Float[Tensor, " in"], kept: Int[Tensor, " k"], group_size: int
-) -> float:
-    """`sum over rows and columns of r_j^2 s_j^2`; kept columns are continuous and count nothing."""
-    energy = lengths.double().square()
-    energy[kept] = 0.0
+) -> Squares:
+    """Rows that are strangers to each other, with one step per group of columns; kept columns are continuous and count
+    nothing, nor are they dimensions of the lattice."""
+    rounded = torch.ones(len(lengths), dtype=torch.float64, device=lengths.device)
+    rounded[kept] = 0.0
+    energy, steps = lengths.double().square() * rounded, scales.double().square()
     group = torch.arange(len(energy), device=energy.device) // group_size
-    per_group = torch.zeros(scales.shape[1], dtype=torch.float64, device=energy.device).index_add_(0, group, energy)
-    return (scales.double().square() @ per_group).sum().item()
+
+    def per_group(values: Tensor) -> Tensor:
+        return values.new_zeros(scales.shape[1]).index_add_(0, group, values)
+
+    planes = (steps @ per_group(energy)).sum().item()
+    count = rounded.sum()
+    # xlogy: what has no column, or is kept, adds nothing, whatever its step or length.
+    logs = torch.special.xlogy(per_group(rounded), steps).sum(1) + torch.special.xlogy(rounded, energy).sum()
+    floor = (count * (logs / count.clamp_min(1)).exp()).sum().item()
+    return Squares(planes, floor, planes, planes)
 
 
 def certificate(
@@ -52,15 +94,12 @@ def certificate(
     quantized: Float[Tensor, "out in"],
     metric: Float[Tensor, "in in"],
     heldout: Float[Tensor, "in in"] | None,
-    squares: float,
+    squares: Squares,
     clip_rate: float,
-    worst: float | None = None,
 ) -> Certificate:
     """Compare one site with what its lattice promises.
 
-    metric:  moments the site was solved on. heldout: moments of tokens that chose its damping.
-    squares: `sum over rows and columns of r_j^2 s_ij^2`, see `squared_steps`. worst: the same for the bound, where rows
-             take over errors of other rows.
+    metric: moments the site was solved on. heldout: moments of tokens that chose its damping.
     """
     metrics = (metric,) if heldout is None else (metric, heldout)
     errors = error_energies(quantized - original, *metrics)
@@ -69,7 +108,11 @@ def certificate(
     return Certificate(
         error=errors[0] / energy,
         heldout_error=None if heldout is None else errors[1] / energies[1],
-        expected_error=squares / 12 / energy,
-        bound=(squares if worst is None else worst) / 4 / energy,
+        expected_error=squares.expected / 12 / energy,
+        bound=squares.worst / 4 / energy,
         clip_rate=clip_rate,
+        sphere_bound=BALL * squares.floor / energy,
+        gap_db=decibels(squares.expected / 12, BALL * squares.floor),
+        headroom_db=decibels(squares.planes, squares.floor),
+        rows_db=decibels(squares.expected, squares.planes),
     )

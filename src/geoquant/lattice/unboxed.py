@@ -54,8 +54,10 @@ def unboxed_babai(
     recursion sees one step per column. Compiled on a CPU in float32, torch operations elsewhere.
     """
     if len(weight) > ROWS and (rows is None or rows.strangers):  # rows are solved alone: a few thousand at a time
-        parts = zip(weight.split(ROWS), row_steps.split(ROWS))
-        return torch.cat([unboxed_babai(part, factor, order, steps, column_steps) for part, steps in parts])
+        codes = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
+        for found, part, steps in zip(codes.split(ROWS), weight.split(ROWS), row_steps.split(ROWS)):
+            found.copy_(unboxed_babai(part, factor, order, steps, column_steps))
+        return codes
     # Transposed, so that one column of the layer is one contiguous row of memory.
     work = (weight / row_steps[:, None]).T[order].contiguous()
     columns, count = work.shape

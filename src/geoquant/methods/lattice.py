@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geoquant.lattice.basis import compensation_factor, heldout_prices, permuted
 from geoquant.lattice.order import column_order
-from geoquant.lattice.unboxed import exponents, steps_of, unboxed_babai
+from geoquant.lattice.unboxed import ROWS, exponents, steps_of, unboxed_babai
 from geoquant.methods.babai import DEFAULT_DAMPING, least
 from geoquant.methods.problem import LatticeSolution, Problem
 
@@ -50,7 +50,8 @@ def solve(problem: Problem) -> LatticeSolution:
 
 def longest(weight: Tensor, column_steps: Tensor) -> Tensor:
     """The longest step a row has any use for: twice its largest weight; of a row of zeros, that of the others."""
-    largest = 2 * (weight.abs() / column_steps).amax(1)
+    parts = weight.split(ROWS)  # of an embedding a few thousand rows at a time
+    largest = 2 * torch.cat([(part.abs() / column_steps).amax(1) for part in parts])
     most = largest.max()
     return torch.where(largest > 1e-6 * most, largest, torch.where(most > 0, most, 1.0))
 
@@ -95,5 +96,6 @@ def choose_damping(problem: Problem, order: Tensor) -> tuple[float, float]:
 
 def narrow(codes: Tensor) -> Tensor:
     """The smallest integer type that holds the codes."""
-    largest = int(codes.abs().max()) if codes.numel() else 0
+    least, most = codes.aminmax() if codes.numel() else (torch.tensor(0), torch.tensor(0))
+    largest = max(-int(least), int(most))
     return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)

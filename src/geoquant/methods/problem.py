@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from geoquant.lattice.certificate import squared_steps
+from geoquant.lattice.certificate import Squares, squared_steps
 from geoquant.lattice.grid import Grid
 from geoquant.lattice.rows import RowMetric
 from geoquant.lattice.unboxed import steps_of
@@ -85,9 +85,18 @@ class Solution:
         return weight
 
     @property
-    def squares(self) -> float:
-        """`sum over rows and columns of r_j^2 s_ij^2`, what the certificate is made of."""
+    def squares(self) -> Squares:
+        """What the certificate is made of."""
         return squared_steps(self.scales, self.gram_schmidt, self.kept_index, self.grid.group_size)
+
+    @property
+    def basis_lengths(self) -> tuple[Float[Tensor, " rounded"], Float[Tensor, " rounded"]]:
+        """`r_j`, and `r_j s_j` with the root mean square of the steps over rows, of the columns that are rounded."""
+        rounded = torch.ones(len(self.gram_schmidt), dtype=torch.bool, device=self.gram_schmidt.device)
+        rounded[self.kept_index] = False
+        steps = self.scales.double().square().mean(0).sqrt().repeat_interleave(self.grid.group_size)
+        lengths = self.gram_schmidt.double()
+        return lengths[rounded], (lengths * steps[: len(lengths)])[rounded]
 
     def rows(self, start: int, stop: int) -> Solution:
         """The part that belongs to one of several stacked sites."""
@@ -125,21 +134,22 @@ class LatticeSolution:
 
     def dequantize(self) -> Float[Tensor, "out in"]:
         """The float32 weights a reader reconstructs."""
-        return self.codes.float() * steps_of(self.row_exponents)[:, None] * steps_of(self.column_exponents)
+        return self.codes.float().mul_(steps_of(self.row_exponents)[:, None]).mul_(steps_of(self.column_exponents))
 
     @property
-    def squares(self) -> float:
-        """As in `Solution`, for the expected error."""
-        return self._squares(0)
+    def squares(self) -> Squares:
+        """As in `Solution`."""
+        rows, columns = steps_of(self.row_exponents).double().square().sum(), self.basis_lengths[1].square()
+        expected, worst = self.row_errors.double().sum(1)
+        floor = len(columns) * columns.log().mean().exp()
+        found = (rows * columns.sum(), rows * floor, expected * columns.sum(), worst * columns.sum())
+        return Squares(*(value.item() for value in found))
 
     @property
-    def worst_squares(self) -> float:
-        """The same for the bound: larger where rows take over errors of other rows."""
-        return self._squares(1)
-
-    def _squares(self, which: int) -> float:
-        columns = steps_of(self.column_exponents).double() * self.gram_schmidt.double()
-        return (self.row_errors[which].double().sum() * columns.square().sum()).item()
+    def basis_lengths(self) -> tuple[Float[Tensor, " in"], Float[Tensor, " in"]]:
+        """`r_j` and `r_j s_j`, for a row of step one."""
+        lengths = self.gram_schmidt.double()
+        return lengths, lengths * steps_of(self.column_exponents).double()
 
     def rows(self, start: int, stop: int) -> LatticeSolution:
         """The part that belongs to one of several stacked sites."""

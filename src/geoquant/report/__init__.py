@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from geoquant.report.build import check_schema, render, write_report
+from geoquant.report.build import render, write_report
+from geoquant.report.schema import check_schema
 from geoquant.report.words import headline
 
 __all__ = ["check_schema", "headline", "render", "write_report"]

@@ -22,11 +22,11 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from geoquant import runs
-from geoquant.errors import UserError
-from geoquant.report import figures
+from geoquant.report import figures, profiles
+from geoquant.report.schema import check_schema
 from geoquant.report.words import SUBJECTS, attack_label, extraction_total, headline, strongest, untested
 
-__all__ = ["check_schema", "fingerprint", "render", "write_report"]
+__all__ = ["fingerprint", "render", "write_report"]
 
 KINDS = {
     "attention_in": "attention in",
@@ -44,104 +44,6 @@ ESTIMATORS = {
     "exact-rank": "exact rank",
 }
 MODEL_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
-
-NUMBER = (int, float)
-_QUALITY = {"perplexity": NUMBER, "nll": NUMBER, "se": NUMBER, "tokens": int}
-_DELTA = {"value": NUMBER, "se": NUMBER}
-# A dict lists required keys, a one-element list describes each entry, a tuple or type is a leaf. None is a
-# missing measurement and passes everywhere but at the places in _NEVER_NULL.
-_SCHEMA: dict = {
-    "schema": int,
-    "model": {"name": str, "architecture": str, "parameters": int, "source": str, "dtype": str},
-    "recipe": dict,
-    "versions": dict,
-    "command": str,
-    "created": str,
-    "seed": int,
-    "hashes": dict,
-    "size": dict.fromkeys(("bits_per_weight", "linear_bytes", "total_bytes", "original_bytes", "kept_bytes"), NUMBER),
-    "quality": {
-        "text": str,
-        "windows": int,
-        "window": int,
-        "original": _QUALITY,
-        "quantized": _QUALITY,
-        "delta_nll": _DELTA,
-        "kl": _DELTA,
-        "tasks": [{"name": str, **dict.fromkeys(("original", "quantized", "delta", "se"), NUMBER), "items": int}],
-    },
-    "privacy": {
-        "n_members": int,
-        "n_nonmembers": int,
-        "attacks": [{"name": str, "subject": str, "auc": NUMBER, "ci": list, "tpr_at_fpr": dict, "roc": dict}],
-        "extraction": [
-            {"subject": str, "kind": str, "spans": int, "extracted": int, "rate": NUMBER, "ci": list}
-            | {"control_rate": NUMBER}
-        ],
-        "exposure": [
-            {"subject": str, "canaries": [{"name": str, "repeats": int, "bits": NUMBER}]}
-            | {"mean_bits": NUMBER, "limit_bits": NUMBER, "estimator": str}
-        ],
-        # The five things without which a guarantee must not be printed.
-        "guarantee": {"adjacency": str, "mechanism": str, "epsilon": NUMBER, "delta": NUMBER, "scope": str},
-    },
-    "sites": [
-        dict.fromkeys(("name", "kind", "method", "order", "reason"), str)
-        | {"block": int, "shape": list, "kept": int, "kept_columns": list, "damping": NUMBER, "bits": NUMBER}
-        | dict.fromkeys(("bits_per_weight", "error", "heldout_error", "expected_error", "bound", "clip_rate"), NUMBER)
-    ],
-    "exports": [
-        {"format": str, "path": str, "bytes": int, "snippet": str}
-        | {"verified": {"max_abs_diff": NUMBER, "ok": bool, "readers": dict}}
-    ],
-    "warnings": [str],
-    "timings": dict,
-    "peak_memory_bytes": int,
-    "solver": dict.fromkeys(("flops", "seconds", "gemm_peak_flops", "share_of_peak"), NUMBER),
-}
-_NEVER_NULL = {
-    "model",
-    "size",
-    "quality",
-    "quality.original",
-    "quality.quantized",
-    "quality.delta_nll",
-    "sites",
-}
-_GUARANTEE = "privacy.guarantee"
-
-
-def check_schema(report: dict) -> None:
-    """Raise `UserError` naming the first key of the contract that is absent or of the wrong type."""
-    _check(report, _SCHEMA, "")
-    if report["schema"] != 1:
-        raise UserError("report.json has another schema", got=report["schema"], wanted=1, fix="write it again")
-
-
-def _check(value: object, spec: object, where: str) -> None:
-    if value is None and where and where not in _NEVER_NULL and not where.startswith(f"{_GUARANTEE}."):
-        return
-    name = where or "report.json"
-    if isinstance(spec, dict):
-        _expect(value, dict, name)
-        for key, inner in spec.items():
-            if key not in value:
-                reason = "no guarantee is printed without it" if where == _GUARANTEE else "write the report again"
-                raise UserError("report.json misses a key", wanted=f"{where}.{key}".lstrip("."), fix=reason)
-            _check(value[key], inner, f"{where}.{key}".lstrip("."))
-    elif isinstance(spec, list):
-        _expect(value, (list, tuple), name)
-        for index, item in enumerate(value):
-            _check(item, spec[0], f"{where}[{index}]")
-    else:
-        _expect(value, (list, tuple) if spec is list else spec, name)
-
-
-def _expect(value: object, kinds: type | tuple[type, ...], name: str) -> None:
-    if not isinstance(value, kinds):
-        wanted = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-        raise UserError(f"report.json: {name} has the wrong type", got=type(value).__name__, wanted=wanted)
-
 
 # --- tables and panels ---
 
@@ -240,17 +142,26 @@ def exposure_table(privacy: dict) -> dict:
     }
 
 
-def layer_panels(sites: list[dict]) -> dict:
-    """Panels by the last part of the site names (by kind where these are too many), one shared scale."""
+def by_name(sites: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Sites by (last part of their names, kind); by kind alone where names are too many."""
     leaf = {site["name"]: site["name"].rsplit(".", 1)[-1] for site in sites}
     fine = len(set(leaf.values())) <= 12
-    groups: dict[tuple[str, str], list[figures.LayerPoint]] = {}
+    groups: dict[tuple[str, str], list[dict]] = {}
     for site in sites:
         kind = KINDS.get(site["kind"], str(site["kind"]))
-        fields = (site[key] for key in ("error", "heldout_error", "expected_error", "clip_rate"))
-        point = figures.LayerPoint(site["name"], site["block"] or 0, *fields)
-        groups.setdefault((leaf[site["name"]] if fine else kind, kind), []).append(point)
-    points = [point for group in groups.values() for point in group]
+        groups.setdefault((leaf[site["name"]] if fine else kind, kind), []).append(site)
+    return groups
+
+
+def layer_panels(sites: list[dict]) -> dict:
+    """Panels of errors and of profiles by name, each kind on one shared scale, and what the text around them says."""
+    groups = by_name(sites)
+    fields = ("error", "heldout_error", "expected_error", "clip_rate")
+    drawn = {
+        key: [figures.LayerPoint(site["name"], site["block"] or 0, *map(site.get, fields)) for site in group]
+        for key, group in groups.items()
+    }
+    points = [point for group in drawn.values() for point in group]
     values = [v for p in points for v in (p.error, p.heldout, p.expected) if v is not None and v > 0]
     domain = (min(values) / 1.15, max(values) * 1.15) if values else (0.001, 1.0)
     clip_top = max((point.clip or 0 for point in points), default=0)
@@ -261,12 +172,14 @@ def layer_panels(sites: list[dict]) -> dict:
             "kind": kind,
             "svg": figures.layer_panel(name, group, blocks=blocks, domain=domain, clip_top=clip_top),
         }
-        for (name, kind), group in groups.items()
+        for (name, kind), group in drawn.items()
     ]
     ratios = [p.heldout / p.error for p in points if p.error and p.heldout]
     worst = sorted(sites, key=lambda site: -(site["heldout_error"] or site["error"] or 0))[:8]
     return {
         "panels": panels,
+        "profiles": profiles.profile_panels(groups),
+        "limits": profiles.limits(sites),
         "clip_top": clip_top,
         "ratio": (median(ratios), max(ratios)) if ratios else None,
         "worst": worst,
