@@ -70,6 +70,7 @@ def measure(settings: dict) -> dict:
                 entry = pipeline.write_export(run, "geoquant", loaded, blocks)
                 weights = sum(stage.rows * stage.columns for block in blocks for stage in block.stages)
                 row["bits_per_weight"] = entry["linear_bytes"] * 8 / weights
+                row["file_bytes"] = entry["bytes"]
                 row["expected_delta_nll"] = sum(site["expected_loss"] for site in sites)
         if "gradients" in marks:
             row["step_cpu_seconds"]["gradients"] = marks["gradients"][-1] - started
@@ -148,7 +149,7 @@ def literal(text: str) -> object:
 def table(rows: list[dict]) -> str:
     """Markdown."""
     tasks = [name for name, value in rows[0].items() if isinstance(value, dict) and "accuracy" in value]
-    head = ["setting", "bits per weight", "perplexity", *tasks, "CPU s", "wall s", "peak GiB", "share of GEMM peak"]
+    head = ["setting", "bits per weight", "perplexity", *tasks, "MB on disk", "CPU s", "wall s", "peak GiB", "share of GEMM peak"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [
@@ -156,6 +157,7 @@ def table(rows: list[dict]) -> str:
             f"{row['bits_per_weight']:.3f}" if "bits_per_weight" in row else "-",
             f"{row['perplexity']:.2f}",
             *(f"{100 * row[name]['accuracy']:.1f} ± {100 * row[name]['se']:.1f}" for name in tasks),
+            f"{row['file_bytes'] / 1e6:.1f}" if "file_bytes" in row else "-",
             f"{row['quantize_cpu_seconds']:.0f}" if "quantize_cpu_seconds" in row else "-",
             f"{row['wall_seconds']:.0f}" if "wall_seconds" in row else "-",
             f"{row['peak_rss_bytes'] / 2**30:.2f}" if "peak_rss_bytes" in row else "-",
