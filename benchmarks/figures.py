@@ -149,7 +149,8 @@ def literal(text: str) -> object:
 def table(rows: list[dict]) -> str:
     """Markdown."""
     tasks = [name for name, value in rows[0].items() if isinstance(value, dict) and "accuracy" in value]
-    head = ["setting", "bits per weight", "perplexity", *tasks, "MB on disk", "CPU s", "wall s", "peak GiB", "share of GEMM peak"]
+    costs = ["MB on disk", "CPU s", "wall s", "peak GiB", "share of GEMM peak"]
+    head = ["setting", "bits per weight", "perplexity", *tasks, *costs]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [
