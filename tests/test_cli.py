@@ -160,7 +160,13 @@ def test_the_overview_needs_not_even_the_parser():
 def test_help_states_the_defaults_of_the_recipe(capsys):
     assert cli.run(["quantize", "--help"]) == 0
     page = " ".join(capsys.readouterr().out.replace("│", " ").split()).split("Parameters")[1]
-    words = {"symmetric": "symmetric", "verify": "verify", "static_scales": "false"}
+    words = {
+        "symmetric": "symmetric",
+        "verify": "verify",
+        "static_scales": "false",
+        "embeddings": "yes",
+        "foldable": "yes",
+    }
     for name, field in Recipe.model_fields.items():
         if name == "model" or field.default is None:
             continue

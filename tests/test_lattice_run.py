@@ -93,11 +93,13 @@ def test_the_report_says_what_every_site_got(run):
     assert len({site["bits_per_weight"] for site in sites}) > 3
     for site in sites:
         # Steps at most a sixteenth of an octave off: lengths within 0.4 dB, so no basis has anything left to gain.
-        assert 0 <= site["headroom_db"] < 0.03
-        assert all(abs(level) <= 0.7 for level in site["profile"]["steps"])
+        # But for two columns that come from one channel of a value head and share its step.
+        even = site["kind"] != "attention_out"
+        assert 0 <= site["headroom_db"] < (0.03 if even else 0.5)
+        assert all(abs(level) <= (0.7 if even else 5.0) for level in site["profile"]["steps"])
         assert site["profile"]["lengths"][0] > site["profile"]["steps"][0]
         assert site["gap_db"] == pytest.approx(CUBE_DB + site["headroom_db"] + site["rows_db"])
-        assert site["rows_db"] > 0.01
+        assert site["rows_db"] == 0.0 if site["kind"] == "tied" else site["rows_db"] > 0.01  # tokens are strangers
         assert site["gap_db"] == pytest.approx(10 * math.log10(site["expected_error"] / site["sphere_bound"]))
     # What this adds to a report stays small.
     added = [{key: site[key] for key in BABAI_ONLY if key != "bound"} for site in sites]
@@ -300,7 +302,7 @@ def test_gpt2_is_refused_before_anything_runs(tmp_path, capsys):
         (["--keep", "0.1"], "keeps no columns"),
         (["--metric", "plain"], "gradients"),
         (["--method", "rtn"], "needs a box"),
-        (["--format", "compressed-tensors"], "boxed codes only"),
+        (["--format", "compressed-tensors", "--no-foldable"], "fold away"),
         (["--grid", "box"], "a box has bits"),
         (["--bits", "3"], "bits belongs to the box"),
         (["--group-size", "32"], "group_size belongs to the box"),

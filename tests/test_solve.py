@@ -15,7 +15,7 @@ from geoquant.model.walk import find_blocks, walk
 from geoquant.observe.gradient import token_energies
 from geoquant.observe.moments import clipped_weights
 from geoquant.observe.stream import open_stream
-from geoquant.solve import heldout_start, install, solve_model
+from geoquant.solve import heldout_start, install, restore, solve_model
 from oracles.models import build, gradient_energies, moments_by_hand, site_inputs, tokens_for
 
 WINDOWS, LENGTH = 10, 14  # one window is held out: the last batch of two straddles the border
@@ -201,6 +201,7 @@ def test_a_lean_run_holds_one_block_and_ends_the_same(sequential):
         done=done,
         lean=True,
     )
+    restore(lean, blocks, known.get)
     assert max(held) == 4 * sum(len(block.sites) for block in blocks[:-1])  # one number per weight matrix
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, lean.state_dict()[name]), name

@@ -15,6 +15,7 @@ from geoquant.export import FORMATS, check
 from geoquant.export.adapter import export_adapter
 from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
+from geoquant.export.twin import int8_twin
 from geoquant.export.verify import verify, write_expected
 from geoquant.finished import earlier_exports, finished_report
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
@@ -26,9 +27,11 @@ from geoquant.measure import (
     score_model,
     score_reference,
 )
+from geoquant.methods.problem import LatticeSolution
+from geoquant.model.folding import Fold, find_folds
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import map_weights
-from geoquant.model.vocabulary import ends, repeated, vocabulary
+from geoquant.model.vocabulary import ends, repeated, vocabulary, vocabulary_rows
 from geoquant.model.walk import Block, Stage, untouched_parameters, walk
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import check_head
@@ -41,7 +44,7 @@ from geoquant.recipe import Recipe, checked, located
 from geoquant.report.build import write_report
 from geoquant.results import SiteFiles, StageFiles, load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, remove_empty, write_json
-from geoquant.solve import install, solve_model, solve_vocabulary
+from geoquant.solve import install, restore, solve_model, solve_vocabulary
 from geoquant.steps import look_back, rows_of, step_of
 
 __all__ = ["export", "make_plan", "prepare", "quantize"]
@@ -143,11 +146,12 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
     plan = uniform_plan(blocks, recipe)
     if recipe.metric == "gradient":
         check_head(loaded.model, texts.calibration.tokens[:1, :8], pages)
-    grids = {site.name: site.grid for site in plan.sites}
+    streamed = {site.name for block in repeated(blocks) for site in block.sites}
+    grids = {site.name: site.grid for site in plan.sites if site.name in streamed}
     notes = tuple(
         note
         for name in recipe.formats
-        for note in check(name, loaded.model, grids, keep=recipe.keep, verify=recipe.verify)
+        for note in check(name, loaded.model, grids, keep=recipe.keep, foldable=recipe.foldable, verify=recipe.verify)
     )
     return loaded, blocks, texts, plan, notes + alone
 
@@ -196,6 +200,9 @@ def solve(
             run, recipe, model, blocks, stream, tokens, plan, compute=compute, pages=pages, progress=progress
         )
     plans = {site.name: site for site in plan.sites}
+    folds: dict[str, Fold] = {}
+    if recipe.grid == "lattice" and recipe.foldable:
+        folds = find_folds(model, repeated(blocks), tokens[:1, :8], pages)
 
     def settings(stage: Stage) -> tuple[str, dict]:
         method, options = plan.settings(stage, static_scales=recipe.static_scales)
@@ -203,6 +210,8 @@ def solve(
             options["step"] = step_of(control, run, blocks, stage)
             if stage.name in curvature.rows:
                 options["rows"] = rows_of(stage, curvature.rows[stage.name])
+            if (fold := folds.get(stage.name)) is not None and fold.shared:
+                options["ties"] = fold.index
         return method, options
 
     kept = {"finished": lambda stage: load_stage(run, stage), "done": lambda result: save_stage(run, result, plans)}
@@ -224,6 +233,7 @@ def solve(
     )
     if stages := ends(blocks):
         solve_vocabulary(model, stages, curvature.vocabulary, settings, progress=progress, **kept)
+    restore(model, repeated(blocks), kept["finished"])
 
 
 def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]) -> dict:
@@ -237,8 +247,15 @@ def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]
 
         written = export_native(loaded.model, loaded.tokenizer, blocks, StageFiles(run, blocks), folder)
         return reporting.export_entry(name, run, written, None)
-    written = export_compressed_tensors(loaded.model, loaded.tokenizer, files, folder)
-    return reporting.export_entry(name, run, written, export_adapter(files, run / "adapter"))
+    replaced, overflow = {}, None
+    if isinstance(files[next(iter(files))], LatticeSolution):
+        probe = torch.arange(8)[None] % vocabulary_rows(loaded.model)
+        folds = find_folds(loaded.model, repeated(blocks), probe)
+        twin = int8_twin(loaded.model, blocks, StageFiles(run, blocks), folds)
+        files, replaced, overflow = twin.sites, twin.replaced, sum(twin.overflow.values())
+    written = export_compressed_tensors(loaded.model, loaded.tokenizer, files, folder, replaced=replaced)
+    entry = reporting.export_entry(name, run, written, export_adapter(files, run / "adapter"))
+    return entry if overflow is None else entry | {"overflow_codes": overflow}
 
 
 def verified(run: Path, entry: dict, progress: Progress) -> dict:

@@ -32,6 +32,7 @@ class Recipe(BaseModel):
     grid: Literal["box", "lattice"] = "box"
     rate: float = Field(default=3.25, ge=1.5, le=8.0)
     embeddings: bool = True
+    foldable: bool = True
     method: str = "babai"
     bits: int = Field(default=4, ge=2, le=8)
     group_size: int = Field(default=64, ge=1)

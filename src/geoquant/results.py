@@ -40,6 +40,9 @@ __all__ = [
 BABAI_ONLY = ("bound", "sphere_bound", "gap_db", "headroom_db", "rows_db", "profile")
 
 
+PART = 1 << 13
+
+
 def stage_path(run: Path, stage: Stage) -> Path:
     """Where a stage's result lies."""
     return run / "sites" / f"{stage.name}.safetensors"
@@ -170,7 +173,6 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
     """The `sites` entries of report.json for one stage."""
     solution, moments = result.solution, result.moments
     metric = moments.hessian if moments.heldout is None else moments.hessian + moments.heldout
-    quantized = solution.dequantize()
     lattice = isinstance(solution, LatticeSolution)
     kept, why = ([], "") if lattice else _kept(solution)
     spread = spread_of(solution.codes) if lattice else None
@@ -184,7 +186,7 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
         clipped = 0.0 if lattice else own.saturated.mean().item()
         measured = certificate(
             result.original[part],
-            quantized[part],
+            quantized_parts(own),
             metric,
             moments.heldout,
             own.squares,
@@ -220,6 +222,12 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
         if plan.method in ("rtn", "nearest"):
             entries[-1] |= dict.fromkeys(BABAI_ONLY)
     return entries
+
+
+def quantized_parts(solution: Solution | LatticeSolution) -> Iterator[Tensor]:
+    """The solved weights a few thousand rows at a time: an embedding has many."""
+    for start in range(0, len(solution.codes), PART):
+        yield solution.rows(start, start + PART).dequantize()
 
 
 def _rounded(plan: SitePlan, result: StageResult) -> SitePlan:

@@ -28,7 +28,7 @@ from geoquant.observe.stream import Stream
 from geoquant.observe.vocabulary import VocabularyMoments, vocabulary_metric
 from geoquant.progress import Progress, silent
 
-__all__ = ["StageResult", "install", "solve_model", "solve_vocabulary", "vocabulary_problem"]
+__all__ = ["StageResult", "install", "restore", "solve_model", "solve_vocabulary", "vocabulary_problem"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def solve_model(
     finished:   a stage's solution from an interrupted run, or None.
     done:       called with each new result, before its weights are put into the model.
     pages:      the model's mapped weights, released as they are replaced.
-    lean:       drop the solved weights of a block once it has been passed, and put all of them into the model at the
-                end, from `finished`: while solving, memory holds one block.
+    lean:       drop the solved weights of a block once it has been passed: while solving, memory holds one block.
+                `restore` brings them back.
     """
     _, modules = find_blocks(model)
     batches = list(stream.batches)
@@ -137,13 +137,17 @@ def solve_model(
                 unload(model.get_submodule(site.name))
         trim()
         progress("solve", block.index + 1, len(blocks), block.name)
-    if lean:
-        del batches, passes
+
+
+def restore(
+    model: nn.Module, blocks: tuple[Block, ...], finished: Callable[[Stage], Solution | LatticeSolution | None]
+) -> None:
+    """Put all solved weights into the model, as after a lean `solve_model`."""
+    trim()
+    for block in blocks:
+        for stage in block.stages:
+            install(model, stage, finished(stage))
         trim()
-        for block in blocks:
-            for stage in block.stages:
-                install(model, stage, finished(stage))
-            trim()
 
 
 def vocabulary_problem(

@@ -81,7 +81,18 @@ class RecipeFlags:
         option("Bits per weight of the lattice, all-in, 1.5 to 8 (default 3.25); asks for --grid lattice.", group=GRID),
     ] = None
     embeddings: Annotated[
-        bool | None, option("Whether a lattice codes embeddings and head too (default yes).", group=GRID)
+        bool | None,
+        option(
+            "Whether a lattice codes embeddings and head too (default yes).", group=GRID, negative="--no-embeddings"
+        ),
+    ] = None
+    foldable: Annotated[
+        bool | None,
+        option(
+            "Whether column steps of a lattice fold into the layers before, as int8 readers need (default yes).",
+            group=GRID,
+            negative="--no-foldable",
+        ),
     ] = None
     bits: Annotated[int | None, option("Bits per code, 2 to 8 (default 4).", group=GRID), WHOLE] = None
     group_size: Annotated[int | None, option("Input columns that share one scale (default 64).", group=GRID), WHOLE] = (

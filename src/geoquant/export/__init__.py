@@ -51,14 +51,21 @@ FORMATS: dict[str, Format] = {
 
 
 def check(
-    format: str, model: nn.Module, grids: Mapping[str, Grid | None], *, keep: float = 0.0, verify: bool = True
+    format: str,
+    model: nn.Module,
+    grids: Mapping[str, Grid | None],
+    *,
+    keep: float = 0.0,
+    foldable: bool = True,
+    verify: bool = True,
 ) -> tuple[str, ...]:
     """Refuse what `format` cannot hold; return what the user should know about what it can.
 
     model: the Hugging Face model (its modules are looked at, not its numbers); grids: the intended grid per
-    site; keep: share of kept columns; verify: whether the export will be reloaded here. Raises UserError for
-    an unknown format, a site the reader does not know, a grid without a loadable form, or a package that
-    reloading would need and that is absent.
+    site, None for codes of the lattice; keep: share of kept columns; foldable: whether a lattice was solved with
+    steps that fold away; verify: whether the export will be reloaded here. Raises UserError for an unknown format,
+    a site the reader does not know, a grid without a loadable form, or a package that reloading would need and
+    that is absent.
     """
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
@@ -72,11 +79,19 @@ def check(
             if type(model.get_submodule(name)).__name__ == "Conv1D":
                 raise UserError(f"{name} is no nn.Linear (Conv1D), which readers need", fix="use --format dense")
         return ()
-    if len(boxed) < len(grids):
-        raise UserError(f"format {format} holds boxed codes only", fix="use --format geoquant, or dense")
     from geoquant.export.compressed_tensors import refuse_or_note
 
-    notes = refuse_or_note(model, grids)
+    twin = ()
+    if len(boxed) < len(grids):
+        if not foldable:
+            raise UserError(f"format {format} needs column steps that fold away", fix="leave --no-foldable out")
+        from geoquant.lattice.grid import Grid
+
+        modules = dict(model.named_modules())
+        grids = {name: Grid(8, modules[name].weight.shape[1], True) for name in grids}
+        twin = ("codes of the lattice are stored as int8, one scale per row; embeddings at full precision",)
+
+    notes = twin + refuse_or_note(model, grids)
     if keep > 0:
         if verify and importlib.util.find_spec("peft") is None:
             raise missing_package("peft", "peft", "verifying kept columns (a LoRA adapter)")

@@ -72,7 +72,7 @@ def export_adapter(
         ranks[name] = kept.numel()
         prefix = f"base_model.model.{name}"
         tensors[f"{prefix}.lora_A.weight"] = selector(kept, solution.codes.shape[1])
-        tensors[f"{prefix}.lora_B.weight"] = solution.kept_weight.to(torch.bfloat16).contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = solution.kept_weight.contiguous()
     if not ranks:
         return None
     with atomic_directory(out) as folder:

@@ -173,7 +173,7 @@ def site_tensors(name: str, solution: Solution) -> dict[str, Tensor]:
     """The three tensors of one site, under their names in the file."""
     return {
         f"{name}.weight_packed": pack(signed_codes(solution), word_bits(solution.grid)),
-        f"{name}.weight_scale": file_scales(solution).to(torch.bfloat16),
+        f"{name}.weight_scale": file_scales(solution),
         f"{name}.weight_shape": torch.tensor(solution.codes.shape, dtype=torch.int64),
     }
 
@@ -225,6 +225,7 @@ def export_compressed_tensors(
     out: Path,
     *,
     dtype: torch.dtype | None = None,
+    replaced: Mapping[str, Tensor] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ExportResult:
     """Write `out` so that `AutoModelForCausalLM.from_pretrained(out)` gives the dequantized model, without
@@ -232,7 +233,8 @@ def export_compressed_tensors(
 
     solutions: per site name; a lazy mapping or generator is read once, one site at a time. Kept columns are
     written as zeros: they belong to `adapter.export_adapter`. dtype: of all tensors a run did not touch
-    (default: as in the model). Raises UserError for what `refuse` refuses, and when the disk is full.
+    (default: as in the model). replaced: parameters that take the place of the model's, by name. Raises UserError
+    for what `refuse` refuses, and when the disk is full.
     """
     dtype = chosen_dtype(model, dtype)
     modules, tied = dict(model.named_modules()), tied_weights(model)
@@ -249,7 +251,7 @@ def export_compressed_tensors(
             for key, tensor in site_tensors(name, solution).items():
                 linear += tensor.nbytes
                 yield key, tensor
-        yield from untouched(model, schemes, dtype)
+        yield from untouched(model, schemes, dtype, replaced)
 
     with atomic_directory(out) as folder:
         write_shards(folder, tensors(), max_shard_bytes)

@@ -7,7 +7,7 @@ never two copies of the model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +52,12 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def untouched(model: nn.Module, skip: Collection[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def untouched(
+    model: nn.Module, skip: Collection[str], dtype: torch.dtype, replaced: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything a reader needs except the weights of the modules in `skip`, cast lazily.
+
+    What stands in `replaced` is given instead of the model's, in its own dtype.
 
     Of tied tensors only the one that the model ties *to* is given (a reader restores the tie); tensors that
     share memory without being declared tied are given each. Names are those of the model's own checkpoints
@@ -77,8 +81,10 @@ def untouched(model: nn.Module, skip: Collection[str], dtype: torch.dtype) -> It
         from transformers.core_model_loading import revert_weight_conversion
 
         kept = revert_weight_conversion(model, kept)
+    replaced = replaced or {}
     for name in list(kept):
-        yield name, cast(name, kept.pop(name), dtype)
+        tensor = kept.pop(name)
+        yield name, replaced[name] if name in replaced else cast(name, tensor, dtype)
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

@@ -12,6 +12,7 @@ reported beside them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,9 +63,11 @@ class Squares:
     worst: float
 
 
-def error_energies(rows: Float[Tensor, "out in"], *metrics: Float[Tensor, "in in"]) -> list[float]:
-    """`tr(D A D^T)` of one matrix of rows under each metric: one product `D^T D` serves them all."""
-    gram = rows.T @ rows
+def error_energies(
+    rows: Float[Tensor, "out in"] | Iterable[Float[Tensor, "part in"]], *metrics: Float[Tensor, "in in"]
+) -> list[float]:
+    """`tr(D A D^T)` of a matrix of rows, whole or in parts, under each metric: one product `D^T D` serves them all."""
+    gram = sum(part.T @ part for part in ((rows,) if isinstance(rows, Tensor) else rows))
     return [(gram * metric).sum(dtype=torch.float64).item() for metric in metrics]
 
 
@@ -91,7 +94,7 @@ def squared_steps(
 
 def certificate(
     original: Float[Tensor, "out in"],
-    quantized: Float[Tensor, "out in"],
+    quantized: Float[Tensor, "out in"] | Iterable[Float[Tensor, "part in"]],
     metric: Float[Tensor, "in in"],
     heldout: Float[Tensor, "in in"] | None,
     squares: Squares,
@@ -99,15 +102,16 @@ def certificate(
 ) -> Certificate:
     """Compare one site with what its lattice promises.
 
-    metric: moments the site was solved on. heldout: moments of tokens that chose its damping.
+    quantized: whole, or some rows at a time. metric: moments the site was solved on. heldout: moments of tokens that
+    chose its damping.
     """
     metrics = (metric,) if heldout is None else (metric, heldout)
-    errors = error_energies(quantized - original, *metrics)
+    found = error_energies(_differences(original, quantized), *metrics)
     energies = [max(energy, 1e-30) for energy in error_energies(original, *metrics)]
     energy = energies[0]
     return Certificate(
-        error=errors[0] / energy,
-        heldout_error=None if heldout is None else errors[1] / energies[1],
+        error=found[0] / energy,
+        heldout_error=None if heldout is None else found[1] / energies[1],
         expected_error=squares.expected / 12 / energy,
         bound=squares.worst / 4 / energy,
         clip_rate=clip_rate,
@@ -116,3 +120,10 @@ def certificate(
         headroom_db=decibels(squares.planes, squares.floor),
         rows_db=decibels(squares.expected, squares.planes),
     )
+
+
+def _differences(original: Tensor, quantized: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+    start = 0
+    for part in (quantized,) if isinstance(quantized, Tensor) else quantized:
+        yield part - original[start : start + len(part)]
+        start += len(part)

@@ -54,11 +54,15 @@ class Spread:
 
 def spread_of(codes: Integer[Tensor, "out in"], rounds: int = 3) -> Spread:
     """Fit `std z_ij ~ rho_i kappa_j` by alternating second moments and round both to classes."""
-    energy = codes.float().square_().add_(1e-3)
     columns = torch.ones(codes.shape[1], device=codes.device)
+    rows = torch.empty(len(codes), device=codes.device)
+    step = max(1, PART // max(1, codes.shape[1]))
     for _ in range(rounds):
-        rows = energy @ columns.reciprocal() / len(columns)
-        columns = rows.reciprocal() @ energy / len(rows)
+        weights, columns = columns.reciprocal() / len(columns), torch.zeros_like(columns)
+        for start in range(0, len(codes), step):
+            energy = codes[start : start + step].float().square_().add_(1e-3)
+            rows[start : start + step] = found = energy @ weights
+            columns += found.reciprocal() @ energy / len(rows)
     level = columns.log().mean() / 2
     row_class = torch.round((rows.log() / 2 + level - LOWEST) / WIDTH)
     column_class = torch.round((columns.log() / 2 - level) / WIDTH)

@@ -33,7 +33,7 @@ def solve(problem: Problem) -> LatticeSolution:
     factor = compensation_factor(metric, order, damping)
     lengths = torch.empty_like(factor.diagonal())
     lengths[order] = factor.diagonal().reciprocal()
-    columns = exponents((lengths * price**0.5).reciprocal())
+    columns = exponents((tied(lengths, problem.ties) * price**0.5).reciprocal())
     weight, known = problem.weight, problem.rows
     if known is not None:
         known = replace(known, factor=known.factor.to(weight))
@@ -46,6 +46,17 @@ def solve(problem: Problem) -> LatticeSolution:
         expected, worst = known.error_squares(row_steps)
     spread = torch.stack([expected, worst])
     return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5, spread)
+
+
+def tied(lengths: Tensor, ties: Tensor | None) -> Tensor:
+    """What stands for the length of columns that must share their step: the root mean square, which leaves each group
+    with the error that its columns would have alone, so that all the price is in bits."""
+    if ties is None:
+        return lengths
+    ties = ties.to(lengths.device)
+    count = int(ties.max()) + 1
+    squares, sizes = (lengths.new_zeros(count).index_add_(0, ties, x) for x in (lengths**2, torch.ones_like(lengths)))
+    return (squares / sizes.clamp_min(1)).sqrt()[ties]
 
 
 def longest(weight: Tensor, column_steps: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Problem:
     keep:     share of input columns kept at 16 bits (used by `dqc` only).
     static_scales: freeze the scales of the original weights instead of searching them on the updated ones.
     tokens:   how many tokens the sums hold. For `lattice`, whose steps have units: step, the global D, and rows, the
-              output side G of the metric.
+              output side G of the metric. ties: columns with the same number get one step (see model/folding).
     """
 
     weight: Float[Tensor, "out in"]
@@ -44,6 +44,7 @@ class Problem:
     tokens: int = 1
     step: float = 1.0
     rows: RowMetric | None = None
+    ties: Int[Tensor, " in"] | None = None
 
     @property
     def pooled(self) -> Float[Tensor, "in in"]:
