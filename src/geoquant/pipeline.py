@@ -11,12 +11,13 @@ from geoquant import reporting
 from geoquant.data.records import Split, load_split
 from geoquant.errors import UserError
 from geoquant.examine import attack, check_context
-from geoquant.export import FORMATS, check
+from geoquant.export import FORMATS, check, unread
 from geoquant.export.adapter import export_adapter
 from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
+from geoquant.export.gptq import export_gptq
 from geoquant.export.verify import verify, write_expected
-from geoquant.finished import earlier_exports, finished_report
+from geoquant.finished import earlier_exports, finished_report, settled
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
     Texts,
@@ -114,7 +115,7 @@ def quantize(
     gc.collect()
     if recipe.verify:
         with clock("verify"):
-            exports = [entry if entry["verified"] else verified(run, entry, progress) for entry in exports]
+            exports = [entry if settled(entry) else verified(run, entry, progress) for entry in exports]
     report = reporting.assemble(
         run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
@@ -244,15 +245,19 @@ def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]
 
         written = export_native(loaded.model, loaded.tokenizer, blocks, StageFiles(run, blocks), folder)
         return reporting.export_entry(name, run, written, None)
-    written = export_compressed_tensors(loaded.model, loaded.tokenizer, files, folder)
+    write = export_gptq if name == "gptq" else export_compressed_tensors
+    written = write(loaded.model, loaded.tokenizer, files, folder)
     return reporting.export_entry(name, run, written, export_adapter(files, run / "adapter"))
 
 
 def verified(run: Path, entry: dict, progress: Progress) -> dict:
     """The entry with what came of reloading it through stock readers in a fresh process.
 
-    A failure is part of it and not raised: the report is to tell it first.
+    A failure is part of it and not raised: the report is to tell it first. Where the reader of the format is absent,
+    the entry says so and nothing is claimed.
     """
+    if lacking := unread(entry["format"]):
+        return {**entry, "unread": lacking}
     progress("verify", 0, 1, entry["format"])
     adapter = run / "adapter" if entry["adapter_bytes"] else None
     result = failure = None
@@ -267,7 +272,7 @@ def verified(run: Path, entry: dict, progress: Progress) -> dict:
             wanted=f"at most {result.tolerance:.1g} of their spread, got {result.max_rel:.3g}",
             fix="keep the run folder and report this",
         )
-    return {**entry, "verified": reporting.verification(result, failure and str(failure))}
+    return {**entry, "unread": None, "verified": reporting.verification(result, failure and str(failure))}
 
 
 def raise_failure(exports: list[dict]) -> None:
@@ -294,9 +299,9 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     if verify:
         entry = verified(run, entry, progress)
     others = [known for known in report["exports"] if known["format"] != to]
-    overcome = reporting.failures([known for known in report["exports"] if known["format"] == to])
+    overcome = reporting.told([known for known in report["exports"] if known["format"] == to])
     warnings = [warning for warning in report["warnings"] if warning not in overcome]
-    warnings += reporting.failures([entry])
+    warnings += reporting.told([entry])
     write_report(run, {**report, "exports": [*others, entry], "warnings": warnings})
     raise_failure([entry])
     return entry

@@ -19,16 +19,21 @@ if TYPE_CHECKING:
 
     from geoquant.lattice.grid import Grid
 
-__all__ = ["FORMATS", "Format", "check", "snippet"]
+__all__ = ["FORMATS", "Format", "check", "snippet", "unread"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to write a quantized model: what it is, who reads it, and the folder it gets inside a run."""
+    """One way to write a quantized model: what it is, who reads it, and the folder it gets inside a run.
+
+    needs: packages that reload it beside those that GeoQuant itself needs. adapter: kept columns go into RUN/adapter.
+    """
 
     summary: str
     readers: str
     folder: str
+    needs: tuple[str, ...] = ()
+    adapter: bool = False
 
 
 FORMATS: dict[str, Format] = {
@@ -36,6 +41,14 @@ FORMATS: dict[str, Format] = {
         summary="integer codes in 2-, 4- or 8-bit words; kept columns as a PEFT adapter beside it",
         readers="transformers (no GeoQuant needed), peft for the adapter",
         folder="model",
+        adapter=True,
+    ),
+    "gptq": Format(
+        summary="the GPTQ checkpoint: 2-, 3-, 4- or 8-bit codes; kept columns as a PEFT adapter beside it",
+        readers="GPTQModel, transformers with gptqmodel and optimum installed",
+        folder="gptq",
+        needs=("gptqmodel", "optimum"),
+        adapter=True,
     ),
     "geoquant": Format(
         summary="entropy-coded codes of the lattice, the smallest file",
@@ -74,7 +87,10 @@ def check(
         return ()
     if len(boxed) < len(grids):
         raise UserError(f"format {format} holds boxed codes only", fix="use --format geoquant, or dense")
-    from geoquant.export.compressed_tensors import refuse_or_note
+    if format == "gptq":
+        from geoquant.export.gptq import refuse_or_note
+    else:
+        from geoquant.export.compressed_tensors import refuse_or_note
 
     notes = refuse_or_note(model, grids)
     if keep > 0:
@@ -84,21 +100,30 @@ def check(
     return notes
 
 
-def snippet(folder: str, adapter: str | None = None, *, format: str = "dense") -> str:
+def unread(format: str) -> str | None:
+    """Why an export of this format cannot be reloaded here, or None where it can."""
+    needs = FORMATS[format].needs
+    if all(importlib.util.find_spec(package) for package in needs):
+        return None
+    return f"reading it back needs {' and '.join(needs)}; run: pip install {' '.join(needs)}"
+
+
+def snippet(folder: str, adapter: str | None = None, *, format: str = "compressed-tensors") -> str:
     """Python that loads an export with stock readers (a test runs it)."""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if format == "geoquant":
         lines = ["import geoquant  # lets transformers read the format", *lines]
+    if needs := FORMATS[format].needs:
+        lines = [f"# pip install {' '.join(needs)}", *lines]
     if adapter:
-        lines = ["import torch", "from peft import PeftModel", *lines]
+        lines = [*(["import torch"] if format == "compressed-tensors" else []), "from peft import PeftModel", *lines]
     lines += [
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
         f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
     ]
+    if adapter and format == "compressed-tensors":
+        lines.append("model(torch.tensor([[0]], device=model.device))  # unpacks: peft cannot wrap packed weights")
     if adapter:
-        lines += [
-            "model(torch.tensor([[0]], device=model.device))  # unpacks: peft cannot wrap packed weights",
-            f"model = PeftModel.from_pretrained(model, {adapter!r})",
-        ]
+        lines.append(f"model = PeftModel.from_pretrained(model, {adapter!r})")
     return "\n".join(lines) + "\n"

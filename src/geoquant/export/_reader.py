@@ -13,18 +13,35 @@ import sys
 import time
 
 READERS = ("torch", "transformers", "compressed-tensors", "peft", "safetensors")
+GPTQ_READERS = ("torch", "transformers", "gptqmodel", "optimum", "peft", "safetensors")
 
 
-def versions(adapter):
+def quant_method(folder):
+    """What config.json says about the weights, or None where they are ordinary ones."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        return (json.load(file).get("quantization_config") or {}).get("quant_method")
+
+
+def versions(folder, adapter):
     """Installed versions of the readers in use."""
     found = {}
-    for name in READERS:
+    for name in GPTQ_READERS if quant_method(folder) == "gptq" else READERS:
         if name != "peft" or adapter:
             try:
                 found[name] = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 found[name] = None
     return found
+
+
+def options(folder):
+    """Keyword arguments for from_pretrained that a format asks for."""
+    if quant_method(folder) != "gptq":
+        return {}
+    from transformers import GPTQConfig
+
+    # Other kernels round activations or weights further; this one computes in the type that is asked for.
+    return {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")}  # only `backend` is taken from here
 
 
 def load(folder, adapter, dtype):
@@ -34,7 +51,7 @@ def load(folder, adapter, dtype):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options(folder))
     wrong = {
         kind: sorted(info[kind])[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     }
@@ -66,7 +83,7 @@ def compare(model, tokens, expected):
 def main(task):
     sys.path.extend(path for path in task["paths"] if path not in sys.path)
     start = time.perf_counter()
-    outcome = {"versions": versions(task["adapter"])}
+    outcome = {"versions": versions(task["folder"], task["adapter"])}
     try:
         for name in task["imports"]:
             importlib.import_module(name)
