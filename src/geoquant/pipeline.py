@@ -15,6 +15,7 @@ from geoquant.export import FORMATS, check, unread
 from geoquant.export.adapter import export_adapter
 from geoquant.export.compressed_tensors import export_compressed_tensors
 from geoquant.export.dense import export_dense
+from geoquant.export.gguf import export_gguf
 from geoquant.export.gptq import export_gptq
 from geoquant.export.verify import verify, write_expected
 from geoquant.finished import earlier_exports, finished_report, settled
@@ -139,7 +140,7 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
     notes = tuple(
         note
         for name in recipe.formats
-        for note in check(name, loaded.model, grids, keep=recipe.keep, verify=recipe.verify)
+        for note in check(name, loaded.model, grids, keep=recipe.keep, verify=recipe.verify, tokenizer=loaded.tokenizer)
     )
     return loaded, blocks, texts, plan, notes + left_alone(loaded, blocks)
 
@@ -244,6 +245,9 @@ def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]
         from geoquant.export.native import export_native  # the entropy coder's library is needed here only
 
         written = export_native(loaded.model, loaded.tokenizer, blocks, StageFiles(run, blocks), folder)
+        return reporting.export_entry(name, run, written, None)
+    if name == "gguf":
+        written = export_gguf(loaded.model, loaded.tokenizer, files, folder)
         return reporting.export_entry(name, run, written, None)
     write = export_gptq if name == "gptq" else export_compressed_tensors
     written = write(loaded.model, loaded.tokenizer, files, folder)

@@ -15,7 +15,7 @@ import torch
 
 from geoquant.data.records import Split
 from geoquant.evaluate.perplexity import Perplexity, difference
-from geoquant.export import snippet
+from geoquant.export import gguf, snippet
 from geoquant.export.compressed_tensors import stored_bits
 from geoquant.export.gptq import scheme_of
 from geoquant.export.verify import VerifyResult
@@ -153,7 +153,10 @@ def _packed_bytes(plan: Plan, format: str) -> int:
         if site.grid is None:
             bits = site.bits_per_weight
         else:
-            bits = scheme.stored_bits(rows, columns) if scheme else stored_bits(site.grid, columns)
+            if scheme is not None:
+                bits = scheme.stored_bits(rows, columns)
+            else:
+                bits = gguf.stored_bits(site.grid) if format == "gguf" else stored_bits(site.grid, columns)
         total += int(rows * columns * bits / 8) + 2 * kept_count(site.keep, columns) * (rows + columns)
     return total
 

@@ -75,7 +75,8 @@ def exports_in(folder: Path) -> list[tuple[Path, Path, Path | None]]:
             f"nothing to verify in {folder}",
             wanted=f"the folder of a run, which holds {EXPECTED}, or a model inside one",
         )
-    models = [folder] if run != folder else sorted(path.parent for path in run.glob("*/config.json"))
+    found = (path for name in ("config.json", "model.gguf") for path in run.glob(f"*/{name}"))
+    models = [folder] if run != folder else sorted(path.parent for path in found)
     if not models:
         raise UserError(f"the run {run} holds no exported model", fix=f"run: geoquant export {run} --to dense")
     # Kept columns live in the adapter beside packed models; other exports already hold them.

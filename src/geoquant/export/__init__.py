@@ -55,6 +55,11 @@ FORMATS: dict[str, Format] = {
         readers="transformers, after `import geoquant`",
         folder="coded",
     ),
+    "gguf": Format(
+        summary="one file with the codes in 4-, 5- or 8-bit blocks and the tokenizer; Llama and Qwen2 models",
+        readers="llama.cpp and what is built on it; transformers unpacks it",
+        folder="gguf",
+    ),
     "dense": Format(
         summary="the quantized values as ordinary bf16, fp16 or fp32 weights; no smaller file",
         readers="anything that reads a Hugging Face folder",
@@ -64,14 +69,20 @@ FORMATS: dict[str, Format] = {
 
 
 def check(
-    format: str, model: nn.Module, grids: Mapping[str, Grid | None], *, keep: float = 0.0, verify: bool = True
+    format: str,
+    model: nn.Module,
+    grids: Mapping[str, Grid | None],
+    *,
+    keep: float = 0.0,
+    verify: bool = True,
+    tokenizer: object = None,
 ) -> tuple[str, ...]:
     """Refuse what `format` cannot hold; return what the user should know about what it can.
 
     model: the Hugging Face model (its modules are looked at, not its numbers); grids: the intended grid per
-    site; keep: share of kept columns; verify: whether the export will be reloaded here. Raises UserError for
-    an unknown format, a site the reader does not know, a grid without a loadable form, or a package that
-    reloading would need and that is absent.
+    site; keep: share of kept columns; verify: whether the export will be reloaded here; tokenizer: looked at by formats
+    that describe it in their own words. Raises UserError for an unknown format, a site the reader does not know, a grid
+    without a loadable form, or peft where reloading would need it and it is absent.
     """
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
@@ -87,6 +98,12 @@ def check(
         return ()
     if len(boxed) < len(grids):
         raise UserError(f"format {format} holds boxed codes only", fix="use --format geoquant, or dense")
+    if format == "gguf":
+        from geoquant.export import gguf
+
+        if keep > 0:
+            raise gguf.kept_columns()
+        return gguf.refuse_or_note(model, grids, tokenizer)
     if format == "gptq":
         from geoquant.export.gptq import refuse_or_note
     else:
@@ -109,7 +126,7 @@ def unread(format: str) -> str | None:
 
 
 def snippet(folder: str, adapter: str | None = None, *, format: str = "compressed-tensors") -> str:
-    """Python that loads an export with stock readers (a test runs it)."""
+    """Python that loads an export with stock readers (tests run it)."""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if format == "geoquant":
         lines = ["import geoquant  # lets transformers read the format", *lines]
@@ -117,11 +134,14 @@ def snippet(folder: str, adapter: str | None = None, *, format: str = "compresse
         lines = [f"# pip install {' '.join(needs)}", *lines]
     if adapter:
         lines = [*(["import torch"] if format == "compressed-tensors" else []), "from peft import PeftModel", *lines]
+    where = f'{folder!r}, gguf_file="model.gguf"' if format == "gguf" else f"{folder!r}"
     lines += [
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})",
-        f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({where})",
+        f"model = AutoModelForCausalLM.from_pretrained({where})",
     ]
+    if format == "gguf":
+        lines[0] += "  # unpacks; llama.cpp runs the file as it is"
     if adapter and format == "compressed-tensors":
         lines.append("model(torch.tensor([[0]], device=model.device))  # unpacks: peft cannot wrap packed weights")
     if adapter:

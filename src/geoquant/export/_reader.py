@@ -12,12 +12,17 @@ import os
 import sys
 import time
 
-READERS = ("torch", "transformers", "compressed-tensors", "peft", "safetensors")
-GPTQ_READERS = ("torch", "transformers", "gptqmodel", "optimum", "peft", "safetensors")
+READERS = {
+    None: ("torch", "transformers", "compressed-tensors", "peft", "safetensors"),
+    "gptq": ("torch", "transformers", "gptqmodel", "optimum", "peft", "safetensors"),
+    "gguf": ("torch", "transformers", "gguf"),
+}
 
 
-def quant_method(folder):
-    """What config.json says about the weights, or None where they are ordinary ones."""
+def kind_of(folder):
+    """`gguf`, what config.json calls the quantization, or None where the weights are ordinary ones."""
+    if os.path.exists(os.path.join(folder, "model.gguf")):
+        return "gguf"
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         return (json.load(file).get("quantization_config") or {}).get("quant_method")
 
@@ -25,7 +30,7 @@ def quant_method(folder):
 def versions(folder, adapter):
     """Installed versions of the readers in use."""
     found = {}
-    for name in GPTQ_READERS if quant_method(folder) == "gptq" else READERS:
+    for name in READERS.get(kind_of(folder), READERS[None]):
         if name != "peft" or adapter:
             try:
                 found[name] = importlib.metadata.version(name)
@@ -35,13 +40,17 @@ def versions(folder, adapter):
 
 
 def options(folder):
-    """Keyword arguments for from_pretrained that a format asks for."""
-    if quant_method(folder) != "gptq":
-        return {}
-    from transformers import GPTQConfig
+    """Keyword arguments for from_pretrained that a format asks for: of the model, and of the tokenizer."""
+    kind = kind_of(folder)
+    if kind == "gguf":
+        return {"gguf_file": "model.gguf"}, {"gguf_file": "model.gguf"}
+    if kind == "gptq":
+        from transformers import GPTQConfig
 
-    # Other kernels round activations or weights further; this one computes in the type that is asked for.
-    return {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")}  # only `backend` is taken from here
+        # Other kernels round activations or weights further; this one computes in the type that is asked for. Only
+        # `backend` is taken from here, all else from the folder.
+        return {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")}, {}
+    return {}, {}
 
 
 def load(folder, adapter, dtype):
@@ -51,14 +60,15 @@ def load(folder, adapter, dtype):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options(folder))
+    model_options, tokenizer_options = options(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **model_options)
     wrong = {
         kind: sorted(info[kind])[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     }
     if wrong:
         raise ValueError(f"the folder does not fit the model: {wrong}")
-    if os.path.exists(os.path.join(folder, "tokenizer_config.json")):
-        AutoTokenizer.from_pretrained(folder)
+    if tokenizer_options or os.path.exists(os.path.join(folder, "tokenizer_config.json")):
+        AutoTokenizer.from_pretrained(folder, **tokenizer_options)
     if adapter:
         from peft import PeftModel
 

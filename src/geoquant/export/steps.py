@@ -20,7 +20,7 @@ __all__ = ["Rounding", "half_steps"]
 
 @dataclass(frozen=True)
 class Rounding:
-    """What storing steps in float16 changed: how many of them, and the largest change of a weight."""
+    """How many steps (and offsets made of them) float16 changed, and the largest change of a weight by that."""
 
     steps: int = 0
     largest: float = 0.0
@@ -32,7 +32,8 @@ class Rounding:
         """One line for the report, or none where every step survived."""
         if not self.steps:
             return ()
-        return (f"{self.steps} steps were rounded to float16; weights changed by at most {self.largest:.2g}",)
+        what = "steps or offsets were rounded to float16"
+        return (f"{self.steps} {what}; weights changed by at most {self.largest:.2g}",)
 
 
 def half_steps(

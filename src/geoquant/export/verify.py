@@ -74,7 +74,7 @@ def verify(
     """Load `folder` (and `adapter`) with stock transformers (and peft) on the CPU of a fresh process.
 
     A folder in the format `geoquant` is read by transformers too, with geoquant imported beside it; one in `gptq` with
-    GPTQModel's plain torch kernel.
+    GPTQModel's plain torch kernel; a GGUF file is unpacked by transformers.
 
     tolerance: allowed `max_rel`; default by dtype. dtype: what to compute in; default: what the solved model
     ran in. The reader needs memory for the whole model: free yours first. Raises UserError when loading
@@ -87,8 +87,11 @@ def verify(
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {expected_path}: {error}", fix="run quantize again with --resume") from None
     dtype = dtype or solved
-    config = read_json(folder / "config.json")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    if (folder / "model.gguf").exists():  # holds its own configuration
+        config, method = {"dtype": "float16"}, "gguf"
+    else:
+        config = read_json(folder / "config.json")
+        method = (config.get("quantization_config") or {}).get("quant_method")
     own = method == "geoquant"
     if method == "gptq" and (lacking := unread(method)):
         raise UserError(lacking.replace("reading it", f"reading {folder}", 1))
