@@ -9,7 +9,7 @@ from geoquant.recipe import Recipe
 from geoquant.results import solved_sites
 from geoquant.runs import read_json
 
-__all__ = ["earlier_exports", "finished_report", "settled"]
+__all__ = ["earlier_exports", "finished_report"]
 
 
 def finished_report(run: Path, recipe: Recipe) -> dict | None:

@@ -18,7 +18,7 @@ from geoquant.export.dense import export_dense
 from geoquant.export.gguf import export_gguf
 from geoquant.export.gptq import export_gptq
 from geoquant.export.verify import verify, write_expected
-from geoquant.finished import earlier_exports, finished_report, settled
+from geoquant.finished import earlier_exports, finished_report
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
     Texts,
@@ -116,7 +116,7 @@ def quantize(
     gc.collect()
     if recipe.verify:
         with clock("verify"):
-            exports = [entry if settled(entry) else verified(run, entry, progress) for entry in exports]
+            exports = [entry if entry["verified"] else verified(run, entry, progress) for entry in exports]
     report = reporting.assemble(
         run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
