@@ -167,3 +167,11 @@ def test_kept_columns_of_a_gptq_run_go_into_the_adapter(done, tmp_path, monkeypa
     assert "PeftModel" in entry["snippet"]
     with pytest.raises(UserError, match=r"kept columns of .*gptq cannot be merged.*--to dense"):
         load(str(tmp_path / "run"), quantized=True)
+
+
+@without_reader
+def test_the_export_command_says_what_nobody_read(run, capsys):
+    assert cli.run(["export", str(run), "--to", "gptq"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("gptq: gptq (")
+    assert second == f"not verified: {NEEDS}"

@@ -111,7 +111,7 @@ def check(
 
     notes = refuse_or_note(model, grids)
     if keep > 0:
-        if verify and importlib.util.find_spec("peft") is None:
+        if verify and unread(format) is None and importlib.util.find_spec("peft") is None:
             raise missing_package("peft", "peft", "verifying kept columns (a LoRA adapter)")
         notes += ("kept columns go into a PEFT adapter: readers must load model and adapter together",)
     return notes
