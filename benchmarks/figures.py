@@ -34,6 +34,7 @@ def measure(settings: dict) -> dict:
     from geoquant import pipeline
     from geoquant.evaluate.choices import choices, load_task
     from geoquant.evaluate.perplexity import perplexity
+    from geoquant.exporting import write_export
     from geoquant.plan.estimate import cost
     from geoquant.recipe import Recipe
     from geoquant.results import site_reports
@@ -67,7 +68,7 @@ def measure(settings: dict) -> dict:
             row["bits_per_weight"] = plan.bits_per_weight
             sites, row["warnings"], row["step_cpu_seconds"] = site_reports(run, blocks)
             if recipe.grid == "lattice":  # what the files really take
-                entry = pipeline.write_export(run, "geoquant", loaded, blocks)
+                entry = write_export(run, "geoquant", loaded, blocks)
                 weights = sum(stage.rows * stage.columns for block in blocks for stage in block.stages)
                 row["bits_per_weight"] = entry["linear_bytes"] * 8 / weights
                 row["file_bytes"] = entry["bytes"]

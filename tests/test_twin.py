@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import make_tokenizer, tiny_llama
+from conftest import tiny_llama
 from geoquant import cli
 from geoquant.errors import UserError
 from geoquant.export.twin import int8_twin
@@ -22,6 +22,7 @@ from geoquant.model.walk import walk
 from geoquant.pipeline import export, quantize
 from geoquant.plan import estimate
 from geoquant.recipe import checked
+from gguf_cases import bpe_tokenizer
 
 PROBE = torch.arange(3, 11)[None]
 
@@ -150,8 +151,8 @@ def test_ties_keep_the_error_of_each_group():
 def run(tmp_path_factory):
     """A finished run of a tiny model with shared value heads, and its recipe. Read only."""
     folder = tmp_path_factory.mktemp("twin")
-    tiny_llama().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
+    tiny_llama(intermediate_size=64).save_pretrained(folder / "model")
+    bpe_tokenizer().save_pretrained(folder / "model")
     sizes = {"windows": 8, "window": 32, "evaluation_windows": 2, "formats": ("dense",), "verify": False}
     recipe = checked({"model": str(folder / "model"), "rate": 5.0, **sizes})
     with pytest.MonkeyPatch.context() as patch:
@@ -181,6 +182,31 @@ def test_stock_transformers_reads_the_int8_twin(run, tmp_path):
         2, 2, 8
     )
     assert torch.equal(steps[:, 0], steps[:, 1])
+
+
+@pytest.mark.parametrize("to", ["gptq", "gguf"])
+def test_other_int8_forms(run, tmp_path, to):
+    """GPTQ by its documented layout and GGUF through transformers: the dense weights with column steps folded, up to
+    the rounding of scales to half precision, and the same logits.
+    """
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    entry = export(folder, to, verify=False)
+    assert entry["overflow_codes"] == 0
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+    tokens = torch.arange(24)[None]
+    expected = dense(tokens).logits
+    if to == "gguf":
+        found = AutoModelForCausalLM.from_pretrained(folder / "gguf", gguf_file="model.gguf", dtype=torch.float32)
+    else:
+        found, stored = copy.deepcopy(dense), load_file(folder / "gptq" / "model.safetensors")
+        found.load_state_dict({key: value for key, value in stored.items() if "norm" in key}, strict=False)
+        for name, module in found.named_modules():
+            if f"{name}.qweight" in stored:
+                words = stored[f"{name}.qweight"].view(torch.uint8).view(-1, module.out_features, 4)
+                codes = words.transpose(1, 2).reshape(module.in_features, -1).float() - 128
+                module.weight.data = (codes * stored[f"{name}.scales"].float()).T.contiguous()
+    torch.testing.assert_close(found(tokens).logits, expected, rtol=1e-2, atol=1e-2 * expected.std().item())
 
 
 def test_codes_beyond_int8_go_to_the_adapter(run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from geoquant.export import unread
 from geoquant.recipe import Recipe
 from geoquant.results import solved_sites
 from geoquant.runs import read_json
@@ -21,10 +22,15 @@ def finished_report(run: Path, recipe: Recipe) -> dict | None:
         return None
     exports = earlier_exports(run)
     wanted = [exports.get(name) for name in recipe.formats]
-    if not all((*exports.values(), *wanted)) or (recipe.verify and not all(entry["verified"] for entry in wanted)):
+    if not all((*exports.values(), *wanted)) or (recipe.verify and not all(map(settled, wanted))):
         return None
     report = read_json(run / "report.json", sites=list)
     return report if solved_sites(run).issuperset(site["name"] for site in report["sites"]) else None
+
+
+def settled(entry: dict) -> bool:
+    """Whether an export was reloaded, or cannot be for want of a package: then verifying has no more to do."""
+    return bool(entry["verified"] or unread(entry["format"]))
 
 
 def earlier_exports(run: Path) -> dict[str, dict | None]:

@@ -11,12 +11,9 @@ from geoquant import reporting
 from geoquant.data.records import Split, load_split
 from geoquant.errors import UserError
 from geoquant.examine import attack, check_context
-from geoquant.export import FORMATS, check
-from geoquant.export.adapter import export_adapter
-from geoquant.export.compressed_tensors import export_compressed_tensors
-from geoquant.export.dense import export_dense
-from geoquant.export.twin import int8_twin
+from geoquant.export import check, unread
 from geoquant.export.verify import verify, write_expected
+from geoquant.exporting import write_export
 from geoquant.finished import earlier_exports, finished_report
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
@@ -27,11 +24,10 @@ from geoquant.measure import (
     score_model,
     score_reference,
 )
-from geoquant.methods.problem import LatticeSolution
 from geoquant.model.folding import Fold, find_folds
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import map_weights
-from geoquant.model.vocabulary import ends, repeated, vocabulary, vocabulary_rows
+from geoquant.model.vocabulary import ends, repeated, vocabulary
 from geoquant.model.walk import Block, Stage, untouched_parameters, walk
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import check_head
@@ -42,7 +38,7 @@ from geoquant.privacy.scores import SplitScores
 from geoquant.progress import Progress, silent
 from geoquant.recipe import Recipe, checked, located
 from geoquant.report.build import write_report
-from geoquant.results import SiteFiles, StageFiles, load_stage, save_stage, stage_path
+from geoquant.results import load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, remove_empty, write_json
 from geoquant.solve import install, restore, solve_model, solve_vocabulary
 from geoquant.steps import look_back, rows_of, step_of
@@ -148,11 +144,8 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
         check_head(loaded.model, texts.calibration.tokens[:1, :8], pages)
     streamed = {site.name for block in repeated(blocks) for site in block.sites}
     grids = {site.name: site.grid for site in plan.sites if site.name in streamed}
-    notes = tuple(
-        note
-        for name in recipe.formats
-        for note in check(name, loaded.model, grids, keep=recipe.keep, foldable=recipe.foldable, verify=recipe.verify)
-    )
+    choices = {"keep": recipe.keep, "foldable": recipe.foldable, "verify": recipe.verify, "tokenizer": loaded.tokenizer}
+    notes = tuple(note for name in recipe.formats for note in check(name, loaded.model, grids, **choices))
     return loaded, blocks, texts, plan, notes + alone
 
 
@@ -236,33 +229,14 @@ def solve(
     restore(model, repeated(blocks), kept["finished"])
 
 
-def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]) -> dict:
-    """One export of the solved model, and the adapter with its kept columns where the format needs one."""
-    folder, files = run / FORMATS[name].folder, SiteFiles(run, blocks)
-    if name == "dense":
-        written = export_dense(loaded.model, loaded.tokenizer, folder)
-        return reporting.export_entry(name, run, written, None)
-    if name == "geoquant":
-        from geoquant.export.native import export_native  # the entropy coder's library is needed here only
-
-        written = export_native(loaded.model, loaded.tokenizer, blocks, StageFiles(run, blocks), folder)
-        return reporting.export_entry(name, run, written, None)
-    replaced, overflow = {}, None
-    if isinstance(files[next(iter(files))], LatticeSolution):
-        probe = torch.arange(8)[None] % vocabulary_rows(loaded.model)
-        folds = find_folds(loaded.model, repeated(blocks), probe)
-        twin = int8_twin(loaded.model, blocks, StageFiles(run, blocks), folds)
-        files, replaced, overflow = twin.sites, twin.replaced, sum(twin.overflow.values())
-    written = export_compressed_tensors(loaded.model, loaded.tokenizer, files, folder, replaced=replaced)
-    entry = reporting.export_entry(name, run, written, export_adapter(files, run / "adapter"))
-    return entry if overflow is None else entry | {"overflow_codes": overflow}
-
-
 def verified(run: Path, entry: dict, progress: Progress) -> dict:
     """The entry with what came of reloading it through stock readers in a fresh process.
 
-    A failure is part of it and not raised: the report is to tell it first.
+    A failure is part of it and not raised: the report is to tell it first. Where the reader of the format is absent,
+    the entry says so and nothing is claimed.
     """
+    if lacking := unread(entry["format"]):
+        return {**entry, "unread": lacking}
     progress("verify", 0, 1, entry["format"])
     adapter = run / "adapter" if entry["adapter_bytes"] else None
     result = failure = None
@@ -277,7 +251,7 @@ def verified(run: Path, entry: dict, progress: Progress) -> dict:
             wanted=f"at most {result.tolerance:.1g} of their spread, got {result.max_rel:.3g}",
             fix="keep the run folder and report this",
         )
-    return {**entry, "verified": reporting.verification(result, failure and str(failure))}
+    return {**entry, "unread": None, "verified": reporting.verification(result, failure and str(failure))}
 
 
 def raise_failure(exports: list[dict]) -> None:
@@ -304,9 +278,9 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     if verify:
         entry = verified(run, entry, progress)
     others = [known for known in report["exports"] if known["format"] != to]
-    overcome = reporting.failures([known for known in report["exports"] if known["format"] == to])
+    overcome = reporting.told([known for known in report["exports"] if known["format"] == to])
     warnings = [warning for warning in report["warnings"] if warning not in overcome]
-    warnings += reporting.failures([entry])
+    warnings += reporting.told([entry])
     write_report(run, {**report, "exports": [*others, entry], "warnings": warnings})
     raise_failure([entry])
     return entry

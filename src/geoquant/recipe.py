@@ -17,7 +17,7 @@ from geoquant.errors import UserError, unknown_name
 
 __all__ = ["Recipe", "checked", "load_recipe", "located", "recipe_toml"]
 
-Format = Literal["compressed-tensors", "dense", "geoquant"]
+Format = Literal["compressed-tensors", "dense", "geoquant", "gguf", "gptq"]
 
 GRID_FORMATS = {"box": ("compressed-tensors",), "lattice": ("geoquant",)}
 

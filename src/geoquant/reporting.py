@@ -15,8 +15,9 @@ import torch
 
 from geoquant.data.records import Split
 from geoquant.evaluate.perplexity import Perplexity, difference
-from geoquant.export import snippet
+from geoquant.export import gguf, snippet
 from geoquant.export.compressed_tensors import stored_bits
+from geoquant.export.gptq import scheme_of
 from geoquant.export.verify import VerifyResult
 from geoquant.export.weights import ExportResult
 from geoquant.manifest import versions
@@ -24,7 +25,7 @@ from geoquant.measure import Quality, Texts
 from geoquant.model.load import Loaded
 from geoquant.model.paging import trim
 from geoquant.model.walk import Block
-from geoquant.plan.uniform import Plan, SitePlan, kept_count
+from geoquant.plan.uniform import Plan, kept_count
 from geoquant.recipe import Recipe
 from geoquant.results import site_reports
 from geoquant.runs import read_json
@@ -37,6 +38,7 @@ __all__ = [
     "forget_peak_memory",
     "model_facts",
     "planned_size",
+    "told",
     "verification",
 ]
 
@@ -97,7 +99,9 @@ def export_entry(name: str, run: Path, written: ExportResult, adapter: ExportRes
         "bytes": written.bytes_total + (adapter.bytes_total if adapter else 0),
         "linear_bytes": written.bytes_linear + (adapter.bytes_linear if adapter else 0),
         "adapter_bytes": adapter.bytes_total if adapter else 0,
+        "notes": [*written.notes],
         "verified": None,
+        "unread": None,
         "snippet": snippet(str(run / folder), str(run / "adapter") if adapter else None, format=name),
     }
 
@@ -117,11 +121,20 @@ def failures(exports: list[dict]) -> list[str]:
     return [failure for failure in told if failure]
 
 
+def told(exports: list[dict]) -> list[str]:
+    """What the report warns of: what writing changed, what nobody reloaded, what did not pass its reload."""
+    lines = []
+    for entry in exports:
+        lines += [f"{entry['format']}: {note}" for note in entry.get("notes", ())]
+        lines += [f"{entry['path']} was not verified: {entry['unread']}"] if entry.get("unread") else []
+    return lines + failures(exports)
+
+
 def planned_size(loaded: Loaded, plan: Plan, format: str) -> dict:
     """Sizes of one format's files as planned: sites as the format stores them, everything else as it is."""
     facts, width = model_facts(loaded), torch.finfo(loaded.dtype).bits // 8
     weights = sum(math.prod(site.shape) for site in plan.sites)
-    linear = weights * width if format == "dense" else sum(map(_packed_bytes, plan.sites))
+    linear = weights * width if format == "dense" else _packed_bytes(plan, format)
     return {
         "bits_per_weight": plan.bits_per_weight,
         "linear_bytes": linear,
@@ -130,13 +143,22 @@ def planned_size(loaded: Loaded, plan: Plan, format: str) -> dict:
     }
 
 
-def _packed_bytes(site: SitePlan) -> int:
-    """A site in a compressed-tensors file, and its kept columns in the adapter (16-bit columns and selector)."""
-    rows, columns = site.shape
-    if site.grid is None:
-        return int(rows * columns * site.bits_per_weight / 8)
-    kept = kept_count(site.keep, columns)
-    return int(rows * columns * stored_bits(site.grid, columns) / 8) + 2 * kept * (rows + columns)
+def _packed_bytes(plan: Plan, format: str) -> int:
+    """Sites as a format's file holds them, and kept columns in the adapter (16-bit columns and selector)."""
+    boxed = [(site.grid, *site.shape) for site in plan.sites if site.grid is not None]
+    scheme = scheme_of(boxed) if format == "gptq" else None
+    total = 0
+    for site in plan.sites:
+        rows, columns = site.shape
+        if site.grid is None:
+            bits = site.bits_per_weight
+        else:
+            if scheme is not None:
+                bits = scheme.stored_bits(rows, columns)
+            else:
+                bits = gguf.stored_bits(site.grid) if format == "gguf" else stored_bits(site.grid, columns)
+        total += int(rows * columns * bits / 8) + 2 * kept_count(site.keep, columns) * (rows + columns)
+    return total
 
 
 def quality(texts: Texts, before: Quality, after: Quality) -> dict:
@@ -207,7 +229,7 @@ def assemble(
         "privacy": privacy,
         "sites": sites,
         "exports": exports,
-        "warnings": [*notes, *warnings, *failures(exports)],
+        "warnings": [*notes, *warnings, *told(exports)],
         "timings": clock.seconds | {f"{step} (CPU)": seconds for step, seconds in cpu.items()},
         "peak_memory_bytes": peak_memory_bytes(),
         "solver": solver,

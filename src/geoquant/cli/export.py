@@ -36,7 +36,13 @@ def export(
         with progress_display() as progress:
             pipeline = library("pipeline", progress)
             written = pipeline.export(run, to, verify=verify, progress=progress)
-        result(
-            written,
-            lambda: print(f"{written['format']}: {written['path']} ({written['bytes'] / 1e6:,.1f} MB)"),
-        )
+        result(written, lambda: show(written))
+
+
+def show(written: dict) -> None:
+    """What was written, what that changed, and whether somebody could read it back."""
+    print(f"{written['format']}: {written['path']} ({written['bytes'] / 1e6:,.1f} MB)")
+    for note in written["notes"]:
+        print(f"note: {note}")
+    if written["unread"]:
+        print(f"not verified: {written['unread']}")

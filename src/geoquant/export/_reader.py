@@ -12,19 +12,45 @@ import os
 import sys
 import time
 
-READERS = ("torch", "transformers", "compressed-tensors", "peft", "safetensors")
+READERS = {
+    None: ("torch", "transformers", "compressed-tensors", "peft", "safetensors"),
+    "gptq": ("torch", "transformers", "gptqmodel", "optimum", "peft", "safetensors"),
+    "gguf": ("torch", "transformers", "gguf"),
+}
 
 
-def versions(adapter):
+def kind_of(folder):
+    """`gguf`, what config.json calls the quantization, or None where the weights are ordinary ones."""
+    if os.path.exists(os.path.join(folder, "model.gguf")):
+        return "gguf"
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        return (json.load(file).get("quantization_config") or {}).get("quant_method")
+
+
+def versions(folder, adapter):
     """Installed versions of the readers in use."""
     found = {}
-    for name in READERS:
+    for name in READERS.get(kind_of(folder), READERS[None]):
         if name != "peft" or adapter:
             try:
                 found[name] = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 found[name] = None
     return found
+
+
+def options(folder):
+    """Keyword arguments for from_pretrained that a format asks for: of the model, and of the tokenizer."""
+    kind = kind_of(folder)
+    if kind == "gguf":
+        return {"gguf_file": "model.gguf"}, {"gguf_file": "model.gguf"}
+    if kind == "gptq":
+        from transformers import GPTQConfig
+
+        # Other kernels round activations or weights further; this one computes in the type that is asked for. Only
+        # `backend` is taken from here, all else from the folder.
+        return {"quantization_config": GPTQConfig(bits=4, backend="gptq_torch")}, {}
+    return {}, {}
 
 
 def load(folder, adapter, dtype):
@@ -34,14 +60,15 @@ def load(folder, adapter, dtype):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model_options, tokenizer_options = options(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **model_options)
     wrong = {
         kind: sorted(info[kind])[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     }
     if wrong:
         raise ValueError(f"the folder does not fit the model: {wrong}")
-    if os.path.exists(os.path.join(folder, "tokenizer_config.json")):
-        AutoTokenizer.from_pretrained(folder)
+    if tokenizer_options or os.path.exists(os.path.join(folder, "tokenizer_config.json")):
+        AutoTokenizer.from_pretrained(folder, **tokenizer_options)
     if adapter:
         from peft import PeftModel
 
@@ -66,7 +93,7 @@ def compare(model, tokens, expected):
 def main(task):
     sys.path.extend(path for path in task["paths"] if path not in sys.path)
     start = time.perf_counter()
-    outcome = {"versions": versions(task["adapter"])}
+    outcome = {"versions": versions(task["folder"], task["adapter"])}
     try:
         for name in task["imports"]:
             importlib.import_module(name)

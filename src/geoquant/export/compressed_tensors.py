@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -27,7 +27,9 @@ from geoquant.export.weights import (
     MAX_SHARD_BYTES,
     ExportResult,
     chosen_dtype,
+    linear_site,
     summarize,
+    tied_weights,
     untouched,
     write_shards,
     write_side_files,
@@ -76,23 +78,8 @@ def stored_bits(grid: Grid, columns: int) -> float:
     return word_bits(grid) + 16 / (columns if group < 0 else group)
 
 
-def refuse(name: str, module: nn.Module | None, grid: Grid, tied: Collection[str]) -> None:
-    """Raise UserError if stock readers would not load site `name` with this grid.
-
-    tied: names of all weights that share memory with another.
-    """
-    if module is None:
-        raise ValueError(f"the model has no module {name!r}")
-    if not isinstance(module, nn.Linear):
-        raise UserError(
-            f"compressed-tensors readers know torch.nn.Linear only; {name} is {type(module).__name__}",
-            fix="choose --format dense",
-        )
-    if f"{name}.weight" in tied:
-        raise UserError(
-            f"{name} shares its weight with the embedding; a reader would tie it back",
-            fix="leave it unquantized",
-        )
+def refuse(name: str, module: nn.Linear, grid: Grid) -> None:
+    """Raise UserError if stock readers would not load site `name` with this grid."""
     word_bits(grid)
     columns, size = module.in_features, grid.group_size
     if 0 <= file_group(grid, columns) < min(SMALLEST_GROUP, size):
@@ -104,19 +91,14 @@ def refuse(name: str, module: nn.Module | None, grid: Grid, tied: Collection[str
         )
 
 
-def tied_weights(model: nn.Module) -> set[str]:
-    """Names of the weights that the model ties to one another."""
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    return set(ties) | set(ties.values())
-
-
 def refuse_or_note(model: nn.Module, grids: Mapping[str, Grid]) -> tuple[str, ...]:
     """Raise UserError for the first site stock readers would not load; else notes on what the file costs."""
     modules, tied = dict(model.named_modules()), tied_weights(model)
     notes: Counter[str] = Counter()
     for name, grid in grids.items():
-        refuse(name, modules.get(name), grid, tied)
-        columns = modules[name].in_features
+        module = linear_site(name, modules, tied, "compressed-tensors")
+        refuse(name, module, grid)
+        columns = module.in_features
         group, word = file_group(grid, columns), word_bits(grid)
         if word != grid.bits:
             kind = "symmetric" if grid.symmetric else "asymmetric"
@@ -244,7 +226,7 @@ def export_compressed_tensors(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal linear
         for name, solution in solutions.items() if isinstance(solutions, Mapping) else solutions:
-            refuse(name, modules.get(name), solution.grid, tied)
+            refuse(name, linear_site(name, modules, tied, "compressed-tensors"), solution.grid)
             if tuple(solution.codes.shape) != tuple(modules[name].weight.shape):
                 raise ValueError(f"{name}: codes {tuple(solution.codes.shape)}, {tuple(modules[name].weight.shape)}")
             schemes[name] = (word_bits(solution.grid), file_group(solution.grid, solution.codes.shape[1]))

@@ -8,14 +8,14 @@ code. What lies beyond int8 goes to an adapter, one column of it per input colum
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from geoquant.errors import UserError
 from geoquant.lattice.grid import Grid
-from geoquant.lattice.unboxed import steps_of
+from geoquant.lattice.unboxed import PER_OCTAVE, steps_of
 from geoquant.methods.problem import LatticeSolution, Solution
 from geoquant.model.folding import Fold, scaled_parameters
 from geoquant.model.vocabulary import repeated
@@ -53,13 +53,23 @@ class _Sites(Mapping[str, Solution]):
 
     def __getitem__(self, name: str) -> Solution:
         stage, start = self._places[name]
-        return channel_codes(self._stages[stage].rows(start, start + self._rows[name]), self._scales.get(name))
+        solution = balanced(self._stages[stage])
+        return channel_codes(solution.rows(start, start + self._rows[name]), self._scales.get(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def balanced(solution: LatticeSolution) -> LatticeSolution:
+    """The same weights with column steps around one, so that gains keep their size and scales fit half precision: whole
+    octaves move from the columns to the rows, which is exact.
+    """
+    octave = torch.round(solution.column_exponents.double().mean() / PER_OCTAVE).to(torch.int16) * PER_OCTAVE
+    columns, rows = solution.column_exponents - octave, solution.row_exponents + octave
+    return replace(solution, column_exponents=columns, row_exponents=rows)
 
 
 def channel_codes(solution: LatticeSolution, later: Tensor | None) -> Solution:
@@ -98,7 +108,7 @@ def int8_twin(
     overflow: dict[str, int] = {}
     used: set[str] = set()
     for stage in (stage for block in blocks for stage in block.stages):
-        solution = stages[stage.name]
+        solution = balanced(stages[stage.name])
         for site, codes in zip(stage.sites, solution.codes.split([site.shape[0] for site in stage.sites])):
             overflow[site.name] = int(((codes > LIMIT) | (codes < -LIMIT)).sum())
         fold = folds.get(stage.name)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from geoquant.errors import UserError
+from geoquant.export import unread
 from geoquant.runs import read_json, write_tensors
 
 __all__ = ["VerifyResult", "verify", "write_expected"]
@@ -72,11 +73,13 @@ def verify(
 ) -> VerifyResult:
     """Load `folder` (and `adapter`) with stock transformers (and peft) on the CPU of a fresh process.
 
-    A folder in the format `geoquant` is read by transformers too, with geoquant imported beside it.
+    A folder in the format `geoquant` is read by transformers too, with geoquant imported beside it; one in `gptq` with
+    GPTQModel's plain torch kernel; a GGUF file is unpacked by transformers.
 
     tolerance: allowed `max_rel`; default by dtype. dtype: what to compute in; default: what the solved model
     ran in. The reader needs memory for the whole model: free yours first. Raises UserError when loading
-    fails.
+    fails, or
+    where a package that reads this format is absent.
     """
     try:
         with safe_open(expected_path, framework="pt") as file:
@@ -84,11 +87,18 @@ def verify(
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {expected_path}: {error}", fix="run quantize again with --resume") from None
     dtype = dtype or solved
-    config = read_json(folder / "config.json")
-    own = (config.get("quantization_config") or {}).get("quant_method") == "geoquant"
+    if (folder / "model.gguf").exists():  # holds its own configuration
+        config, method = {"dtype": "float16"}, "gguf"
+    else:
+        config = read_json(folder / "config.json")
+        method = (config.get("quantization_config") or {}).get("quant_method")
+    own = method == "geoquant"
+    if method == "gptq" and (lacking := unread(method)):
+        raise UserError(lacking.replace("reading it", f"reading {folder}", 1))
     if tolerance is None:
-        stored = config.get("dtype") or config.get("torch_dtype") or dtype
-        tolerance = max(TOLERANCE.get(name, TOLERANCE["bfloat16"]) for name in (dtype, solved, stored))
+        stored = [config.get("dtype") or config.get("torch_dtype") or dtype]
+        stored += ["float16"] if method == "gptq" else []  # what its reader multiplies codes and steps in
+        tolerance = max(TOLERANCE.get(name, TOLERANCE["bfloat16"]) for name in (dtype, solved, *stored))
     outcome = read_elsewhere(folder, expected_path, adapter, dtype, imports=("geoquant",) if own else ())
     used = ", ".join(f"{name} {version}" for name, version in outcome["versions"].items())
     if "error" in outcome:
@@ -122,6 +132,8 @@ def read_elsewhere(
         "imports": [*imports],
     }
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    # GPTQModel compiles its kernels, which takes longer than the one forward pass needed here, and a C++ compiler.
+    quiet["TORCHDYNAMO_DISABLE"] = "1"
     child = subprocess.run(
         [sys.executable, "-I", str(Path(__file__).with_name("_reader.py")), json.dumps(task)],
         env={**os.environ, **quiet},

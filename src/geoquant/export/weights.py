@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from geoquant.errors import UserError
 from geoquant.runs import atomic_write, write_json
 
-__all__ = ["MAX_SHARD_BYTES", "ExportResult", "summarize", "untouched", "write_shards", "write_side_files"]
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "ExportResult",
+    "chosen_dtype",
+    "linear_site",
+    "summarize",
+    "tied_weights",
+    "untouched",
+    "write_shards",
+    "write_side_files",
+]
 
 MAX_SHARD_BYTES = 2 << 30
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,12 +36,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written: the folder, its size, the share of it that holds linear weights, and its files."""
+    """What was written: the folder, its size, the share of it that holds linear weights, its files, and what the user
+    should know about them.
+    """
 
     folder: Path
     bytes_total: int
     bytes_linear: int
     files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def chosen_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
@@ -40,6 +53,33 @@ def chosen_dtype(model: nn.Module, dtype: torch.dtype | None) -> torch.dtype:
     if dtype not in DTYPES:
         raise UserError("unknown export dtype", got=dtype, wanted="float32, bfloat16 or float16")
     return dtype
+
+
+def tied_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that the model ties to one another."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    return set(ties) | set(ties.values())
+
+
+def linear_site(name: str, modules: Mapping[str, nn.Module], tied: Collection[str], readers: str) -> nn.Linear:
+    """The layer `name` as something that the `readers` of a format can hold in codes.
+
+    tied: names of all weights that share memory with another. Raises UserError where it is no such thing.
+    """
+    module = modules.get(name)
+    if module is None:
+        raise ValueError(f"the model has no module {name!r}")
+    if not isinstance(module, nn.Linear):
+        raise UserError(
+            f"{readers} readers know torch.nn.Linear only; {name} is {type(module).__name__}",
+            fix="choose --format dense",
+        )
+    if f"{name}.weight" in tied:
+        raise UserError(
+            f"{name} shares its weight with the embedding; a reader would tie it back",
+            fix="leave it unquantized",
+        )
+    return module
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,12 +196,13 @@ def write_side_files(
         tokenizer.save_pretrained(folder)
 
 
-def summarize(folder: Path, bytes_linear: int) -> ExportResult:
-    """Sizes and names of the files in a finished folder."""
+def summarize(folder: Path, bytes_linear: int, notes: tuple[str, ...] = ()) -> ExportResult:
+    """Sizes and names of the files in a finished folder, and `notes` for the report."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return ExportResult(
         folder=folder,
         bytes_total=sum(path.stat().st_size for path in files),
         bytes_linear=bytes_linear,
         files=tuple(str(path.relative_to(folder)) for path in files),
+        notes=notes,
     )

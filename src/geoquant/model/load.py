@@ -315,8 +315,8 @@ def check_device(device: str) -> None:
 def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", quantized: bool = False) -> Loaded:
     """Load `spec` once, in its stored dtype unless `dtype` is given.
 
-    quantized: also accept a folder of packed weights that stock transformers reads, or a whole run folder (its
-    packed model with the adapter of kept columns merged in), to measure it.
+    quantized: also accept a folder of packed weights that transformers reads, or a whole run folder (its packed model
+    with the adapter of kept columns merged in), to measure it.
 
     Raises UserError for everything the user can mend: nothing there, no tokenizer, truncated, missing or
     non-finite tensors, an unreadable GGUF type, an architecture that transformers does not know.
@@ -326,8 +326,15 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     run = Path(spec)
     adapter = None
     if quantized and (run / "manifest.json").exists():
-        spec = str(next((run / name for name in ("model", "coded", "dense") if (run / name).is_dir()), run))
-        adapter = run / "adapter" if spec.endswith("model") and (run / "adapter").is_dir() else None
+        exports = (run / name for name in ("model", "coded", "dense", "gguf/model.gguf", "gptq"))
+        spec = str(next((path for path in exports if path.exists()), run))
+        if (run / "adapter").is_dir() and spec.endswith(("model", "gptq")):
+            adapter = run / "adapter"
+        if adapter and spec.endswith("gptq"):
+            raise UserError(
+                f"the kept columns of {spec} cannot be merged into its codes",
+                fix=f"run: geoquant export {run} --to dense",
+            )
     check_device(device)
     where, extra, name = locate(spec)
     if not extra and Path(where).is_dir():
