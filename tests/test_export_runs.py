@@ -150,6 +150,16 @@ def test_what_a_format_cannot_hold_is_refused_before_the_run(done, tmp_path, cha
     assert not (tmp_path / "run").exists()
 
 
+def test_what_float16_rounded_is_in_the_report(done, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+    changes = {"bits": 5, "symmetric": False, "formats": ("gguf",), "verify": False, "method": "rtn"}
+    quantize(done[0].model_copy(update=changes), tmp_path / "run")
+    report = report_of(tmp_path / "run")
+    (note,) = report["exports"][0]["notes"]
+    assert "steps or offsets were rounded to float16; weights changed by at most" in note
+    assert f"gguf: {note}" in report["warnings"]
+
+
 def test_the_plan_says_how_large_the_files_will_be(done, monkeypatch):
     monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
     report = report_of(done[1])

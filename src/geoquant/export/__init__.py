@@ -126,12 +126,12 @@ def check(
     return notes
 
 
-def unread(format: str) -> str | None:
-    """Why an export of this format cannot be reloaded here, or None where it can."""
+def unread(format: str, what: object = "it") -> str | None:
+    """Why `what`, an export of this format, cannot be reloaded here, or None where it can."""
     needs = FORMATS[format].needs
     if all(importlib.util.find_spec(package) for package in needs):
         return None
-    return f"reading it back needs {' and '.join(needs)}; run: pip install {' '.join(needs)}"
+    return f"reading {what} back needs {' and '.join(needs)}; run: pip install {' '.join(needs)}"
 
 
 def snippet(folder: str, adapter: str | None = None, *, format: str = "compressed-tensors") -> str:

@@ -15,6 +15,7 @@ weight is `scale * (code - zero)`. Four choices (docs/formats.md has the measure
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +193,7 @@ def quantization_config(scheme: Scheme, skipped: Iterable[str], quantized: Itera
     }
     skipped = [*skipped]
     if skipped:
-        config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in skipped}
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in skipped}
         config["modules_in_block_to_quantize"] = [[*quantized]]
     return config
 

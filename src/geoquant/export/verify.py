@@ -93,8 +93,8 @@ def verify(
         config = read_json(folder / "config.json")
         method = (config.get("quantization_config") or {}).get("quant_method")
     own = method == "geoquant"
-    if method == "gptq" and (lacking := unread(method)):
-        raise UserError(lacking.replace("reading it", f"reading {folder}", 1))
+    if method == "gptq" and (lacking := unread(method, folder)):
+        raise UserError(lacking)
     if tolerance is None:
         stored = [config.get("dtype") or config.get("torch_dtype") or dtype]
         stored += ["float16"] if method == "gptq" else []  # what its reader multiplies codes and steps in
