@@ -351,8 +351,8 @@ def test_check_refuses_what_the_file_cannot_hold():
         check("gguf", model, every_site(model, Grid(8, 32, False)))
     with pytest.raises(UserError, match="GGUF files hold no kept columns; leave --keep out"):
         check("gguf", model, grids, keep=0.01)
-    with pytest.raises(UserError, match="format gguf holds boxed codes only"):
-        check("gguf", model, dict.fromkeys(grids))
+    with pytest.raises(UserError, match="format gguf needs column steps that fold away"):
+        check("gguf", model, dict.fromkeys(grids), foldable=False)
     with pytest.raises(UserError, match="a GGUF file needs a tokenizer with merges"):
         check("gguf", model, grids, tokenizer=make_tokenizer())
 

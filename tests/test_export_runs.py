@@ -138,8 +138,8 @@ def test_one_more_format_from_the_command_line(run, capsys):
         ({"keep": 0.05, "method": "dqc", "formats": ("gguf",)}, "GGUF files hold no kept columns"),
         ({"group_size": 16, "formats": ("gguf",)}, "GGUF blocks hold 32 columns; got groups of 16"),
         ({"group_size": 40, "formats": ("gptq",)}, r"GPTQ readers know groups of 16, 32, 64"),
-        ({"grid": "lattice", "method": "lattice", "formats": ("gptq",)}, "format gptq holds boxed codes only"),
-        ({"grid": "lattice", "method": "lattice", "formats": ("gguf",)}, "format gguf holds boxed codes only"),
+        ({"grid": "lattice", "method": "lattice", "formats": ("gptq",), "foldable": False}, "gptq needs column steps"),
+        ({"grid": "lattice", "method": "lattice", "formats": ("gguf",), "foldable": False}, "gguf needs column steps"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_before_the_run(done, tmp_path, changes, message):

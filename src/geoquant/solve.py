@@ -31,6 +31,9 @@ from geoquant.progress import Progress, silent
 __all__ = ["StageResult", "install", "restore", "solve_model", "solve_vocabulary", "vocabulary_problem"]
 
 
+PART = 1 << 13  # rows made at a time
+
+
 @dataclass(frozen=True)
 class StageResult:
     """A solved stage: the joint solution of its stacked sites, its moments, and what happened."""
@@ -174,11 +177,12 @@ def solve_vocabulary(
         solution = finished(stage)
         if solution is None:
             started = time.process_time()
-            original = read_weight(model.get_submodule(stage.name))
+            original = model.get_submodule(stage.name).weight.detach()  # in its own type: the largest matrix there is
             name, options = settings(stage)
             problem = vocabulary_problem(stage, original, observed, **options)
             solution, warning = _solve(name, problem, stage)
             moments = Moments(problem.hessian, problem.heldout, *observed.counts.tolist(), MassiveTokens(0.0, 0.0))
+            trim()
             seconds = {"solve": time.process_time() - started}
             done(StageResult(stage, solution, moments, original, seconds, warning))
             del original
@@ -244,8 +248,12 @@ def _solve(name: str, problem: Problem, stage: Stage) -> tuple[Solution | Lattic
 
 def install(model: nn.Module, stage: Stage, solution: Solution) -> None:
     """Replace the weights of a stage's sites with the quantized values."""
-    weight = solution.dequantize()
     start = 0
     for site in stage.sites:
-        write_weight(model.get_submodule(site.name), weight[start : start + site.shape[0]])
-        start += site.shape[0]
+        module, stop = model.get_submodule(site.name), start + site.shape[0]
+        weight = torch.empty(site.shape, dtype=module.weight.dtype, device=solution.codes.device)
+        for first in range(start, stop, PART):
+            last = min(first + PART, stop)
+            weight[first - start : last - start] = solution.rows(first, last).dequantize()
+        write_weight(module, weight)
+        start = stop

@@ -98,7 +98,7 @@ class Forecaster:
 
     def see_vocabulary(self, stage: Stage, moments: VocabularyMoments) -> None:
         """Embedding and head are solved on these very moments: nothing is left to guess but a sample of rows."""
-        weight = read_weight(self.model.get_submodule(stage.name))
+        weight = self.model.get_submodule(stage.name).weight.detach()
         plan = self.plan[stage.name]
         problem = vocabulary_problem(stage, weight, moments, order=plan.order, damping=plan.damping)
         metric = problem.pooled / problem.tokens

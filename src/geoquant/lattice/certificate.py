@@ -63,6 +63,9 @@ class Squares:
     worst: float
 
 
+PART = 1 << 13
+
+
 def error_energies(
     rows: Float[Tensor, "out in"] | Iterable[Float[Tensor, "part in"]], *metrics: Float[Tensor, "in in"]
 ) -> list[float]:
@@ -107,7 +110,8 @@ def certificate(
     """
     metrics = (metric,) if heldout is None else (metric, heldout)
     found = error_energies(_differences(original, quantized), *metrics)
-    energies = [max(energy, 1e-30) for energy in error_energies(original, *metrics)]
+    parts = (part.float() for part in original.split(PART))
+    energies = [max(energy, 1e-30) for energy in error_energies(parts, *metrics)]
     energy = energies[0]
     return Certificate(
         error=found[0] / energy,

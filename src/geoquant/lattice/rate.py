@@ -32,7 +32,7 @@ LOWEST = -3.0
 CLASSES = 48
 REACH = 1023  # values beyond are counted as escapes
 ESCAPE_BITS = 32
-PART = 1 << 22  # codes counted at a time
+PART = 1 << 20  # codes counted at a time
 SIDE_BITS = 16  # one byte for a step, one for a class
 
 

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from geoquant.lattice.rows import RowMetric, block_sizes
 
-__all__ = ["exponents", "steps_of", "unboxed_babai"]
+__all__ = ["exponents", "narrow", "steps_of", "unboxed_babai"]
 
 PER_OCTAVE = 8
 PANEL = 64
-ROWS = 1 << 14
+ROWS = 1 << 13
 
 
 def exponents(steps: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -47,24 +47,22 @@ def unboxed_babai(
     column_steps: Float[Tensor, " in"],
     rows: RowMetric | None = None,
 ) -> Int[Tensor, "out in"]:
-    """Codes z (int32) with `q_ij = row_steps_i column_steps_j z_ij`, Babai's plane by plane in `order`.
+    """Codes z (integers) with `q_ij = row_steps_i column_steps_j z_ij`, Babai's plane by plane in `order`.
 
     factor: `U` of `compensation_factor`, in processing order. Column steps in the original order. rows: the output side
     of the metric; without it rows are strangers to each other. All rows are solved in units of their own step, so the
     recursion sees one step per column. Compiled on a CPU in float32, torch operations elsewhere.
     """
     if len(weight) > ROWS and (rows is None or rows.strangers):  # rows are solved alone: a few thousand at a time
-        codes = torch.empty(weight.shape, dtype=torch.int32, device=weight.device)
-        for found, part, steps in zip(codes.split(ROWS), weight.split(ROWS), row_steps.split(ROWS)):
-            found.copy_(unboxed_babai(part, factor, order, steps, column_steps))
-        return codes
+        parts = zip(weight.split(ROWS), row_steps.split(ROWS))
+        return torch.cat([narrow(unboxed_babai(part, factor, order, steps, column_steps)) for part, steps in parts])
     # Transposed, so that one column of the layer is one contiguous row of memory.
-    work = (weight / row_steps[:, None]).T[order].contiguous()
+    work = (weight.to(factor.dtype) / row_steps[:, None]).T[order].contiguous()
     columns, count = work.shape
     steps, pivots = column_steps[order].to(work.dtype), factor.diagonal().reciprocal()
     feedback, sizes = _feedback(rows, row_steps, work)
     codes = torch.empty(columns, count, dtype=torch.int32, device=weight.device)
-    errors = torch.empty(PANEL, count, dtype=weight.dtype, device=weight.device)
+    errors = torch.empty(PANEL, count, dtype=work.dtype, device=weight.device)
     run = _compiled if work.device.type == "cpu" and work.dtype == torch.float32 else _plain
     for panel in range(0, columns, PANEL):
         end = min(panel + PANEL, columns)
@@ -73,6 +71,13 @@ def unboxed_babai(
         if end < columns:
             work[end:].addmm_(factor[part, end:].T, found, alpha=-1.0)
     return codes.T.contiguous()
+
+
+def narrow(codes: Int[Tensor, "out in"]) -> Integer[Tensor, "out in"]:
+    """The smallest integer type that holds the codes."""
+    least, most = codes.aminmax() if codes.numel() else (torch.tensor(0), torch.tensor(0))
+    largest = max(-int(least), int(most))
+    return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
 
 
 def _feedback(

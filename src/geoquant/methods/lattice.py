@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geoquant.lattice.basis import compensation_factor, heldout_prices, permuted
 from geoquant.lattice.order import column_order
-from geoquant.lattice.unboxed import ROWS, exponents, steps_of, unboxed_babai
+from geoquant.lattice.unboxed import ROWS, exponents, narrow, steps_of, unboxed_babai
 from geoquant.methods.babai import DEFAULT_DAMPING, least
 from geoquant.methods.problem import LatticeSolution, Problem
 
@@ -36,8 +36,8 @@ def solve(problem: Problem) -> LatticeSolution:
     columns = exponents((tied(lengths, problem.ties) * price**0.5).reciprocal())
     weight, known = problem.weight, problem.rows
     if known is not None:
-        known = replace(known, factor=known.factor.to(weight))
-    row_lengths = weight.new_ones(len(weight)) if known is None else known.lengths
+        known = replace(known, factor=known.factor.to(factor))
+    row_lengths = factor.new_ones(len(weight)) if known is None else known.lengths
     rows = exponents(torch.minimum(problem.step / row_lengths, longest(weight, steps_of(columns))))
     row_steps = steps_of(rows)
     codes = unboxed_babai(weight, factor, order, row_steps, steps_of(columns), known)
@@ -103,10 +103,3 @@ def choose_damping(problem: Problem, order: Tensor) -> tuple[float, float]:
         damping = least(lambda damping: prices(damping)[0] * math.exp(prices(damping)[1]))
     price = prices(damping)[0]
     return damping, price if 0 < price < math.inf else 1.0  # no held-out signal
-
-
-def narrow(codes: Tensor) -> Tensor:
-    """The smallest integer type that holds the codes."""
-    least, most = codes.aminmax() if codes.numel() else (torch.tensor(0), torch.tensor(0))
-    largest = max(-int(least), int(most))
-    return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)

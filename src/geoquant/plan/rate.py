@@ -75,11 +75,11 @@ def forecast(
     # which with s_i proportional to U_ii is the column's sum of squares over twelve.
     noise = ((factor.square().sum(0) / pivots.square() - 1.0).clamp_min(0.0) / 12).sqrt()
     # Every so many rows in the order of their size: a sample that hardly misses the mean of any smooth function of it.
-    by_size = torch.argsort(torch.linalg.vector_norm(weight, dim=1) * row_lengths)
+    by_size = torch.argsort(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32) * row_lengths)
     count = min(max(SAMPLED_ROWS, len(weight) // 64), len(weight))
     rows = by_size[((torch.arange(count, device=weight.device) + 0.5) * len(weight) / count).long()]
     # Weights in units of their step at D = 1.
-    unit = weight[rows][:, columns] * row_lengths[rows][:, None] / pivots
+    unit = weight[rows][:, columns].float() * row_lengths[rows][:, None] / pivots
     generator = torch.Generator(weight.device).manual_seed(0)
     moved = noise * torch.randn(unit.shape, generator=generator, device=unit.device)
     steps = OCTAVES.to(unit.device) + unit.square().mean().sqrt().clamp_min(1e-30).log2()
