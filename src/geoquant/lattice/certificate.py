@@ -58,6 +58,7 @@ def certificate(
 ) -> Certificate:
     """Compare one site with what its lattice promises.
 
+    original: the rows that were to be approximated, the weights or an output target.
     metric:  moments the site was solved on. heldout: moments of tokens that chose its damping.
     squares: `sum over rows and columns of r_j^2 s_ij^2`, see `squared_steps`. worst: the same for the bound, where rows
              take over errors of other rows.
