@@ -10,7 +10,8 @@ out: the lattice has one metric and no groups, and full-precision inputs leave n
 
 Every run is one JSON line in --rows; what is there already is not run again, so the benchmark can be stopped at any
 time, and `--sets 4 --factor target` may follow `--sets 2`. The table is made of all lines in the file; an arm is
-compared with the default on the sets that both were run on. Printed at the end, or at once with `--table`.
+compared with the default on the sets that both were run on, on the test text and `elsewhere`: on Python's language
+reference, which is neither the calibration text nor like it. Printed at the end, or at once with `--table`.
 """
 
 from __future__ import annotations
@@ -70,18 +71,17 @@ def jobs(bases: list[str], factors: list[str], sets: int) -> Iterator[tuple[int,
 
 def table(rows: list[dict], bases: list[str]) -> str:
     """Markdown: each measured arm against the default of its base."""
-    head = ["settings", "bits per weight", "perplexity by set", "against the default, %"]
+    head = ["settings", "bits per weight", "perplexity by set", "against the default, %", "elsewhere, %"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     measured = {row["arm"] for row in rows}
     for base in bases:
         for arm in (arm for arm in arms(base, list(FACTORS)) if arm in measured):
             mine = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["set"])
-            mean, error, _ = against(rows, arm, base)
-            worth = "-" if arm == base else f"{100 * mean:+.2f} ± {100 * error:.2f}"
+            worth, elsewhere = against(rows, arm, base), against(rows, arm, base, "elsewhere")
             each = ", ".join(f"{row['perplexity']:.2f}" for row in mine)
             bits = statistics.mean(row["bits"] for row in mine)
             name = f"**{base}**" if arm == base else arm.removeprefix(f"{base},").replace(",", ", ")
-            lines.append(f"| {name} | {bits:.3f} | {each} | {worth} |")
+            lines.append(f"| {name} | {bits:.3f} | {each} | {worth} | {elsewhere} |")
     return "\n".join(lines)
 
 
