@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 from figures import literal
@@ -32,6 +33,7 @@ def measure(settings: dict) -> dict:
     from geoquant import pipeline
     from geoquant.data.text import read_text, windows
     from geoquant.evaluate.perplexity import perplexity
+    from geoquant.measure import builtin_tail
     from geoquant.recipe import Recipe
     from geoquant.results import site_reports
 
@@ -45,14 +47,22 @@ def measure(settings: dict) -> dict:
         source=recipe.calibration,
         skip=settings["set"] * recipe.windows,
     )
+    started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         pipeline.solve(
             Path(folder), recipe, loaded, blocks, replace(texts, calibration=calibration), plan, lambda *_: None
         )
+        spent = time.process_time() - started
         sites = site_reports(Path(folder), blocks)[0]
+    elsewhere = builtin_tail(loaded.tokenizer, recipe.window, 20)  # text of another kind: Python's language reference
     weights = [math.prod(site["shape"]) for site in sites]
     bits = sum(site["bits_per_weight"] * count for site, count in zip(sites, weights)) / sum(weights)
-    return {"perplexity": perplexity(loaded.model, texts.evaluation).perplexity, "bits": bits}
+    return {
+        "perplexity": perplexity(loaded.model, texts.evaluation).perplexity,
+        "elsewhere": perplexity(loaded.model, elsewhere).perplexity,
+        "bits": bits,
+        "cpu_seconds": spent,
+    }
 
 
 def main() -> None:
@@ -69,21 +79,9 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(json.loads(arguments.one))))
         return
-    texts = {"calibration": arguments.calibration, "evaluation": arguments.test, "evaluation_windows": 40}
 
     def run(job: tuple[int, str]) -> dict:
-        number, arm = job
-        changes = {name: literal(value) for name, _, value in (item.partition("=") for item in arm.split(","))}
-        settings = {"set": number, "recipe": {"model": arguments.model, **texts, **changes}}
-        command = [sys.executable, __file__, arguments.model, "--calibration", "-", "--test", "-"]
-        done = subprocess.run(
-            [*command, "--one", json.dumps(settings)],
-            stdout=subprocess.PIPE,
-            check=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        row = {"set": number, "arm": arm, **json.loads(done.stdout.strip().splitlines()[-1])}
+        row = run_arm(arguments.model, arguments.calibration, arguments.test, *job)
         print(json.dumps(row), flush=True)
         return row
 
@@ -93,6 +91,36 @@ def main() -> None:
     print(table(rows, arguments.arm))
 
 
+def changes(arm: str) -> dict:
+    """The recipe's fields that an arm (`NAME=VALUE,...`) sets."""
+    return {name: literal(value) for name, _, value in (item.partition("=") for item in arm.split(","))}
+
+
+def run_arm(model: str, calibration: str, test: str, number: int, arm: str) -> dict:
+    """One arm on one set, in a process of its own with one thread."""
+    texts = {"calibration": calibration, "evaluation": test, "evaluation_windows": 40}
+    settings = {"set": number, "recipe": {"model": model, **texts, **changes(arm)}}
+    command = [sys.executable, __file__, model, "--calibration", "-", "--test", "-", "--one", json.dumps(settings)]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=one_thread)
+    return {"set": number, "arm": arm, **json.loads(done.stdout.strip().splitlines()[-1])}
+
+
+def against(rows: list[dict], arm: str, first: str, text: str = "perplexity") -> str:
+    """Mean log(perplexity / first arm's) in % over the sets that both arms were run on, and its standard error.
+
+    text: `perplexity`, on the test text, or `elsewhere`.
+    """
+    found = {(row["set"], row["arm"]): row[text] for row in rows if text in row}
+    sets = [number for number, other in found if other == arm and (number, first) in found]
+    logs = [100 * math.log(found[number, arm] / found[number, first]) for number in sets]
+    if arm == first or not logs:
+        return "-"
+    if len(logs) == 1:
+        return f"{logs[0]:+.2f} (one set)"
+    return f"{statistics.mean(logs):+.2f} ± {statistics.stdev(logs) / math.sqrt(len(logs)):.2f}"
+
+
 def table(rows: list[dict], arms: list[str]) -> str:
     """Markdown: perplexities by set, and each arm against the first."""
     found = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
@@ -100,11 +128,8 @@ def table(rows: list[dict], arms: list[str]) -> str:
     head = ["arm", "bits per weight", *sets, "against the first, %"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in arms:
-        logs = [math.log(row["perplexity"] / first["perplexity"]) for row, first in zip(found[arm], found[arms[0]])]
-        error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.nan
-        against = "-" if arm == arms[0] else f"{100 * statistics.mean(logs):+.2f} ± {100 * error:.2f}"
         bits = statistics.mean(row["bits"] for row in found[arm])
-        cells = [arm, f"{bits:.3f}", *(f"{row['perplexity']:.2f}" for row in found[arm]), against]
+        cells = [arm, f"{bits:.3f}", *(f"{row['perplexity']:.2f}" for row in found[arm]), against(rows, arm, arms[0])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

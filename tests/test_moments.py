@@ -46,6 +46,33 @@ def test_sums_are_those_of_explicit_outer_products(columns, batches, double, see
         assert moments.heldout is None
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+def test_drift_is_that_of_explicit_tokens(weighted, held):
+    """Only of tokens whose full-precision inputs are known; the moments do not change."""
+    torch.manual_seed(0)
+    x, exact, weights = torch.randn(9, 5), torch.randn(9, 5), torch.rand(9) if weighted else None
+    sums = Accumulator(5, dtype=torch.float32, device=torch.device("cpu"), drift=True)
+    for part, twins in ((slice(0, 4), exact[:4]), (slice(4, 6), None), (slice(6, 9), exact[6:])):
+        sums.add(x[part], None if weights is None else weights[part], held=held, exact=twins)
+    moments = sums.finish()
+    expected = torch.zeros(5, 5, dtype=torch.float64)
+    for token in (0, 1, 2, 3, 6, 7, 8):
+        scale = 1.0 if weights is None else weights[token].double()
+        expected += scale * torch.outer((exact[token] - x[token]).double(), x[token].double())
+    found, other = (moments.heldout_drift, moments.drift) if held else (moments.drift, moments.heldout_drift)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    assert other is None or not other.any()
+    metric = moments.heldout if held else moments.hessian
+    torch.testing.assert_close(metric.double(), moments_by_hand(x, weights), rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_reference_there_is_no_drift():
+    sums = accumulator(3)
+    sums.add(torch.randn(4, 3), None, held=False)
+    assert sums.finish().drift is None
+
+
 @pytest.mark.parametrize("columns", [1, 95, 96, 97, 193, 577, 600])
 def test_tiles_cover_the_whole_matrix(columns):
     """More columns than a tile, not a multiple of it; both triangles, exactly symmetric."""

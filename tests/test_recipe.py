@@ -23,6 +23,7 @@ RECIPES = st.builds(
     keep=st.floats(0, 0.5),
     damping=st.none() | st.floats(1e-12, 1.0),
     sequential=st.sampled_from(["off", "block", "site"]),
+    target=st.sampled_from(["weights", "outputs"]),
     calibration=st.none() | PATHS,
     formats=st.lists(st.sampled_from(["compressed-tensors", "dense"])).map(tuple),
     verify=st.booleans(),

@@ -11,6 +11,7 @@ import torch
 from geoquant.lattice.grid import Grid
 from geoquant.methods import METHODS, Problem
 from geoquant.methods.rtn import solve as round_to_nearest
+from geoquant.methods.target import output_target
 from geoquant.model.walk import find_blocks, walk
 from geoquant.observe.gradient import token_energies
 from geoquant.observe.moments import clipped_weights
@@ -58,6 +59,10 @@ def weight_of(model, name):
     return module.weight.detach() if isinstance(module, torch.nn.Linear) else module.weight.detach().T
 
 
+def sums_of(moments):
+    return moments.hessian, moments.drift, moments.heldout, moments.heldout_drift
+
+
 def token_weights(model, result, inputs, tokens, metric):
     if metric == "plain":
         return torch.ones(len(inputs))
@@ -68,12 +73,14 @@ def token_weights(model, result, inputs, tokens, metric):
     return torch.cat([clipped_weights(part.square().sum(1)) for part in inputs.split(2 * LENGTH)])
 
 
+@pytest.mark.parametrize("outputs", [False, True])
 @pytest.mark.parametrize("sequential", ["site", "block", "off"])
 @pytest.mark.parametrize(("name", "metric"), [("llama", "plain"), ("gpt2", "clipped"), ("gemma3", "gradient")])
-def test_every_stage_sees_what_a_run_from_scratch_sees(name, metric, sequential):
+def test_every_stage_sees_what_a_run_from_scratch_sees(name, metric, sequential, outputs):
     """Moments of each stage, re-observed on the whole model with exactly the stages before it quantized."""
     model, tokens = build(name), tokens_for(WINDOWS, LENGTH)
-    solved, results = run(model, tokens, metric=metric, sequential=sequential)
+    reference = open_stream(model, tokens).batches if outputs else None
+    solved, results = run(model, tokens, metric=metric, sequential=sequential, reference=reference)
     replay, pending, border = copy.deepcopy(model), [], (WINDOWS - 1) * LENGTH
     stages = [stage for block in walk(model, tokens[:1]) for stage in block.stages]
     assert [result.stage for result in results] == stages
@@ -88,10 +95,24 @@ def test_every_stage_sees_what_a_run_from_scratch_sees(name, metric, sequential)
         assert result.moments.tokens == border
         assert result.moments.heldout_tokens == LENGTH
 
-        # The problem is the stacked original weights against these moments, and its solution what was returned.
+        # The problem is the stacked original weights, or what computes their outputs, against these moments, and its
+        # solution what was returned.
         original = torch.cat([weight_of(model, site.name) for site in result.stage.sites])
         assert torch.equal(result.original, original)
-        again = METHODS["babai"](Problem(original, result.moments.hessian, result.moments.heldout, **SETTINGS))
+        target = original
+        if outputs:
+            exact = site_inputs(model, [result.stage.name], tokens)[result.stage.name].double()
+            drift = (exact - inputs) * weights[:, None].double()
+            for found, part in (
+                (result.moments.drift, slice(0, border)),
+                (result.moments.heldout_drift, slice(border, None)),
+            ):
+                expected = drift[part].T @ inputs[part].double()
+                scale = expected.abs().max().item()
+                torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=5e-3 * scale + 1e-4)
+            target = output_target(original, *sums_of(result.moments)).weight
+        assert torch.equal(result.target.weight if outputs else result.original, target)
+        again = METHODS["babai"](Problem(target, result.moments.hessian, result.moments.heldout, **SETTINGS))
         assert torch.equal(again.codes, result.solution.codes)
 
         pending.append(result)
@@ -130,15 +151,19 @@ def test_only_sites_change_and_they_become_their_codes():
             start += site.shape[0]
 
 
+@pytest.mark.parametrize("outputs", [False, True])
 @pytest.mark.parametrize("sequential", ["site", "block", "off"])
 @pytest.mark.parametrize("metric", ["plain", "gradient"])
-def test_resuming_gives_the_same_bits(sequential, metric):
+def test_resuming_gives_the_same_bits(sequential, metric, outputs):
     """Stopped after any number of stages, continued with the solutions so far."""
     model, tokens = build("llama"), tokens_for(6, LENGTH)
-    whole, results = run(model, tokens, metric=metric, sequential=sequential, method="dqc")
+    options = {"metric": metric, "sequential": sequential, "method": "dqc"}
+    if outputs:
+        options["reference"] = open_stream(model, tokens).batches
+    whole, results = run(model, tokens, **options)
     for stop in (1, 5, len(results)):
         known = {result.stage: result.solution for result in results[:stop]}
-        resumed, rest = run(model, tokens, metric=metric, sequential=sequential, method="dqc", finished=known.get)
+        resumed, rest = run(model, tokens, **options, finished=known.get)
         assert [result.stage for result in rest] == [result.stage for result in results[stop:]]
         for name, tensor in whole.state_dict().items():
             assert torch.equal(tensor, resumed.state_dict()[name]), name
@@ -175,11 +200,13 @@ def test_tokens_without_a_gradient_are_weighted_by_their_size():
         torch.testing.assert_close(result.moments.hessian.double(), expected, rtol=2e-3, atol=tolerance)
 
 
+@pytest.mark.parametrize("outputs", [False, True])
 @pytest.mark.parametrize("sequential", ["site", "block", "off"])
-def test_a_lean_run_holds_one_block_and_ends_the_same(sequential):
+def test_a_lean_run_holds_one_block_and_ends_the_same(sequential, outputs):
     """Solved blocks leave memory until the end; then all of them are back, to the same bits."""
     model, tokens = build("llama"), tokens_for(6, LENGTH)
-    whole, _ = run(model, tokens, sequential=sequential)
+    reference = open_stream(model, tokens).batches if outputs else None
+    whole, _ = run(model, tokens, sequential=sequential, reference=reference)
     lean, known, held = copy.deepcopy(model), {}, []
     blocks = walk(lean, tokens[:1])
 
@@ -197,6 +224,7 @@ def test_a_lean_run_holds_one_block_and_ends_the_same(sequential):
         energies=None,
         sequential=sequential,
         compute=torch.float32,
+        reference=reference,
         finished=known.get,
         done=done,
         lean=True,

@@ -219,6 +219,7 @@ def solve(
         sequential=recipe.sequential,
         compute=compute,
         moments_dtype=getattr(torch, recipe.moments),
+        reference=list(stream.batches) if recipe.target == "outputs" else None,
         pages=pages,
         lean=True,
         progress=progress,

@@ -46,6 +46,7 @@ class Recipe(BaseModel):
     damping: float | None = Field(default=None, gt=0.0, le=1.0)
     static_scales: bool = False
     sequential: Literal["off", "block", "site"] = "site"
+    target: Literal["weights", "outputs"] = "weights"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     moments: Literal["float32", "float64"] = "float32"
     # calibration: None means the text every Python carries

@@ -173,6 +173,7 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
     """The `sites` entries of report.json for one stage."""
     solution, moments = result.solution, result.moments
     metric = moments.hessian if moments.heldout is None else moments.hessian + moments.heldout
+    aim = result.original if result.target is None else result.target.weight
     lattice = isinstance(solution, LatticeSolution)
     kept, why = ([], "") if lattice else _kept(solution)
     spread = spread_of(solution.codes) if lattice else None
@@ -185,7 +186,7 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
         plan, own = plans[site.name], solution.rows(part.start, part.stop)
         clipped = 0.0 if lattice else own.saturated.mean().item()
         measured = certificate(
-            result.original[part],
+            aim[part],
             quantized_parts(own),
             metric,
             moments.heldout,
@@ -219,6 +220,8 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
             # In the metric of the loss every weight costs half a step's variance.
             loss = math.prod(site.shape) * solution.step**2 / 24
             entries[-1] |= {"step": solution.step, "largest_code": int(own.codes.abs().max()), "expected_loss": loss}
+        if result.target is not None:
+            entries[-1]["target_strength"] = result.target.strength
         if plan.method in ("rtn", "nearest"):
             entries[-1] |= dict.fromkeys(BABAI_ONLY)
     return entries

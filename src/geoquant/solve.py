@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,12 @@ from geoquant.lattice.basis import NotPositiveDefinite
 from geoquant.lattice.rows import single_rows
 from geoquant.methods import METHODS, NEAREST, LatticeSolution, Problem, Solution
 from geoquant.methods.rtn import solve as round_to_nearest
+from geoquant.methods.target import Target, output_target
 from geoquant.model.paging import UNMAPPED, Pages, trim, unload
 from geoquant.model.walk import Block, Stage, find_blocks, read_weight, write_weight
 from geoquant.observe.compute import autocast, working_copy
 from geoquant.observe.moments import Accumulator, MassiveTokens, Moments, clipped_weights
+from geoquant.observe.reference import Reference
 from geoquant.observe.replay import Replay
 from geoquant.observe.stream import Stream
 from geoquant.observe.vocabulary import VocabularyMoments, vocabulary_metric
@@ -36,7 +38,10 @@ PART = 1 << 13  # rows made at a time
 
 @dataclass(frozen=True)
 class StageResult:
-    """A solved stage: the joint solution of its stacked sites, its moments, and what happened."""
+    """A solved stage: the joint solution of its stacked sites, its moments, and what happened.
+
+    target: what was to be approximated instead of the original weights, if anything.
+    """
 
     stage: Stage
     solution: Solution | LatticeSolution
@@ -44,6 +49,7 @@ class StageResult:
     original: Float[Tensor, "out in"]
     seconds: dict[str, float]
     warning: str | None = None
+    target: Target | None = None
 
 
 def solve_model(
@@ -57,6 +63,7 @@ def solve_model(
     sequential: str,
     compute: torch.dtype,
     moments_dtype: torch.dtype = torch.float32,
+    reference: Sequence[Float[Tensor, "b l h"]] | None = None,
     finished: Callable[[Stage], Solution | None] = lambda stage: None,
     pages: Pages = UNMAPPED,
     lean: bool = False,
@@ -68,6 +75,8 @@ def solve_model(
     settings:   stage -> (method name, keyword arguments of `Problem` besides weight and moments).
     sequential: `site` (each stage sees the quantized stages before it), `block` (the quantized blocks before),
                 `off` (full-precision inputs throughout).
+    reference:  what the full-precision model hands to the first block, batch by batch: its outputs become the target.
+                None: its weights are.
     finished:   a stage's solution from an interrupted run, or None.
     done:       called with each new result, before its weights are put into the model.
     pages:      the model's mapped weights, released as they are replaced.
@@ -83,6 +92,7 @@ def solve_model(
     # A weight that two blocks share must stay for the second.
     uses = Counter(id(parameter) for module in modules for parameter in module.parameters())
     lean = lean and max(uses.values()) == 1
+    exact = None if reference is None else Reference(list(reference), compute)
     held_from = heldout_start(sum(len(batch) for batch in batches))
 
     stages = {block.name: block.stages for block in blocks}
@@ -96,19 +106,26 @@ def solve_model(
             for later in stages[block][stages[block].index(stage) :]
             for other in later.sites
         )
-        moments = _observe(work, site, passes, stage, metric, energies, held_from, compute, moments_dtype)
+        twins = exact and exact.inputs(site, passes.waiting, keep=len(stage.sites) == 1)
+        moments = _observe(work, site, passes, stage, metric, energies, held_from, compute, moments_dtype, twins)
+        del twins
         trim()  # activations make room for factors
         observed = time.process_time()
         original = torch.cat([read_weight(model.get_submodule(site.name)) for site in stage.sites])
         name, options = settings(stage)
         count = moments.tokens + moments.heldout_tokens
-        problem = Problem(original, moments.hessian, moments.heldout, tokens=count, **options)
+        target = None if exact is None else _target(original, moments, options.get("damping"))
+        problem = Problem(
+            target.weight if target else original, moments.hessian, moments.heldout, tokens=count, **options
+        )
         solution, warning = _solve(name, problem, stage)
         seconds = {"observe": observed - started, "solve": time.process_time() - observed}
-        return StageResult(stage, solution, moments, original, seconds, warning)
+        return StageResult(stage, solution, moments, original, seconds, warning, target)
 
     for block, module, call in zip(blocks, modules, stream.calls):
         passes = Replay(call, batches)
+        if exact is not None:
+            exact.enter(module, call)
         # With full-precision inputs throughout, the outputs must be computed before the weights change.
         if sequential == "off":
             following = list(_outputs(working_copy(module, compute), passes, compute))
@@ -134,6 +151,8 @@ def solve_model(
         else:
             for index, hidden in enumerate(_outputs(working_copy(module, compute), passes, compute)):
                 batches[index] = hidden
+        if exact is not None:
+            exact.leave()
         pages.release(module.parameters())
         if lean:
             for site in block.sites:
@@ -211,11 +230,12 @@ def _observe(
     held_from: int,
     compute: torch.dtype,
     dtype: torch.dtype,
+    twins: list[Float[Tensor, "tokens in"] | None] | None,
 ) -> Moments:
-    """Moments of one stage's input over all batches."""
+    """Moments of one stage's input over all batches; with `twins`, its inputs in full precision, their drift too."""
     size, length = passes.batches[0].shape[:2]
     device = passes.batches[0].device
-    accumulator = Accumulator(stage.columns, dtype=dtype, device=device)
+    accumulator = Accumulator(stage.columns, dtype=dtype, device=device, drift=twins is not None)
 
     def see(index: int, x: Tensor) -> None:
         x = x.float()
@@ -227,15 +247,32 @@ def _observe(
             if weights.isnan().any():  # a batch without gradients
                 weights = clipped_weights(x.square().sum(1))
                 weights /= weights.mean()
+        twin = twins[index] if twins else None
+        # An expert may be handed other tokens by the quantized model: then nothing is known of their drift.
+        if twin is not None and not len(twin) == len(x) == size * length:
+            twin = None
         # A batch may straddle the border of the held-out windows.
         cut = min(max(held_from - index * size, 0), size) * length
         for part, held in ((slice(0, cut), False), (slice(cut, None), True)):
             if x[part].shape[0]:
-                accumulator.add(x[part], None if weights is None else weights[part], held=held)
+                accumulator.add(
+                    x[part],
+                    None if weights is None else weights[part],
+                    held=held,
+                    exact=None if twin is None else twin[part].float(),
+                )
 
     with autocast(device, compute):
         passes.observe(work, site, see, keep=len(stage.sites) == 1)
     return accumulator.finish()
+
+
+def _target(original: Float[Tensor, "out in"], moments: Moments, damping: float | None) -> Target:
+    """The outputs' target; the weights themselves where the metric cannot be factorised."""
+    try:
+        return output_target(original, moments.hessian, moments.drift, moments.heldout, moments.heldout_drift, damping)
+    except NotPositiveDefinite:
+        return Target(original, 0.0)
 
 
 def _solve(name: str, problem: Problem, stage: Stage) -> tuple[Solution | LatticeSolution, str | None]:

@@ -138,6 +138,13 @@ class RecipeFlags:
         str | None,
         option("Runtime inputs seen by each solve: off, block, site (default site).", group=SOLVER),
     ] = None
+    target: Annotated[
+        str | None,
+        option(
+            "What to come close to: weights, or outputs in full precision from runtime inputs (default weights).",
+            group=SOLVER,
+        ),
+    ] = None
     compute: Annotated[
         str | None,
         option("Type of the forward passes: auto, float32, bfloat16 (default auto).", group=SOLVER),

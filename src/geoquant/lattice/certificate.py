@@ -105,8 +105,8 @@ def certificate(
 ) -> Certificate:
     """Compare one site with what its lattice promises.
 
-    quantized: whole, or some rows at a time. metric: moments the site was solved on. heldout: moments of tokens that
-    chose its damping.
+    original: the rows that were to be approximated, the weights or an output target. quantized: whole, or some rows at
+    a time. metric: moments the site was solved on. heldout: moments of tokens that chose its damping.
     """
     metrics = (metric,) if heldout is None else (metric, heldout)
     found = error_energies(_differences(original, quantized), *metrics)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BlockCall", "autocast", "cast_call", "compute_dtype", "pure_copy", "working_copy"]
+__all__ = ["BlockCall", "autocast", "cast_call", "compute_dtype", "pure_copy", "standing_copy", "working_copy"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,14 @@ def working_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
 def pure_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The whole block in the compute dtype, norms too: where a per cent of error does not matter (gradients)."""
     return _converted(block, lambda parameter: dtype)
+
+
+def standing_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A working copy that keeps its weights when those of the block are replaced."""
+    work = working_copy(block, dtype)
+    # New parameters on the same memory: a replaced weight is new memory.
+    own = {id(parameter): nn.Parameter(parameter.detach(), requires_grad=False) for parameter in work.parameters()}
+    return copy.deepcopy(work, own)
 
 
 def _converted(block: nn.Module, wanted: Callable[[nn.Parameter], torch.dtype]) -> nn.Module:

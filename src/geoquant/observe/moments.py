@@ -40,13 +40,19 @@ class MassiveTokens:
 
 @dataclass(frozen=True)
 class Moments:
-    """`hessian` and `heldout` (in, in) float32 sums over disjoint tokens, their token counts, massive tokens."""
+    """`hessian` and `heldout` (in, in) float32 sums over disjoint tokens, their token counts, massive tokens.
+
+    drift, heldout_drift: where it was observed, `sum_t w_t (x_fp_t - x_t) x_t^T` over the same tokens, x_fp their
+    inputs in the full-precision model.
+    """
 
     hessian: Float[Tensor, "in in"]
     heldout: Float[Tensor, "in in"] | None
     tokens: int
     heldout_tokens: int
     massive: MassiveTokens
+    drift: Float[Tensor, "in in"] | None = None
+    heldout_drift: Float[Tensor, "in in"] | None = None
 
 
 def clipped_weights(energy: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
@@ -62,18 +68,36 @@ def clipped_weights(energy: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"
 class Accumulator:
     """Adds up the moments of one stage, batch by batch; `finish` gives the frozen value."""
 
-    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device):
-        self.sums = {held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)}
+    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device, drift: bool = False):
+        def sums() -> dict[bool, Tensor]:
+            return {held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)}
+
+        self.sums = sums()
+        self.drifts = sums() if drift else None
         self.counts = {False: 0, True: 0}
         self.energies: list[Tensor] = []
 
-    def add(self, x: Float[Tensor, "tokens in"], weights: Float[Tensor, " tokens"] | None, *, held: bool) -> None:
-        """Add the tokens of one batch; `held` sends them to the held-out twin."""
+    def add(
+        self,
+        x: Float[Tensor, "tokens in"],
+        weights: Float[Tensor, " tokens"] | None,
+        *,
+        held: bool,
+        exact: Float[Tensor, "tokens in"] | None = None,
+    ) -> None:
+        """Add the tokens of one batch; `held` sends them to the held-out twin.
+
+        exact: the same tokens' inputs in the full-precision model; None: without drift.
+        """
         total = self.sums[held]
         x = x.to(total.dtype)
         self.energies.append(x.square().sum(1).float().cpu())
+        difference = None if exact is None else exact.to(total.dtype) - x
         if weights is not None:
-            x = x * weights.to(total.dtype).sqrt()[:, None]
+            roots = weights.to(total.dtype).sqrt()[:, None]
+            x, difference = x * roots, None if exact is None else difference * roots
+        if difference is not None:
+            self.drifts[held].addmm_(difference.T, x)
         tile = max(96, -(-x.shape[1] // TILES))
         for start in range(0, x.shape[1], tile):
             # Only the tiles on and right of the diagonal: the matrix is symmetric.
@@ -84,12 +108,16 @@ class Accumulator:
         for total in self.sums.values():
             total.triu_().add_(torch.triu(total, 1).T)
         held = self.sums[True].float() if self.counts[True] else None
+        drift = heldout_drift = None
+        if self.drifts is not None:
+            drift, heldout_drift = self.drifts[False].float(), self.drifts[True].float() if self.counts[True] else None
         if not self.energies:  # an expert that no token reached
-            return Moments(self.sums[False].float(), held, 0, 0, MassiveTokens(0.0, 0.0))
+            return Moments(self.sums[False].float(), held, 0, 0, MassiveTokens(0.0, 0.0), drift, heldout_drift)
         energy = torch.cat(self.energies)
         top = max(1, len(energy) // 1000)
         massive = MassiveTokens(
             largest=(energy.max() / energy.median().clamp_min(1e-30)).item(),
             top_share=(energy.topk(top).values.sum() / energy.sum().clamp_min(1e-30)).item(),
         )
-        return Moments(self.sums[False].float(), held, self.counts[False], self.counts[True], massive)
+        counts = self.counts[False], self.counts[True]
+        return Moments(self.sums[False].float(), held, *counts, massive, drift, heldout_drift)
