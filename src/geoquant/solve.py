@@ -235,7 +235,7 @@ def _observe(
     """Moments of one stage's input over all batches; with `twins`, its inputs in full precision, their drift too."""
     size, length = passes.batches[0].shape[:2]
     device = passes.batches[0].device
-    accumulator = Accumulator(stage.columns, dtype=dtype, device=device, drift=twins is not None)
+    accumulator = Accumulator(stage.columns, dtype=dtype, device=device, drift=None if twins is None else compute)
 
     def see(index: int, x: Tensor) -> None:
         x = x.float()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = [
     "NotPositiveDefinite",
+    "cholesky",
     "compensation_factor",
     "damped",
     "expected_error",
@@ -48,7 +49,7 @@ def compensation_factor(
     Raises NotPositiveDefinite.
     """
     # Double precision only between the two reorderings: these matrices are the largest of a run.
-    lower = _cholesky(permuted(damped(hessian, damping), order.flip(0)).to(dtype), damping)
+    lower = cholesky(permuted(damped(hessian, damping), order.flip(0)).to(dtype), damping)
     return triangular_inverse(lower).to(hessian.dtype).flip(0, 1)
 
 
@@ -95,7 +96,7 @@ def heldout_prices(
     Both matrices come in *reversed* processing order, which is the order of the Cholesky factor, so that the `free`
     columns, processed last, stand first. Works in their precision. Raises NotPositiveDefinite.
     """
-    lower = _cholesky(damped(metric, damping), damping)
+    lower = cholesky(damped(metric, damping), damping)
     chosen = torch.arange(free, len(lower), stride, device=lower.device)
     picks = torch.zeros(len(chosen), len(lower), dtype=lower.dtype, device=lower.device)
     picks[torch.arange(len(chosen), device=lower.device), chosen] = 1.0
@@ -104,11 +105,11 @@ def heldout_prices(
     return expected_error(rows, lengths[chosen].reciprocal(), heldout), lengths
 
 
-def _cholesky(matrix: Float[Tensor, "n n"], damping: float, panel: int = 128) -> Float[Tensor, "n n"]:
+def cholesky(matrix: Float[Tensor, "n n"], damping: float, panel: int = 128) -> Float[Tensor, "n n"]:
     """Lower factor, panel by panel: one product with all that is to its left, then a small factor.
 
     Half the time of LAPACK's for the sizes of a layer on a CPU, whose work is not in products of this shape.
-    Written over `matrix`.
+    Written over `matrix`. Raises NotPositiveDefinite.
     """
     size = len(matrix)
     for start in range(0, size, panel):

@@ -68,11 +68,13 @@ def clipped_weights(energy: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"
 class Accumulator:
     """Adds up the moments of one stage, batch by batch; `finish` gives the frozen value."""
 
-    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device, drift: bool = False):
+    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device, drift: torch.dtype | None = None):
         def sums() -> dict[bool, Tensor]:
             return {held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)}
 
         self.sums = sums()
+        # A drift is an estimate from few tokens, of which a share is believed: half precision serves it.
+        self.product = drift
         self.drifts = sums() if drift else None
         self.counts = {False: 0, True: 0}
         self.energies: list[Tensor] = []
@@ -97,7 +99,7 @@ class Accumulator:
             roots = weights.to(total.dtype).sqrt()[:, None]
             x, difference = x * roots, None if exact is None else difference * roots
         if difference is not None:
-            self.drifts[held].addmm_(difference.T, x)
+            self.drifts[held] += difference.to(self.product).T @ x.to(self.product)
         tile = max(96, -(-x.shape[1] // TILES))
         for start in range(0, x.shape[1], tile):
             # Only the tiles on and right of the diagonal: the matrix is symmetric.
