@@ -32,8 +32,8 @@ def measure(settings: dict) -> dict:
     import torch
 
     from geoquant import pipeline
-    from geoquant.evaluate.choices import choices, load_task
     from geoquant.evaluate.perplexity import perplexity
+    from geoquant.evaluate.tasks import answer, load_task
     from geoquant.exporting import write_export
     from geoquant.plan.estimate import cost
     from geoquant.recipe import Recipe
@@ -80,7 +80,7 @@ def measure(settings: dict) -> dict:
     row["perplexity"] = perplexity(loaded.model, texts.evaluation).perplexity
     for path in settings["tasks"]:
         task = load_task(path, settings["items"])
-        result = choices(loaded.model, loaded.tokenizer, task)
+        result = answer(loaded.model, loaded.tokenizer, task)
         row[task.name] = {"accuracy": result.accuracy, "se": result.se, "items": result.items}
     return row
 

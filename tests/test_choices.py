@@ -13,7 +13,8 @@ import torch
 from conftest import make_tokenizer, tiny_llama
 from geoquant.errors import UserError
 from geoquant.evaluate import perplexity as perplexity_module
-from geoquant.evaluate.choices import ChoiceResult, Item, Task, choices, difference, load_task
+from geoquant.evaluate.choices import ChoiceResult, Item, Task, choices, difference
+from geoquant.evaluate.tasks import load_task
 
 ITEMS = (
     Item("Question: What is wet?\n", ("water", "a very dry stone in the sun"), 0),
@@ -225,3 +226,38 @@ def test_unreadable_files_are_one_line(tmp_path):
         load_task(tmp_path / "latin.jsonl")
     with pytest.raises(UserError, match=r"cannot take 0 items of .*; wanted at least 1"):
         load_task(tmp_path / "empty.jsonl", limit=0)
+
+
+def test_words_are_right_when_every_token_is_the_most_likely(tmp_path, tiny_model, tiny_tokenizer):
+    """Against the argmax of plain logits, token by token; some continuations are made right by asking the model."""
+    import json
+
+    from geoquant.evaluate.tasks import answer
+
+    generator = torch.Generator().manual_seed(3)
+    items, truth = [], []
+    for index in range(12):
+        context = "".join(chr(97 + int(k)) for k in torch.randint(0, 26, (6 + index,), generator=generator))
+        ids = tiny_tokenizer(f"{context} ", add_special_tokens=False).input_ids
+        logits = tiny_model(torch.tensor([ids])).logits[0, -1]
+        letters = {chr(97 + k): tiny_tokenizer.convert_tokens_to_ids(chr(97 + k)) for k in range(26)}
+        best = max(letters, key=lambda letter: logits[letters[letter]].item())
+        items.append({"context": context + "\n", "continuation": best if index % 2 else "q"})
+        whole = tiny_tokenizer(f"{context} {items[-1]['continuation']}", add_special_tokens=False).input_ids
+        found = tiny_model(torch.tensor([whole])).logits[0].argmax(-1)
+        first = len(tiny_tokenizer(context, add_special_tokens=False).input_ids)
+        truth.append(all(found[t - 1] == whole[t] for t in range(first, len(whole))))
+    path = tmp_path / "words.jsonl"
+    path.write_text("\n".join(map(json.dumps, items)))
+    result = answer(tiny_model, tiny_tokenizer, load_task(path))
+    assert list(result.correct) == truth
+    assert result.accuracy == pytest.approx(sum(truth) / 12)
+    assert all(score < 0 for (score,) in result.scores)
+
+
+@pytest.mark.parametrize("line", ['{"context": "a", "continuation": ""}', '{"continuation": "b"}', '["continuation"]'])
+def test_a_malformed_word_item_is_named(tmp_path, line):
+    path = tmp_path / "words.jsonl"
+    path.write_text(line)
+    with pytest.raises(UserError, match=r"words\.jsonl:1"):
+        load_task(path)

@@ -177,7 +177,7 @@ def test_help_states_the_defaults_of_the_recipe(capsys):
 
 
 def test_the_help_of_eval_shows_a_task_that_can_be_read(capsys, tmp_path):
-    from geoquant.evaluate.choices import load_task
+    from geoquant.evaluate.tasks import load_task
 
     assert cli.run(["eval", "--help"]) == 0
     page = capsys.readouterr().out

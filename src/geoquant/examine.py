@@ -12,9 +12,9 @@ from geoquant.data.records import Split, load_split
 from geoquant.data.text import Windows, read_text
 from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
-from geoquant.evaluate.choices import choices, load_task
 from geoquant.evaluate.divergence import final_states, measure
 from geoquant.evaluate.perplexity import perplexity
+from geoquant.evaluate.tasks import answer, load_task
 from geoquant.measure import builtin_tail
 from geoquant.model.load import Loaded, load
 from geoquant.model.vocabulary import head_weight
@@ -68,7 +68,7 @@ def evaluate(
         result, found = perplexity(loaded.model, measured, progress=progress), None
     else:
         result, found = measure(loaded.model, measured, states, head, progress=progress)
-    answers = [(task, choices(loaded.model, loaded.tokenizer, task, progress=progress)) for task in read_tasks]
+    answers = [(task, answer(loaded.model, loaded.tokenizer, task, progress=progress)) for task in read_tasks]
     return {
         **{key: value for key, value in result.to_dict().items() if key != "windows"},
         "text": measured.source,

@@ -19,21 +19,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from geoquant.data.jsonl import check_encodable, json_lines, read_utf8
+from geoquant.data.jsonl import check_encodable
 from geoquant.data.text import adds_bos
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import check_head, final_hidden, head_nll
 from geoquant.progress import Progress, silent
-from geoquant.runs import file_hash
 
-__all__ = ["ChoiceResult", "Item", "Task", "choices", "difference", "load_task"]
+__all__ = [
+    "SHAPE",
+    "ChoiceResult",
+    "Item",
+    "Row",
+    "Task",
+    "batches",
+    "choices",
+    "common",
+    "difference",
+    "parse",
+    "standard_error",
+]
 
 CUE = "\nAnswer:"
 SHAPE = '{"query": "...", "choices": ["...", "..."], "gold": 0} on every line'
@@ -58,7 +67,7 @@ class Task:
     """Items of one file; `sha256` is that of the whole file."""
 
     name: str
-    items: tuple[Item, ...]
+    items: tuple  # of Item, or of Continuation
     sha256: str
 
     def __len__(self) -> int:
@@ -94,24 +103,8 @@ class Row:
     scored: int
 
 
-def load_task(path: str | Path, limit: int | None = None) -> Task:
-    """The first `limit` items (all, when None) of a `.jsonl` file, each checked.
-
-    Raises UserError naming file:line of the first broken line.
-    """
-    path = Path(path)
-    if limit is not None and limit < 1:
-        raise UserError(f"cannot take {limit} items of {path}", wanted="at least 1")
-    text = read_utf8(path, "task", "a .jsonl file of multiple-choice items")
-    # `islice` leaves the lines behind the last item wanted unread, so they may be broken.
-    items = tuple(_item(where, item) for where, item in islice(json_lines(path, text, SHAPE), limit))
-    if not items:
-        raise UserError(f"{path} holds no items", wanted=SHAPE)
-    return Task(path.stem, items, file_hash(path))
-
-
-def _item(where: str, item: object) -> Item:
-    """One checked item; `where` is file:line."""
+def parse(where: str, item: object) -> Item:
+    """One checked item; `where` is file:line. Raises UserError."""
     if not isinstance(item, dict):
         raise UserError(f"{where} is not a JSON object", wanted=SHAPE)
     for name in ("query", "choices", "gold"):
@@ -144,7 +137,7 @@ def _rows(tokenizer, items: tuple[Item, ...], longest: int) -> list[Row]:
     rows = []
     for index, (item, prompt) in enumerate(zip(items, prompts)):
         pieces = [next(encoded) for _ in item.choices]
-        shared = min(_common(prompt, piece) for piece in pieces)
+        shared = min(common(prompt, piece) for piece in pieces)
         for choice, piece in enumerate(pieces):
             tokens = bos + piece[-(longest - len(bos)) :]
             # Nothing predicts the first token of a row, so it is never scored.
@@ -153,12 +146,12 @@ def _rows(tokenizer, items: tuple[Item, ...], longest: int) -> list[Row]:
     return rows
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def common(a: list[int], b: list[int]) -> int:
     """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def _batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
+def batches(rows: list[Row], batch_tokens: int) -> Iterator[list[Row]]:
     """Rows of like length together, the longest first, so that memory runs out at once if it does."""
     rows = sorted(rows, key=lambda row: -len(row.tokens))
     while rows:
@@ -202,7 +195,7 @@ def choices(
     check_head(model, torch.tensor([rows[0].tokens]))
     scores = [[math.nan] * len(item.choices) for item in task.items]
     done = 0
-    for batch in _batches(rows, batch_tokens):
+    for batch in batches(rows, batch_tokens):
         for row, total in zip(batch, _log_likelihoods(model, batch)):
             text = task.items[row.item].choices[row.choice]
             scores[row.item][row.choice] = total / len(text.encode())
@@ -211,7 +204,7 @@ def choices(
     correct = tuple(_wins(item.gold, values) for item, values in zip(task.items, scores))
     right = np.array(correct, dtype=float)
     return ChoiceResult(
-        task.name, right.mean().item(), _standard_error(right), len(task), correct, tuple(map(tuple, scores))
+        task.name, right.mean().item(), standard_error(right), len(task), correct, tuple(map(tuple, scores))
     )
 
 
@@ -219,7 +212,7 @@ def _wins(gold: int, values: list[float]) -> bool:
     return all(values[gold] > value for index, value in enumerate(values) if index != gold)
 
 
-def _standard_error(values: np.ndarray) -> float:
+def standard_error(values: np.ndarray) -> float:
     """Of the mean of independent values; 0 for a single one."""
     return values.std(ddof=1).item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
@@ -238,4 +231,4 @@ def difference(before: ChoiceResult, after: ChoiceResult) -> dict[str, float | i
     change = np.array(after.correct, dtype=float) - np.array(before.correct, dtype=float)
     won, lost = int((change > 0).sum()), int((change < 0).sum())
     p = binomtest(won, won + lost, 0.5).pvalue if won + lost else 1.0
-    return {"value": change.mean().item(), "se": _standard_error(change), "won": won, "lost": lost, "p": float(p)}
+    return {"value": change.mean().item(), "se": standard_error(change), "won": won, "lost": lost, "p": float(p)}
