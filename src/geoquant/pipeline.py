@@ -225,7 +225,7 @@ def solve(
         sequential=recipe.sequential,
         compute=compute,
         moments_dtype=getattr(torch, recipe.moments),
-        reference=list(stream.batches) if recipe.target == "outputs" else None,
+        reference=list(stream.batches) if recipe.follows_drift else None,
         finished=lambda stage: load_stage(run, stage),
         done=lambda result: save_stage(run, result, plans),
         pages=pages,
