@@ -27,7 +27,7 @@ from paired import against, changes, run_arm
 
 # Levels besides the default, most decisive factors first.
 FACTORS = {
-    "target": ("outputs",),
+    "target": ("weights",),
     "sequential": ("block", "off"),
     "metric": ("clipped", "plain"),
     "order": ("activation", "natural", "min-pivot"),
@@ -58,6 +58,8 @@ def exists(arm: str) -> bool:
     try:
         uniform_plan((), recipe)
     except UserError:
+        return False
+    if recipe.sequential == "off" and recipe.target == "weights":  # then both targets are the same
         return False
     return not (recipe.grid == "lattice" and recipe.order == "activation")  # the lattice's default
 

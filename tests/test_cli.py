@@ -377,7 +377,7 @@ def test_no_flags_means_the_defaults(asked):
 
 def test_flags_become_the_recipe(asked):
     flags = "--bits 3 --group-size 32 --asymmetric --keep 0.01 --method dqc --metric plain --order natural"
-    more = "--damping 0.02 --static-scales --sequential block --target outputs --no-verify"
+    more = "--damping 0.02 --static-scales --sequential block --target weights --no-verify"
     files = "--format dense --format compressed-tensors --calibration c.txt --text e.txt --members i"
     sizes = "--nonmembers o --windows 3 --window 64 --seed 5"
     assert asked("m", *f"{flags} {more} {files} {sizes}".split())["recipe"] == Recipe(
@@ -392,7 +392,7 @@ def test_flags_become_the_recipe(asked):
         damping=0.02,
         static_scales=True,
         sequential="block",
-        target="outputs",
+        target="weights",
         verify=False,
         formats=("dense", "compressed-tensors"),
         calibration="c.txt",

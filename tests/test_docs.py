@@ -17,7 +17,7 @@ import pytest
 
 from geoquant.cli import COMMANDS, build_app
 from geoquant.data.records import read_records
-from geoquant.evaluate.choices import load_task
+from geoquant.evaluate.tasks import load_task
 from geoquant.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -38,6 +38,7 @@ CASES = {
     "asymmetric": {"symmetric": False},
     "rtn": {"method": "rtn", "metric": "plain"},
     "full-precision inputs": {"metric": "plain", "sequential": "off", "order": "natural", "damping": 0.02},
+    "outputs": {"bits": 3, "target": "outputs"},
     "uneven groups": {"group_size": 32, "metric": "clipped", "sequential": "block", "order": "min-pivot"},
     "dense": {"bits": 5, "formats": ("dense",), "static_scales": True, "keep": 0.05},
 }
@@ -70,6 +71,7 @@ def workplace(tmp_path_factory, tiny_model_dir):
         verify=False,
         compute="float32",  # the hand calculations below are exact; what bfloat16 costs is tested elsewhere
         gradient_share=1.0,
+        target="weights",  # and here the targets are known without a solve
     )
 
 

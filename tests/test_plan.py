@@ -136,7 +136,8 @@ def test_the_estimate_grows_with_the_work(small, blocks, monkeypatch):
 
     assert seconds(windows=16) > seconds()
     assert seconds(metric="gradient") > seconds(metric="plain")
-    assert seconds(sequential="off") > seconds(sequential="site")
+    assert seconds(sequential="off") > seconds(sequential="site", target="weights")
     assert seconds(target="outputs") > seconds(target="weights")
+    assert seconds(target="outputs", sequential="off") == seconds(target="weights", sequential="off")
     memory = cost(loaded, blocks, (8, 64), small).memory_bytes
     assert memory > sum(parameter.nbytes for parameter in loaded.model.parameters())

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from geoquant.data.text import builtin_text
-from geoquant.errors import UserError
 from geoquant.lattice.grid import Grid
 from geoquant.model.walk import walk, write_weight
 from geoquant.observe.reference import Reference
@@ -112,7 +111,6 @@ def texts(tmp_path_factory, tiny_model_dir):
         "window": 64,
         "evaluation_windows": 3,
         "verify": False,
-        "target": "outputs",
     }
 
 
@@ -142,6 +140,13 @@ def test_a_run_that_lost_sites_ends_with_the_same_bits(grid, sequential, texts, 
         assert one == other
 
 
-def test_outputs_without_drift_are_refused(texts, tmp_path):
-    with pytest.raises(UserError, match="--target outputs --sequential off; use --sequential site or block"):
-        quantize(checked({**texts, "sequential": "off"}), tmp_path / "run")
+def test_nothing_is_spent_where_nothing_drifts(texts, tmp_path, monkeypatch):
+    """Full-precision inputs: both targets are the weights, and no second stream is run for it."""
+    monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+    runs = {}
+    for target in ("outputs", "weights"):
+        recipe = checked({**texts, **GRIDS["box"], "sequential": "off", "target": target})
+        assert not recipe.follows_drift
+        runs[target] = quantize(recipe, tmp_path / target)["sites"]
+    assert runs["outputs"] == runs["weights"]
+    assert "target_strength" not in runs["outputs"][0]

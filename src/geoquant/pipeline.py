@@ -219,7 +219,7 @@ def solve(
         sequential=recipe.sequential,
         compute=compute,
         moments_dtype=getattr(torch, recipe.moments),
-        reference=list(stream.batches) if recipe.target == "outputs" else None,
+        reference=list(stream.batches) if recipe.follows_drift else None,
         pages=pages,
         lean=True,
         progress=progress,

@@ -46,7 +46,7 @@ class Recipe(BaseModel):
     damping: float | None = Field(default=None, gt=0.0, le=1.0)
     static_scales: bool = False
     sequential: Literal["off", "block", "site"] = "site"
-    target: Literal["weights", "outputs"] = "weights"
+    target: Literal["weights", "outputs"] = "outputs"
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     moments: Literal["float32", "float64"] = "float32"
     # calibration: None means the text every Python carries
@@ -65,6 +65,11 @@ class Recipe(BaseModel):
     verify: bool = True
     seed: int = Field(default=0, ge=0)
     device: str = "cpu"
+
+    @property
+    def follows_drift(self) -> bool:
+        """Whether the target takes account of drifted inputs: full-precision ones do not drift."""
+        return self.target == "outputs" and self.sequential != "off"
 
     @model_validator(mode="before")
     @classmethod

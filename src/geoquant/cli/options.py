@@ -141,7 +141,7 @@ class RecipeFlags:
     target: Annotated[
         str | None,
         option(
-            "What to come close to: weights, or outputs in full precision from runtime inputs (default weights).",
+            "What to come close to: weights, or outputs in full precision from runtime inputs (default outputs).",
             group=SOLVER,
         ),
     ] = None

@@ -49,7 +49,7 @@ def parse(where: str, item: object) -> Continuation:
 
 
 def rows(tokenizer, items: tuple[Continuation, ...], longest: int) -> list[Row]:
-    """Tokens of every item, cut on the left; scored are those from the first on in which it differs from its context."""
+    """Tokens of every item, cut on the left; scored from the first one on in which it differs from its context."""
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     texts = [item.context for item in items] + [f"{item.context} {item.continuation}" for item in items]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids

@@ -81,7 +81,7 @@ def cost(loaded: Loaded, blocks: tuple[Block, ...], shape: tuple[int, int], reci
     # Per block: one pass over its stages, each starting where the last one stopped; a second one for the outputs
     # where they are not those of the observed weights.
     passes = 1 if recipe.sequential == "site" else 2
-    outputs = recipe.target == "outputs"
+    outputs = recipe.follows_drift
     passes += outputs  # the full-precision model, beside the quantized one
     differentiated = recipe.gradient_share if recipe.metric == "gradient" else 0
     passes += 3 * differentiated  # forward, recomputation, backward to the inputs

@@ -90,12 +90,6 @@ def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
     ):
         if name not in known:
             raise unknown_name(kind, name, known)
-    if recipe.target == "outputs" and recipe.sequential == "off":
-        raise UserError(
-            "with full-precision inputs the outputs are those of the weights",
-            got="--target outputs --sequential off",
-            fix="use --sequential site or block, or leave --target out",
-        )
     if recipe.grid == "lattice":
         return lattice_plan(blocks, recipe)
     if recipe.rate != Recipe.model_fields["rate"].default:
