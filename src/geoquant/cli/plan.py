@@ -83,7 +83,7 @@ def sizes(size: dict) -> list[str]:
     """Bytes before and after, bits per weight."""
     lines = []
     if size.get("bits_per_weight") is not None:
-        lines.append(f"bits per weight (linear layers): {size['bits_per_weight']:.3f}")
+        lines.append(f"bits per weight: {size['bits_per_weight']:.3f}")
     if size.get("original_bytes") and size.get("total_bytes"):
         share = size["total_bytes"] / size["original_bytes"]
         before, after = size["original_bytes"] / 1e6, size["total_bytes"] / 1e6

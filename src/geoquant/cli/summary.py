@@ -28,13 +28,20 @@ def headline_attack(report: dict) -> str | None:
     return max(attacks, key=lambda attack: abs(attack["auc"] - 0.5))["name"] if attacks else None
 
 
+def counted(sites: list[dict]) -> str:
+    """The matrices whose bits are counted: embeddings are among them where they were solved."""
+    from geoquant.report.words import VOCABULARY
+
+    return "linear layers" + (", embeddings" if any(site.get("kind") in VOCABULARY for site in sites) else "")
+
+
 def metrics(report: dict, subject: str) -> dict[str, str]:
     """Row label -> what the report says of the original or of the quantized model, ready to print."""
     size, quality, privacy = report["size"], report["quality"][subject], report.get("privacy")
     original = subject == "original"
     bits = STORED_BITS.get(report["model"].get("dtype")) if original else size["bits_per_weight"]
     rows = {
-        "bits per weight (linear layers)": number(bits, 2 if not original else 0),
+        f"bits per weight ({counted(report['sites'])})": number(bits, 2 if not original else 0),
         "megabytes on disk": number(megabytes(size["original_bytes" if original else "total_bytes"]), 1),
         "perplexity": number(quality["perplexity"], 2) + spread(quality),
     }

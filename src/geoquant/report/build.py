@@ -24,7 +24,7 @@ from markupsafe import Markup, escape
 from geoquant import runs
 from geoquant.report import figures, profiles
 from geoquant.report.schema import check_schema
-from geoquant.report.words import SUBJECTS, attack_label, extraction_total, headline, strongest, untested
+from geoquant.report.words import SUBJECTS, attack_label, extraction_total, headline, strongest, untested, weight
 
 __all__ = ["fingerprint", "render", "write_report"]
 
@@ -262,6 +262,7 @@ def render(report: dict) -> str:
     return _template().render(
         r=report,
         headline=headline(report),
+        per_weight=weight(report["sites"]),
         fingerprint=mark,
         style=Markup(style),
         script=Markup(script),

@@ -13,8 +13,10 @@ __all__ = [
     "headline",
     "strongest",
     "untested",
+    "weight",
 ]
 
+VOCABULARY = ("embedding", "head", "tied")  # kinds of sites, see model/vocabulary
 SUBJECTS = {"base": "Public base", "original": "Original", "quantized": "Quantized"}
 # Key (letters and digits of the name, "+" as "p") -> label, what the attack does, in the words of the page.
 ATTACKS = {
@@ -88,10 +90,15 @@ def headline(report: dict) -> str:
     model = f"{count(parameters)}-parameter model" if parameters else report["model"]["name"]
     before, after = quality["original"]["perplexity"], quality["quantized"]["perplexity"]
     return (
-        f"{model}: {figures.plain_number(sizes['bits_per_weight'], 2)} bits per linear weight, "
+        f"{model}: {figures.plain_number(sizes['bits_per_weight'], 2)} bits per {weight(report['sites'])}, "
         f"{figures.size(sizes['original_bytes'])} → {figures.size(sizes['total_bytes'])}, "
         f"perplexity {figures.number(before)} → {figures.number(after)}; {_leak_clause(report['privacy'])}."
     )
+
+
+def weight(sites: list[dict]) -> str:
+    """What bits are counted per: a weight of a linear layer, or of an embedding too where that was solved."""
+    return "coded weight" if any(site.get("kind") in VOCABULARY for site in sites) else "linear weight"
 
 
 def count(value: float | None) -> str:
