@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
+from geoquant.export.decoder import Lookup, decode_stream, make_lookup
 from geoquant.lattice.rate import CLASSES
 
 __all__ = ["Coded", "Tables", "decode", "encode", "make_tables"]
@@ -39,6 +40,10 @@ class Tables:
             constriction.stream.model.Categorical((counts / counts.sum()).astype(np.float32), perfect=False)
             for counts in self.counts
         ]
+
+    def lookup(self) -> Lookup:
+        """The same for the decoder."""
+        return make_lookup(self.counts)
 
 
 @dataclass(frozen=True)
@@ -98,23 +103,14 @@ def encode(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray, tables: Tab
     return Coded(coder.get_compressed(), np.concatenate(escapes).astype(np.int32))
 
 
-def decode(coded: Coded, rows: np.ndarray, columns: np.ndarray, tables: Tables, models: list) -> np.ndarray:
+def decode(coded: Coded, rows: np.ndarray, columns: np.ndarray, lookup: Lookup) -> np.ndarray:
     """The matrix back, int32. Raises ValueError where the stream and its side information do not fit."""
     row_order, column_order = np.argsort(rows, kind="stable"), np.argsort(columns, kind="stable")
-    sorted_codes = np.empty((len(rows), len(columns)), dtype=np.int32)
-    coder, taken = constriction.stream.stack.AnsCoder(coded.words), 0
-    for index, row_run, column_run in rectangles(rows[row_order], columns[column_order]):
-        reach = tables.reach(index)
-        shape = (row_run.stop - row_run.start, column_run.stop - column_run.start)
-        values = coder.decode(models[index], shape[0] * shape[1]) - reach
-        outside = np.flatnonzero(values > reach)
-        if taken + len(outside) > len(coded.escapes):
-            raise ValueError("more escapes than are stored")
-        values[outside] = coded.escapes[taken : taken + len(outside)]
-        taken += len(outside)
-        sorted_codes[row_run, column_run] = values.reshape(shape)
-    if taken != len(coded.escapes) or not coder.is_empty():
+    parts = rectangles(rows[row_order], columns[column_order])
+    bounds = [(index, row.start, row.stop, column.start, column.stop) for index, row, column in parts]
+    codes = np.empty((len(rows), len(columns)), dtype=np.int32)
+    places = np.array(bounds, dtype=np.int64).reshape(-1, 5), row_order, column_order
+    tables = lookup.cumulative, lookup.starts, lookup.first, lookup.reaches
+    if not decode_stream(coded.words, coded.escapes, *places, *tables, codes):
         raise ValueError("the stream does not end where its codes do")
-    codes = np.empty_like(sorted_codes)
-    codes[np.ix_(row_order, column_order)] = sorted_codes
     return codes

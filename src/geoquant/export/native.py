@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from geoquant.export.coder import Coded, Tables, decode, encode, make_tables
+from geoquant.export.decoder import Lookup
 from geoquant.export.weights import (
     MAX_SHARD_BYTES,
     ExportResult,
@@ -153,7 +154,7 @@ def site_streams(codes: Tensor, spread: Spread, tables: Tables, models: list) ->
     return torch.from_numpy(words), torch.from_numpy(escapes), torch.tensor(sizes, dtype=torch.int32)
 
 
-def decode_site(stored: Mapping[str, Tensor], entry: Mapping, tables: Tables, models: list) -> Tensor:
+def decode_site(stored: Mapping[str, Tensor], entry: Mapping, lookup: Lookup) -> Tensor:
     """The codes (int32) of one site from its tensors, column tensors included.
 
     Raises ValueError when the checksum or the streams say that the tensors are not what was written.
@@ -165,8 +166,8 @@ def decode_site(stored: Mapping[str, Tensor], entry: Mapping, tables: Tables, mo
     rows, columns = (stored[name].numpy().astype(int) for name in ("row_classes", "column_classes"))
     parts, row, word, escape = [], 0, 0, 0
     for count, length, outside in stored["streams"].tolist():
-        coded = Coded(words[word : word + length].copy(), escapes[escape : escape + outside])
-        parts.append(decode(coded, rows[row : row + count], columns, tables, models))
+        coded = Coded(words[word : word + length], escapes[escape : escape + outside])
+        parts.append(decode(coded, rows[row : row + count], columns, lookup))
         row, word, escape = row + count, word + length, escape + outside
     return torch.from_numpy(np.concatenate(parts))
 

@@ -6,6 +6,8 @@ when geoquant has been imported (see geoquant.__init__).
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -198,8 +200,7 @@ class GeoQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
         try:
-            tables = read_tables(model.geoquant.tables.cpu(), model.geoquant.reaches.cpu())
-            models = tables.models()
+            lookup = read_tables(model.geoquant.tables.cpu(), model.geoquant.reaches.cpu()).lookup()
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"geoquant.tables is damaged: {error}; copy the checkpoint again") from None
         del model.geoquant
@@ -209,14 +210,18 @@ class GeoQuantizer(HfQuantizer):
             for name, site in sites.items()
             if "column_steps" in site.stored
         }
-        for name, site in sites.items():
-            shared = columns[site.entry["columns"]]
-            device = site.words.device
+
+        def unpack(name: str) -> None:
+            site = sites[name]
+            shared, device = columns[site.entry["columns"]], site.words.device
             try:
-                codes = decode_site(site.tensors() | shared, site.entry, tables, models)
+                codes = decode_site(site.tensors() | shared, site.entry, lookup)
             except (ValueError, KeyError) as error:
                 raise ValueError(f"layer {name} is damaged: {error}; copy the checkpoint again") from None
             site.unpack(codes, shared["column_steps"], device)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # the decoder lets go of the interpreter
+            list(pool.map(unpack, sites))
 
     def is_serializable(self) -> bool:
         return False
