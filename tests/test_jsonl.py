@@ -7,7 +7,7 @@ import pytest
 from geoquant.data.records import read_records
 from geoquant.data.text import read_text
 from geoquant.errors import UserError
-from geoquant.evaluate.choices import load_task
+from geoquant.evaluate.tasks import load_task
 
 READERS = {"text": read_text, "records": read_records, "task": load_task}
 FINE = '{"text": "fine", "query": "a", "choices": ["b", "c"], "gold": 0}'

@@ -27,8 +27,8 @@ from geoquant.observe.stream import Stop, hooks
 
 __all__ = ["VocabularyMoments", "VocabularyWatch", "embedding_gradient", "vocabulary_metric"]
 
-# A token that the calibration text lacks is not free to take any value: other texts hold it. Measured on SmolLM2 at
-# 3 bits (docs/results.md): with a twentieth of the mean instead, other texts lose twice as much.
+# A share of the mean that every token gets. One that the calibration text lacks is not free to take any value: other
+# texts hold it.
 FLOOR = 0.5
 DAMPING = 0.01
 
