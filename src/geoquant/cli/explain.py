@@ -109,7 +109,7 @@ def sentences(site: dict, sites: list[dict]) -> list[str]:
             f"largest code {site['largest_code']}"
         )
     massive = site.get("massive_tokens")
-    if massive:
+    if massive and massive["largest"]:  # embeddings have no input of their own
         lines.append(
             f"  input         the largest token has {massive['largest']:,.0f} times the median energy; the top 0.1% "
             f"of tokens hold {massive['top_share']:.1%} of it"
