@@ -11,8 +11,8 @@ functions into geoquant's modules. The arms, their metric first:
 
 default          G (x) A_g, G in blocks of 64 rows
 nats             (G / tr G) (x) (tr G A_g): the same in other units; what it differs by is rounding
-diagonal         a diagonal G as `row_block=1` was: the floor is a share of the mean of a block, which is the row alone
-diagonal-floor   a diagonal G, its floor a share of the site's mean
+diagonal         a diagonal G without a floor (a share of the mean of each block, which is the row alone)
+diagonal-floor   a diagonal G, its floor a share of the site's mean: `row_block=1`
 site-floor       blocks of 64 rows, the floor a share of the site's mean
 clipped, plain   G (x) A: the gradient for the rows and D only
 floor=F          another floor of G than 0.05
@@ -72,6 +72,12 @@ def with_site_floor(stage, curvature: Tensor) -> RowMetric:
         diagonal += steps.FLOOR * diagonal.sum() / site.shape[0]
         start += blocks
     return row_metric(curvature, sizes, floor=0.0, keep=steps.BELIEF)
+
+
+def without_floor(stage, curvature: Tensor) -> RowMetric:
+    """`steps.rows_of` with the floor of a single row taken from the row, which only changes its unit."""
+    sizes = block_sizes([site.shape[0] for site in stage.sites], curvature.shape[-1])
+    return row_metric(curvature, sizes, floor=steps.FLOOR, keep=steps.BELIEF)
 
 
 def in_nats(solve: Callable) -> Callable:
@@ -182,8 +188,9 @@ def arm_in_place(arm: str, known: dict | None, cache: Path) -> Iterator[None]:
     kind, _, value = arm.partition("=")
     look_back, curvature_of = pipeline.look_back, steps.curvature_of
     changed = [(steps, "curvature_of", lambda path, observe: curvature_of(cache, observe))]
-    if kind in ("diagonal-floor", "site-floor"):
-        changed += [(module, "rows_of", with_site_floor) for module in (steps, pipeline)]
+    others = {"diagonal": without_floor, "diagonal-floor": with_site_floor, "site-floor": with_site_floor}
+    if kind in others:
+        changed += [(module, "rows_of", others[kind]) for module in (steps, pipeline)]
     if kind == "floor":
         changed.append((steps, "FLOOR", float(value)))
     if kind in ("clipped", "plain"):
