@@ -53,7 +53,7 @@ from geoquant.observe import gradient
 from geoquant.observe.moments import Accumulator, clipped_weights
 from geoquant.plan.rate import Forecast, RateControl
 
-ARMS = (
+ARMS = (  # those that say most come first
     *("default", "diagonal-floor", "equal", "milp", "clipped", "attention=1.5", "floor=0.2", "floor=0.01", "nats"),
     *("diagonal", "attention=2", "floor=0.5", "known", "plain", "site-floor", "milp-wide"),
 )
@@ -153,6 +153,13 @@ def divided(arm: str, control: RateControl, known: dict[str, list[float]]) -> Ra
         return max(0.0, wanted[name] - x)
 
     return Divided(rate, curves, [(name, None) for name, _ in control.stages], rule=rule)
+
+
+def planned(control: Divided) -> float:
+    """Sum of `n D^2 / 24` if every stage cost what its curve says."""
+    curves, total = control.forecasts, sum(curve.weights for curve in control.forecasts.values())
+    x = falling(lambda x: sum(curves[name].weights * control.rule(name, x) for name in curves), control.target * total)
+    return sum(c.weights * 4.0 ** falling(c.at, control.rule(name, x)) / 24 for name, c in curves.items())
 
 
 def programmed(curves: dict[str, Forecast], rate: float, reach: float) -> dict[str, float]:
@@ -304,6 +311,7 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         print(f"{rate:g} bits, set {number}, {arm}: {row['perplexity']:.3f} at {row['bits']:.4f}", flush=True)
     print(tables(rows))
+    print(plans(rows, out))
 
 
 def tables(rows: list[dict]) -> str:
@@ -320,6 +328,19 @@ def tables(rows: list[dict]) -> str:
             parts += [f"At {rate:g} bits, {count} set{'s' * (count > 1)}:", paired.table(wanted, arms)]
         parts += [f"At {rate:g} bits, how bits are divided:", division(here, slope_of(rows, rate))]
     return "\n\n".join(parts)
+
+
+def plans(rows: list[dict], out: Path) -> str:
+    """Markdown: what the divisions promise on the curves of the default runs, whether they were run or not."""
+    arms = [arm for arm in ARMS if arm.partition("=")[0] in DIVIDED]
+    lines = ["", "Sum of n D²/24 as planned, nats:", "", "| rate | set | " + " | ".join(arms) + " |"]
+    lines.append("|" + "---|" * (len(arms) + 2))
+    for row in (row for row in rows if row["arm"] == "default"):
+        _, curves = steps.curvature_of(out / f"set{row['set']}-shared.safetensors", lambda: ({}, {}))
+        control = RateControl(row["rate"], curves, [(name, None) for name in row["stages"]])
+        found = [f"{planned(divided(arm, control, row['stages'])):.4f}" for arm in arms]
+        lines.append(f"| {row['rate']:g} | {row['set']} | " + " | ".join(found) + " |")
+    return "\n".join(lines)
 
 
 def slope_of(rows: list[dict], rate: float) -> float:
