@@ -331,14 +331,17 @@ def tables(rows: list[dict]) -> str:
 
 
 def plans(rows: list[dict], out: Path) -> str:
-    """Markdown: what the divisions promise on the curves of the default runs, whether they were run or not."""
+    """Markdown: what the divisions promise on the curves of the default runs, whether they were run or not, and how
+    far these curves had to be moved."""
     arms = [arm for arm in ARMS if arm.partition("=")[0] in DIVIDED]
-    lines = ["", "Sum of n D²/24 as planned, nats:", "", "| rate | set | " + " | ".join(arms) + " |"]
-    lines.append("|" + "---|" * (len(arms) + 2))
+    head = ["rate", "set", *arms, "bits that forecasts lacked: least, mean, most"]
+    lines = ["", "Sum of n D²/24 as planned, nats:", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in (row for row in rows if row["arm"] == "default"):
         _, curves = steps.curvature_of(out / f"set{row['set']}-shared.safetensors", lambda: ({}, {}))
         control = RateControl(row["rate"], curves, [(name, None) for name in row["stages"]])
         found = [f"{planned(divided(arm, control, row['stages'])):.4f}" for arm in arms]
+        lacked = [bits - curves[name].at(math.log2(step)) for name, (step, bits) in row["stages"].items()]
+        found.append(f"{min(lacked):.2f}, {statistics.mean(lacked):.2f}, {max(lacked):.2f}")
         lines.append(f"| {row['rate']:g} | {row['set']} | " + " | ".join(found) + " |")
     return "\n".join(lines)
 
