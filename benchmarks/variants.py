@@ -358,7 +358,8 @@ def slope_of(rows: list[dict], rate: float) -> float:
 
 def division(rows: list[dict], slope: float) -> str:
     """Markdown: the log-ratio to the default corrected to equal bits, rates and steps of the stages, expected loss."""
-    head = ["arm", "set", "log-ratio at equal bits, %", "rates of stages", "D, largest / smallest", "sum n D²/24, nats"]
+    label = "log-ratio, bits as they are, %" if math.isnan(slope) else "log-ratio at equal bits, %"
+    head = ["arm", "set", label, "rates of stages: least - median - most", "D, largest / smallest", "sum n D²/24, nats"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     first = {row["set"]: row for row in rows if row["arm"] == "default"}
     for row in (row for row in rows if row["set"] in first):
