@@ -216,6 +216,17 @@ def test_a_block_without_any_gradient_counts_a_millionth():
     torch.testing.assert_close(nothing.lengths, torch.ones(3))
 
 
+def test_single_rows_have_the_floor_of_their_site():
+    """A share of the row itself would only change the unit: a row without gradient would get a step without end."""
+    curvature = torch.tensor([0.0, 2.0, 4.0, 0.0, 30.0])
+    rows = row_metric(curvature[:, None, None], (1,) * 5, floor=0.1, keep=1.0, sites=[3, 2])
+    expected = curvature + 0.1 * torch.tensor([2.0, 2.0, 2.0, 15.0, 15.0])
+    torch.testing.assert_close(rows.lengths.square(), expected)
+    blocks = 0.5 * torch.eye(4).expand(2, 4, 4) + 0.5  # where rows have neighbours, sites change nothing
+    alone, stacked = (row_metric(blocks, (4, 4), floor=0.1, keep=0.7, sites=sites) for sites in (None, [8]))
+    torch.testing.assert_close(alone.factor, stacked.factor, rtol=0, atol=0)
+
+
 def problem(columns=60, count=12, seed=0, **changes):
     generator = torch.Generator().manual_seed(seed)
     values = {

@@ -78,8 +78,8 @@ def look_back(
 
 def rows_of(stage: Stage, curvature: Float[Tensor, "blocks size size"]) -> RowMetric:
     """The output side of a stage's metric."""
-    sizes = block_sizes([site.shape[0] for site in stage.sites], curvature.shape[-1])
-    return row_metric(curvature, sizes, floor=FLOOR, keep=BELIEF)
+    rows = [site.shape[0] for site in stage.sites]
+    return row_metric(curvature, block_sizes(rows, curvature.shape[-1]), floor=FLOOR, keep=BELIEF, sites=rows)
 
 
 class Forecaster:

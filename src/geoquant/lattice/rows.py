@@ -8,6 +8,7 @@ shorter than the square roots of its diagonal, so rows get longer steps, and few
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,17 +71,25 @@ def block_sizes(rows: list[int], size: int) -> tuple[int, ...]:
 
 
 def row_metric(
-    curvature: Float[Tensor, "blocks size size"], sizes: tuple[int, ...], *, floor: float, keep: float
+    curvature: Float[Tensor, "blocks size size"],
+    sizes: tuple[int, ...],
+    *,
+    floor: float,
+    keep: float,
+    sites: Sequence[int] | None = None,
 ) -> RowMetric:
     """Factorise means of `g g^T`, zero where a block has no rows, after making them trustworthy.
 
-    floor: added to every diagonal entry, as a share of the mean diagonal of its block. keep: share of the off-diagonal
-    entries that is believed; the rest is taken for noise of too few tokens.
+    floor: added to every diagonal entry, as a share of the mean diagonal of its block. sites: rows of each site;
+           where every row is a block of its own, the mean of its site, as a share of itself would floor nothing.
+    keep:  share of the off-diagonal entries that is believed; the rest is taken for noise of too few tokens.
     """
     size = curvature.shape[-1]
     held = torch.arange(size, device=curvature.device) < torch.tensor(sizes, device=curvature.device)[:, None]
     diagonal = curvature.diagonal(dim1=1, dim2=2).double()
     mean = diagonal.sum(1, keepdim=True) / held.sum(1, keepdim=True)
+    if size == 1 and sites is not None:
+        mean = torch.cat([part.mean(0, keepdim=True).expand_as(part) for part in mean.split(list(sites))])
     diagonal = diagonal + floor * mean
     # Whole blocks may be without any gradient (a pruned head): they count like a millionth of the largest.
     largest = diagonal.max()
