@@ -11,6 +11,7 @@ accuracy of LAMBADA (Paperno et al. 2016) under greedy decoding. Scores are nats
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,10 +80,10 @@ def continuations(
             # Position t-1 predicts token t.
             logits = head_logits(model, hidden[place, row.scored - 1 : len(row.tokens) - 1])
             truth = torch.tensor(row.tokens[row.scored :], device=device)
-            correct[row.item] = bool((logits.argmax(-1) == truth).all())  # NaN is never the largest but for itself
             total = torch.log_softmax(logits, -1).gather(1, truth[:, None]).sum().item()
             scores[row.item] = (total / len(task.items[row.item].continuation.encode()),)
-            correct[row.item] &= total == total
+            # Logits that are no numbers answer nothing, whatever argmax makes of them.
+            correct[row.item] = math.isfinite(total) and bool((logits.argmax(-1) == truth).all())
         done += len(batch)
         progress(task.name, done, len(wanted))
     right = np.array(correct, dtype=float)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from geoquant.model.walk import Block, Site, Stage
 
-__all__ = ["EMBEDDING", "HEAD", "KINDS", "TIED", "ends", "head_weight", "repeated", "vocabulary", "vocabulary_rows"]
+__all__ = ["EMBEDDING", "HEAD", "TIED", "ends", "head_weight", "repeated", "vocabulary", "vocabulary_rows"]
 
 NAME = "vocabulary"
-EMBEDDING, HEAD, TIED = KINDS = ("embedding", "head", "tied")
+EMBEDDING, HEAD, TIED = "embedding", "head", "tied"  # kinds of sites
 
 
 def vocabulary(model: nn.Module, index: int) -> Block | None:
