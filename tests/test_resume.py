@@ -225,7 +225,7 @@ def solved(run: Path) -> int:
 
 
 def exporting(run: Path) -> bool:
-    return any(path.is_dir() and any(path.iterdir()) for path in run.glob(".partial-*"))
+    return any(any(path.iterdir()) for path in run.glob(".partial-model-*"))
 
 
 # Moments to die at, in the order of a run.
@@ -457,7 +457,7 @@ def full_disk(place: str, count: int, error: Exception):
     left = [count]
 
     def save(tensors, path, metadata=None):
-        if place in (Path(path).parent.name, Path(path).parent.name[:9]):
+        if Path(path).parents[1].name.startswith(place):  # the file's own temporary folder lies in between
             left[0] -= 1
             if left[0] == 0:
                 Path(path).write_bytes(b"half")
@@ -474,7 +474,7 @@ FULL = {
         5,
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ),
-    "export": (".partial-", 1, OSError(errno.ENOSPC, "No space left on device")),
+    "export": (".partial-model-", 1, OSError(errno.ENOSPC, "No space left on device")),
 }
 
 

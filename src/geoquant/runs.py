@@ -79,34 +79,39 @@ def _disk_full(error: Exception) -> bool:
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling, flush it to the disk, then rename it to `path`."""
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=path.parent)
-        os.close(handle)
-        partial = Path(name)
-        try:
-            write(partial)
-            with partial.open("rb+") as stream:
-                os.fsync(stream.fileno())
-            partial.chmod(0o644)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    """Let `write` fill a temporary file, flush it to the disk, then rename it to `path`.
+
+    The temporary file has a folder of its own beside `path`: writers such as safetensors make temporary siblings
+    themselves, and what a killed run leaves behind must be known as such.
+    """
+    with _partial_folder(path) as folder:
+        partial = folder / path.name
+        write(partial)
+        with partial.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """A temporary sibling folder that replaces `path` when the block ends well, and vanishes when it does not."""
+    with _partial_folder(path) as partial:
+        yield partial
+        partial.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.replace(path)
+
+
+@contextlib.contextmanager
+def _partial_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, known by its name as unfinished; it is gone when the block ends."""
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=path.parent))
+        partial = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{path.name[:40]}-", dir=path.parent))
         try:
             yield partial
-            partial.chmod(0o755)
-            if path.exists():
-                shutil.rmtree(path)
-            partial.replace(path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -186,8 +191,8 @@ def claim_output(out: Path, *, resume: bool) -> tuple[Path, ...]:
         made = tuple(takewhile(lambda folder: not folder.exists(), (out, *out.parents)))
         with _explained(out):
             out.mkdir(parents=True, exist_ok=True)
-        for leftover in out.rglob(PARTIAL + "*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        for leftover in list(out.rglob(PARTIAL + "*")):  # a folder goes before what it holds
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}", fix="choose another --out folder") from None
     return made
