@@ -52,7 +52,7 @@ def test_drift_is_that_of_explicit_tokens(weighted, held):
     """Only of tokens whose full-precision inputs are known; the moments do not change."""
     torch.manual_seed(0)
     x, exact, weights = torch.randn(9, 5), torch.randn(9, 5), torch.rand(9) if weighted else None
-    sums = Accumulator(5, dtype=torch.float32, device=torch.device("cpu"), drift=torch.float32)
+    sums = Accumulator(5, dtype=torch.float32, device=torch.device("cpu"), drift=True)
     for part, twins in ((slice(0, 4), exact[:4]), (slice(4, 6), None), (slice(6, 9), exact[6:])):
         sums.add(x[part], None if weights is None else weights[part], held=held, exact=twins)
     moments = sums.finish()

@@ -23,7 +23,7 @@ from geoquant.methods.target import Target, output_target
 from geoquant.model.paging import UNMAPPED, Pages, trim, unload
 from geoquant.model.walk import Block, Stage, find_blocks, read_weight, write_weight
 from geoquant.observe.compute import autocast, working_copy
-from geoquant.observe.moments import Accumulator, MassiveTokens, Moments, clipped_weights
+from geoquant.observe.moments import Accumulator, MassiveTokens, Moments, clipped_weights, squared_norms
 from geoquant.observe.reference import Reference
 from geoquant.observe.replay import Replay
 from geoquant.observe.stream import Stream
@@ -235,17 +235,16 @@ def _observe(
     """Moments of one stage's input over all batches; with `twins`, its inputs in full precision, their drift too."""
     size, length = passes.batches[0].shape[:2]
     device = passes.batches[0].device
-    accumulator = Accumulator(stage.columns, dtype=dtype, device=device, drift=None if twins is None else compute)
+    accumulator = Accumulator(stage.columns, dtype=dtype, device=device, compute=compute, drift=twins is not None)
 
     def see(index: int, x: Tensor) -> None:
-        x = x.float()
         weights = None
         if metric == "clipped":
-            weights = clipped_weights(x.square().sum(1))
+            weights = clipped_weights(squared_norms(x))
         elif metric == "gradient":
             weights = energies[stage.name][index * size : (index + 1) * size].flatten().to(x.device)
             if weights.isnan().any():  # a batch without gradients
-                weights = clipped_weights(x.square().sum(1))
+                weights = clipped_weights(squared_norms(x))
                 weights /= weights.mean()
         twin = twins[index] if twins else None
         # An expert may be handed other tokens by the quantized model: then nothing is known of their drift.
@@ -259,7 +258,7 @@ def _observe(
                     x[part],
                     None if weights is None else weights[part],
                     held=held,
-                    exact=None if twin is None else twin[part].float(),
+                    exact=None if twin is None else twin[part],
                 )
 
     with autocast(device, compute):

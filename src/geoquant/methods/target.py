@@ -26,7 +26,7 @@ from geoquant.methods.babai import DEFAULT_DAMPING, least
 
 __all__ = ["Target", "output_target"]
 
-SAMPLED_ROWS = 256
+SAMPLED_ROWS = 96
 
 
 @dataclass(frozen=True)
@@ -84,4 +84,6 @@ def _shift(
 ) -> Float[Tensor, "out in"]:
     """`W E[w (x_fp - x) x^T] (A + damping)^-1`."""
     lower = cholesky(damped(metric, damping), damping)
-    return torch.cholesky_solve((weight @ drift).T, lower).T.contiguous()
+    if len(weight) <= len(metric):
+        return torch.cholesky_solve((weight @ drift).T, lower).T.contiguous()
+    return weight @ torch.cholesky_solve(drift.T, lower).T

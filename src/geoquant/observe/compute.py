@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BlockCall", "autocast", "cast_call", "compute_dtype", "pure_copy", "standing_copy", "working_copy"]
+__all__ = [
+    "BlockCall",
+    "autocast",
+    "cast_call",
+    "compute_dtype",
+    "pure_copy",
+    "rounded_products",
+    "standing_copy",
+    "working_copy",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,20 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+@contextlib.contextmanager
+def rounded_products(wanted: bool = True) -> Iterator[None]:
+    """Products of float32 matrices round what they multiply (to bfloat16 on CPUs that multiply it faster, to TF32 on
+    GPUs) and add in float32. For sums over many tokens: the Gram matrix of rounded tokens is still a Gram matrix.
+    """
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def working_copy(block: nn.Module, dtype: torch.dtype) -> nn.Module:

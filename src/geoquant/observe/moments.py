@@ -19,7 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["METRICS", "Accumulator", "MassiveTokens", "Moments", "clipped_weights"]
+from geoquant.observe.compute import rounded_products
+
+__all__ = ["METRICS", "Accumulator", "MassiveTokens", "Moments", "clipped_weights", "squared_norms"]
 
 METRICS = ("plain", "clipped", "gradient")
 CLIP = 10.0
@@ -65,16 +67,32 @@ def clipped_weights(energy: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"
     return torch.where(typical > 0, (CLIP * typical / energy.clamp_min(1e-30)).clamp_max(1.0), 1.0)
 
 
-class Accumulator:
-    """Adds up the moments of one stage, batch by batch; `finish` gives the frozen value."""
+def squared_norms(x: Float[Tensor, "tokens in"]) -> Float[Tensor, " tokens"]:
+    """`||x_t||^2` in float32, without a square of x in memory."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square_()
 
-    def __init__(self, columns: int, *, dtype: torch.dtype, device: torch.device, drift: torch.dtype | None = None):
+
+class Accumulator:
+    """Adds up the moments of one stage, batch by batch; `finish` gives the frozen value.
+
+    dtype: of the sums. compute: bfloat16 lets products round what they multiply, see `rounded_products`. drift: whether
+    to add up the drift too.
+    """
+
+    def __init__(
+        self,
+        columns: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        compute: torch.dtype = torch.float32,
+        drift: bool = False,
+    ):
         def sums() -> dict[bool, Tensor]:
             return {held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)}
 
         self.sums = sums()
-        # A drift is an estimate from few tokens, of which a share is believed: half precision serves it.
-        self.product = drift
+        self.rounded = compute == torch.bfloat16
         self.drifts = sums() if drift else None
         self.counts = {False: 0, True: 0}
         self.energies: list[Tensor] = []
@@ -92,18 +110,20 @@ class Accumulator:
         exact: the same tokens' inputs in the full-precision model; None: without drift.
         """
         total = self.sums[held]
+        self.energies.append(squared_norms(x).cpu())
         x = x.to(total.dtype)
-        self.energies.append(x.square().sum(1).float().cpu())
-        difference = None if exact is None else exact.to(total.dtype) - x
         if weights is not None:
             roots = weights.to(total.dtype).sqrt()[:, None]
-            x, difference = x * roots, None if exact is None else difference * roots
-        if difference is not None:
-            self.drifts[held] += difference.to(self.product).T @ x.to(self.product)
-        tile = max(96, -(-x.shape[1] // TILES))
-        for start in range(0, x.shape[1], tile):
-            # Only the tiles on and right of the diagonal: the matrix is symmetric.
-            total[start : start + tile, start:].addmm_(x[:, start : start + tile].T, x[:, start:])
+            x = x * roots
+        with rounded_products(self.rounded):
+            if exact is not None:
+                drift = exact.to(total.dtype)
+                drift = drift - x if weights is None else (drift * roots).sub_(x)
+                self.drifts[held].addmm_(drift.T, x)
+            tile = max(96, -(-x.shape[1] // TILES))
+            for start in range(0, x.shape[1], tile):
+                # Only the tiles on and right of the diagonal: the matrix is symmetric.
+                total[start : start + tile, start:].addmm_(x[:, start : start + tile].T, x[:, start:])
         self.counts[held] += x.shape[0]
 
     def finish(self) -> Moments:
