@@ -13,6 +13,7 @@ from geoquant.lattice.basis import (
     damped,
     expected_error,
     heldout_prices,
+    metric_factor,
     permuted,
     triangular_inverse,
 )
@@ -64,6 +65,16 @@ def test_damping_adds_a_share_of_the_mean_energy():
 def test_a_metric_without_a_root_is_refused(metric):
     with pytest.raises(NotPositiveDefinite, match=r"metric of 2 columns is not positive definite at damping 0\.01"):
         compensation_factor(metric, torch.arange(2), 0.01)
+
+
+@pytest.mark.parametrize("size", [1, 40, 200])
+def test_the_basis_is_a_root_of_the_metric_and_the_inverse_of_the_other_factor(size):
+    metric = random_metric(size, 2)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(1))
+    basis, factor = metric_factor(metric, order, 0.02), compensation_factor(metric, order, 0.02)
+    torch.testing.assert_close(basis, basis.triu(), rtol=0, atol=0)
+    torch.testing.assert_close(basis @ basis.T, damped(metric, 0.02)[order][:, order])
+    torch.testing.assert_close(basis @ factor, torch.eye(size, dtype=basis.dtype))
 
 
 def test_a_rank_deficient_metric_is_factorised():

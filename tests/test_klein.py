@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from geoquant.lattice.basis import compensation_factor, damped
+from geoquant.lattice.basis import compensation_factor, damped, metric_factor
 from geoquant.lattice.klein import discrete_gaussian, klein
 from geoquant.lattice.order import column_order
 from geoquant.lattice.unboxed import unboxed_babai
@@ -60,11 +60,11 @@ def test_the_law_does_not_ask_for_equal_lengths():
 
 
 def test_without_noise_it_is_babai():
-    _, order, factor, lengths, weight = setting(rows=50)
+    metric, order, factor, lengths, weight = setting(rows=50)
     rows = torch.linspace(0.5, 2.0, 50, dtype=torch.float64)
     steps = lengths.reciprocal()
     torch.testing.assert_close(
-        klein(weight, factor, order, rows, steps, 0.0), unboxed_babai(weight, factor, order, rows, steps)
+        klein(weight, factor, order, rows, steps, 0.0), unboxed_babai(weight, metric_factor(metric, order, 0.0), order, rows, steps)
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geoquant.lattice.babai import boxed_babai
-from geoquant.lattice.basis import NotPositiveDefinite, compensation_factor, damped
+from geoquant.lattice.basis import NotPositiveDefinite, compensation_factor, damped, metric_factor
 from geoquant.lattice.grid import Grid
 from geoquant.lattice.order import ORDERS, column_order
 from geoquant.lattice.rows import block_sizes, row_metric
@@ -28,9 +28,9 @@ def snapped(steps):
 
 def lengths_of(metric, order, damping=0.01):
     found = torch.empty(len(metric), dtype=metric.dtype)
-    factor = compensation_factor(metric, order, damping)
-    found[order] = factor.diagonal().reciprocal()
-    return factor, found
+    basis = metric_factor(metric, order, damping)
+    found[order] = basis.diagonal()
+    return basis, found
 
 
 @settings(deadline=None)
@@ -60,11 +60,11 @@ def test_codes_are_the_textbook_s(columns, rows, name, seed):
     """In double precision, on every order, with different steps for every row and column."""
     metric = random_metric(columns, seed)
     order = column_order(name, metric, 16)
-    factor, _ = lengths_of(metric, order)
+    basis, _ = lengths_of(metric, order)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     rows_, columns_ = (0.05 + torch.rand(size, generator=generator, dtype=torch.float64) for size in (rows, columns))
-    found = unboxed_babai(weight, factor, order, rows_, columns_)
+    found = unboxed_babai(weight, basis, order, rows_, columns_)
     wide = Grid(8)
     object.__setattr__(wide, "bits", 40)  # a box that nothing reaches
     steps = rows_[:, None] * columns_
@@ -75,13 +75,14 @@ def test_codes_are_the_textbook_s(columns, rows, name, seed):
 def test_without_clipping_the_box_gives_the_same_codes():
     metric, columns = random_metric(90, 3), 90
     order = column_order("activation", metric, columns)
-    factor, lengths = lengths_of(metric, order)
+    basis, lengths = lengths_of(metric, order)
     weight = torch.randn(5, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     steps = 0.2 / lengths * lengths.median()
     scales = steps[:, None].expand(columns, 5).contiguous()
+    factor = compensation_factor(metric, order, 0.01)
     boxed = boxed_babai(weight, factor, order, Grid(8, 1), metric.diagonal(), scales=scales)
     assert boxed.clipped.sum() == 0
-    found = unboxed_babai(weight, factor, order, torch.ones(5, dtype=torch.float64), steps)
+    found = unboxed_babai(weight, basis, order, torch.ones(5, dtype=torch.float64), steps)
     torch.testing.assert_close(found.T.to(torch.int8), boxed.codes)
 
 
@@ -90,11 +91,11 @@ def test_without_clipping_the_box_gives_the_same_codes():
 def test_never_better_than_the_closest_vector_nor_worse_than_the_bound(columns, seed):
     metric = damped(random_metric(columns, seed), 0.01)
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
-    factor, lengths = lengths_of(metric, order, 0.0)
+    basis, lengths = lengths_of(metric, order, 0.0)
     steps, one = lengths.reciprocal(), torch.ones(3, dtype=torch.float64)
     # Few steps from zero, so that a box of sixteen codes holds the closest vector.
     weight = steps * torch.randn(3, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    codes = unboxed_babai(weight, factor, order, one, steps)
+    codes = unboxed_babai(weight, basis, order, one, steps)
     error = column_error(weight - codes * steps, metric)
     # The same lattice in units of its steps.
     best = closest_vectors(weight / steps, metric * steps * steps[:, None], one, Grid(4))
@@ -108,11 +109,11 @@ def test_the_expected_error_is_a_twelfth_of_every_square():
     columns = 48
     metric = damped(random_metric(columns, 7), 0.01)
     order = column_order("activation", metric, columns)
-    factor, lengths = lengths_of(metric, order, 0.0)
+    basis, lengths = lengths_of(metric, order, 0.0)
     generator = torch.Generator().manual_seed(1)
     weight = 50 * torch.randn(4000, columns, generator=generator, dtype=torch.float64) / lengths
     steps = lengths.reciprocal()
-    codes = unboxed_babai(weight, factor, order, torch.ones(4000, dtype=torch.float64), steps)
+    codes = unboxed_babai(weight, basis, order, torch.ones(4000, dtype=torch.float64), steps)
     assert column_error(weight - codes * steps, metric).mean().item() == pytest.approx(columns / 12, rel=0.05)
 
 
@@ -162,10 +163,10 @@ def test_rows_that_feel_each_other_are_the_textbook_s_kronecker_lattice(rows, si
     _, known, whole = correlated(rows, size, seed=5)
     metric = random_metric(columns, 8)
     order = column_order("activation", metric, columns)
-    factor, lengths = lengths_of(metric, order, 0.0)
+    basis, lengths = lengths_of(metric, order, 0.0)
     row_steps, column_steps = snapped(0.3 / known.lengths), snapped(lengths.reciprocal())
     weight = 4 * torch.randn(count, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = unboxed_babai(weight.to(dtype), factor.to(dtype), order, row_steps.to(dtype), column_steps.to(dtype), known)
+    found = unboxed_babai(weight.to(dtype), basis.to(dtype), order, row_steps.to(dtype), column_steps.to(dtype), known)
     wide = Grid(8)
     object.__setattr__(wide, "bits", 40)
     flat = torch.arange(columns * count)
@@ -281,7 +282,9 @@ def test_damping_does_not_make_a_site_finer():
 def test_a_price_is_that_of_the_closed_form():
     given_ = problem(damping=0.03)
     order = column_order("activation", given_.hessian, 60)
-    factor, lengths = lengths_of(given_.hessian.double(), order, 0.03)
+    factor = compensation_factor(given_.hessian.double(), order, 0.03)
+    lengths = torch.empty(len(factor), dtype=factor.dtype)
+    lengths[order] = factor.diagonal().reciprocal()
     heldout = given_.heldout.double() * (given_.hessian.trace() / given_.heldout.trace()).item()
     rows = torch.diagonal(factor @ heldout[order][:, order] @ factor.T)
     _, price = choose_damping(given_, order)

@@ -18,6 +18,7 @@ __all__ = [
     "damped",
     "expected_error",
     "heldout_prices",
+    "metric_factor",
     "permuted",
     "triangular_inverse",
 ]
@@ -43,14 +44,29 @@ def compensation_factor(
 ) -> Float[Tensor, "n n"]:
     """`U` upper triangular with `(A + damping)^-1 = U^T U`, rows and columns in processing order.
 
-    The reversed matrix has a lower Cholesky factor whose reversal is V; its inverse comes by halving, so that the
-    work is matrix products. Computed in `dtype`: damped metrics reach condition numbers of 1e6.
+    The reversed matrix has a lower Cholesky factor whose reversal is V (`metric_factor`); its inverse comes by halving,
+    so that the work is matrix products. Computed in `dtype`: damped metrics reach condition numbers of 1e6.
 
     Raises NotPositiveDefinite.
     """
     # Double precision only between the two reorderings: these matrices are the largest of a run.
-    lower = cholesky(permuted(damped(hessian, damping), order.flip(0)).to(dtype), damping)
-    return triangular_inverse(lower).to(hessian.dtype).flip(0, 1)
+    return triangular_inverse(_reversed_factor(hessian, order, damping, dtype)).to(hessian.dtype).flip(0, 1)
+
+
+def metric_factor(
+    hessian: Float[Tensor, "n n"],
+    order: Int[Tensor, " n"],
+    damping: float,
+    dtype: torch.dtype = torch.float64,
+) -> Float[Tensor, "n n"]:
+    """`V` upper triangular with `A + damping = V V^T`, rows and columns in processing order: the basis itself, for half
+    the work of `compensation_factor`. Raises NotPositiveDefinite.
+    """
+    return _reversed_factor(hessian, order, damping, dtype).to(hessian.dtype).flip(0, 1)
+
+
+def _reversed_factor(hessian: Tensor, order: Tensor, damping: float, dtype: torch.dtype) -> Tensor:
+    return cholesky(permuted(damped(hessian, damping), order.flip(0)).to(dtype), damping)
 
 
 def permuted(symmetric: Float[Tensor, "n n"], order: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:

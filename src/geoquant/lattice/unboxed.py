@@ -22,6 +22,7 @@ __all__ = ["exponents", "narrow", "steps_of", "unboxed_babai"]
 
 PER_OCTAVE = 8
 PANEL = 64
+STRANGERS = 512  # rows that pass through a panel together where they need not know of each other
 ROWS = 1 << 13
 
 
@@ -41,36 +42,38 @@ def steps_of(index: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 def unboxed_babai(
     weight: Float[Tensor, "out in"],
-    factor: Float[Tensor, "in in"],
+    basis: Float[Tensor, "in in"],
     order: Int[Tensor, " in"],
     row_steps: Float[Tensor, " out"],
     column_steps: Float[Tensor, " in"],
     rows: RowMetric | None = None,
-) -> Int[Tensor, "out in"]:
-    """Codes z (integers) with `q_ij = row_steps_i column_steps_j z_ij`, Babai's plane by plane in `order`.
+) -> Integer[Tensor, "out in"]:
+    """Codes z, in the smallest type that holds them, with `q_ij = row_steps_i column_steps_j z_ij`, Babai's plane by plane in `order`.
 
-    factor: `U` of `compensation_factor`, in processing order. Column steps in the original order. rows: the output side
-    of the metric; without it rows are strangers to each other. All rows are solved in units of their own step, so the
-    recursion sees one step per column. Compiled on a CPU in float32, torch operations elsewhere.
+    basis: `V` of `metric_factor`, in processing order. With errors `e = w - q`, component j of `e V` is
+    `r_j (c_j - q_j)` with the centre `c_j = w_j + sum_{k<j} e_k V_kj / r_j`, to which q_j is rounded. GPTQ's updates
+    with the inverse give the same centres; this form needs no inverse, and reads errors instead of rewriting weights.
+
+    Column steps in the original order. rows: the output side of the metric; without it rows are strangers to each
+    other. All rows are solved in units of their own step, so the recursion sees one step per column. Compiled on a CPU
+    in float32, torch operations elsewhere.
     """
     if len(weight) > ROWS and (rows is None or rows.strangers):  # rows are solved alone: a few thousand at a time
         parts = zip(weight.split(ROWS), row_steps.split(ROWS))
-        return torch.cat([narrow(unboxed_babai(part, factor, order, steps, column_steps)) for part, steps in parts])
-    # Transposed, so that one column of the layer is one contiguous row of memory.
-    work = (weight.to(factor.dtype) / row_steps[:, None]).T[order].contiguous()
+        return torch.cat([unboxed_babai(part, basis, order, steps, column_steps) for part, steps in parts])
+    # Transposed, so that one column of the layer is one contiguous row of memory. Weights become errors.
+    work = weight.T.contiguous().index_select(0, order).to(basis.dtype).div_(row_steps)
     columns, count = work.shape
-    steps, pivots = column_steps[order].to(work.dtype), factor.diagonal().reciprocal()
+    steps, lengths = column_steps[order].to(work.dtype), basis.diagonal()
     feedback, sizes = _feedback(rows, row_steps, work)
     codes = torch.empty(columns, count, dtype=torch.int32, device=weight.device)
-    errors = torch.empty(PANEL, count, dtype=work.dtype, device=weight.device)
     run = _compiled if work.device.type == "cpu" and work.dtype == torch.float32 else _plain
     for panel in range(0, columns, PANEL):
-        end = min(panel + PANEL, columns)
-        part, found = slice(panel, end), errors[: end - panel]
-        codes[order[part]] = run(work[part], found, steps[part], pivots[part], factor[part, part], feedback, sizes)
-        if end < columns:
-            work[end:].addmm_(factor[part, end:].T, found, alpha=-1.0)
-    return codes.T.contiguous()
+        part = slice(panel, min(panel + PANEL, columns))
+        shares = basis[: part.stop, part] / lengths[part]
+        centres = torch.addmm(work[part], shares[:panel].T, work[:panel])
+        codes[order[part]] = run(centres, work[part], steps[part], shares[panel:], feedback, sizes)
+    return narrow(codes).T.contiguous()
 
 
 def narrow(codes: Int[Tensor, "out in"]) -> Integer[Tensor, "out in"]:
@@ -86,7 +89,7 @@ def _feedback(
     """How a row's error moves those after it, both in units of their steps, and the sizes of the blocks."""
     count = work.shape[1]
     if rows is None or rows.strangers:
-        return work.new_empty(0, 1, 1), block_sizes([count], PANEL)
+        return work.new_empty(0, 1, 1), block_sizes([count], STRANGERS)
     steps = work.new_ones(rows.factor.shape[:2])
     for block, part in enumerate(row_steps.split(rows.sizes)):
         steps[block, : len(part)] = part
@@ -95,46 +98,33 @@ def _feedback(
 
 
 def _compiled(
-    work: Tensor,
-    errors: Tensor,
-    steps: Tensor,
-    pivots: Tensor,
-    factor: Tensor,
-    feedback: Tensor,
-    sizes: tuple[int, ...],
+    centres: Tensor, work: Tensor, steps: Tensor, shares: Tensor, feedback: Tensor, sizes: tuple[int, ...]
 ) -> Tensor:
     from geoquant.lattice.kernel import panel
 
     codes = torch.empty(work.shape, dtype=torch.int32)
-    arrays = (work, codes, errors, steps, pivots, factor.contiguous(), feedback)
-    panel(*(tensor.numpy() for tensor in arrays), np.array(sizes))
+    panel(*(tensor.numpy() for tensor in (centres, work, codes, steps, shares.contiguous(), feedback)), np.array(sizes))
     return codes
 
 
 def _plain(
-    work: Tensor,
-    errors: Tensor,
-    steps: Tensor,
-    pivots: Tensor,
-    factor: Tensor,
-    feedback: Tensor,
-    sizes: tuple[int, ...],
+    centres: Tensor, work: Tensor, steps: Tensor, shares: Tensor, feedback: Tensor, sizes: tuple[int, ...]
 ) -> Tensor:
     """The same in torch operations, blocks side by side."""
     codes = torch.empty_like(work)
     size = feedback.shape[1]
     # Place of every row in the padded blocks.
     place = torch.cat([torch.arange(rows) + block * size for block, rows in enumerate(sizes)]).to(work.device)
-    for j, (step, pivot) in enumerate(zip(steps.tolist(), pivots.tolist())):
+    for j, step in enumerate(steps.tolist()):
         if not len(feedback):
-            torch.div(work[j], step, out=codes[j]).round_()
+            torch.div(centres[j], step, out=codes[j]).round_()
         else:
-            target = work.new_zeros(len(sizes) * size).index_copy_(0, place, work[j]).view(len(sizes), size)
+            target = work.new_zeros(len(sizes) * size).index_copy_(0, place, centres[j]).view(len(sizes), size)
             for i in range(size):
                 rest = target[:, i] - (target[:, i] / step).round_() * step
                 target[:, i + 1 :].addcmul_(rest[:, None], feedback[:, i, i + 1 :], value=-1.0)
             codes[j] = (target.flatten()[place] / step).round_()
-        torch.add(work[j], codes[j], alpha=-step, out=errors[j]).mul_(pivot)
+        work[j].sub_(codes[j], alpha=step)
         if j + 1 < len(work):
-            work[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
+            centres[j + 1 :].addr_(shares[j, j + 1 :], work[j])
     return codes.to(torch.int32)

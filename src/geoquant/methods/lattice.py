@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from geoquant.lattice.basis import compensation_factor, heldout_prices, permuted
+from geoquant.lattice.basis import heldout_prices, metric_factor, permuted
 from geoquant.lattice.order import column_order
 from geoquant.lattice.unboxed import ROWS, exponents, narrow, steps_of, unboxed_babai
 from geoquant.methods.babai import DEFAULT_DAMPING, least
@@ -30,17 +30,17 @@ def solve(problem: Problem) -> LatticeSolution:
     metric = problem.pooled / count
     order = column_order(problem.order, metric, metric.shape[0])
     damping, price = choose_damping(problem, order)
-    factor = compensation_factor(metric, order, damping)
-    lengths = torch.empty_like(factor.diagonal())
-    lengths[order] = factor.diagonal().reciprocal()
+    basis = metric_factor(metric, order, damping)
+    lengths = torch.empty_like(basis.diagonal())
+    lengths[order] = basis.diagonal()
     columns = exponents((tied(lengths, problem.ties) * price**0.5).reciprocal())
     weight, known = problem.weight, problem.rows
     if known is not None:
-        known = replace(known, factor=known.factor.to(factor))
-    row_lengths = factor.new_ones(len(weight)) if known is None else known.lengths
+        known = replace(known, factor=known.factor.to(basis))
+    row_lengths = basis.new_ones(len(weight)) if known is None else known.lengths
     rows = exponents(torch.minimum(problem.step / row_lengths, longest(weight, steps_of(columns))))
     row_steps = steps_of(rows)
-    codes = unboxed_babai(weight, factor, order, row_steps, steps_of(columns), known)
+    codes = unboxed_babai(weight, basis, order, row_steps, steps_of(columns), known)
     expected, worst = row_steps.square(), row_steps.square()
     if known is not None:
         expected, worst = known.error_squares(row_steps)
