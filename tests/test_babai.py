@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geoquant.lattice.babai import PANEL, STRIP, boxed_babai
+from geoquant.lattice.babai import PANEL, boxed_babai
 from geoquant.lattice.basis import compensation_factor, damped
 from geoquant.lattice.certificate import certificate, squared_steps
 from geoquant.lattice.grid import Grid, search_scales
@@ -18,7 +18,7 @@ from geoquant.methods import METHODS, Problem
 from oracles.lattice import closest_vectors, column_error, naive_gptq, random_metric, textbook_babai
 
 DAMPING = 0.01
-# Groups of one column, odd ones, ones that straddle strips (16) and panels (64), ones larger than everything.
+# Groups of one column, odd ones, ones that straddle panels (64), ones larger than everything.
 GROUP_SIZES = (1, 7, 16, 48, 64, 100, 1000)
 
 
@@ -116,7 +116,7 @@ def test_scales_are_searched_on_the_fully_updated_weights(columns, group_size, b
 @pytest.mark.parametrize("name", sorted(ORDERS))
 def test_searched_scales_agree_with_the_oracle(name):
     """The real search, code for code in float64; in float32, as used, near-ties may fall either way."""
-    columns = 2 * PANEL + STRIP + 5
+    columns = 2 * PANEL + 21
     grid, weight, metric = Grid(4, 48), weights(16, columns, 1), random_metric(columns, 1)
     order = column_order(name, metric, 48)
     exact = naive_gptq(

@@ -4,14 +4,16 @@ Column after column, in the given order: round to the nearest code inside the bo
 still free to the minimiser of `(w-q)^T A (w-q)` given what is fixed. Equal to GPTQ in that order
 (Frantar et al. 2022; Chen et al. 2025, arXiv 2507.18553).
 
-Work is blocked twice: rank-one updates inside a strip of columns, one matrix product per strip for its panel,
-one per panel for everything behind it, so that almost all flops are in matrix products.
+Work is blocked: columns of a panel update each other one by one (compiled on a CPU in float32, torch operations
+elsewhere), and one matrix product per panel brings everything behind it up to date. A panel is cut where a group
+begins whose steps are to be searched.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
@@ -21,7 +23,6 @@ from geoquant.lattice.grid import Grid, search_scales
 __all__ = ["BoxedCodes", "boxed_babai"]
 
 PANEL = 64
-STRIP = 16
 
 
 @dataclass(frozen=True)
@@ -73,67 +74,86 @@ def boxed_babai(
     members = [torch.nonzero(group_of[:count] == group).flatten() for group in range(groups)]
     started = [not searched] * groups
     group_list = group_of.tolist()
-    pivot = factor.diagonal().reciprocal().tolist()
-    errors = torch.empty(PANEL, rows, **like)
-    unboxed = torch.empty(PANEL, rows, **like)
-    value = torch.empty(rows, **like)
-    # Views made once: slicing a tensor costs as much as a short vector operation.
-    work_of, errors_of, unboxed_of = work.unbind(0), errors.unbind(0), unboxed.unbind(0)
-    scale_of, zero_of = list(scales.unbind(0)), None if zeros is None else list(zeros.unbind(0))
+    pivot = factor.diagonal().reciprocal()
+    errors, unboxed = torch.empty(PANEL, rows, **like), torch.empty(PANEL, rows, **like)
+    run = _compiled if work.device.type == "cpu" and work.dtype == torch.float32 else _plain
 
     for panel in range(0, count, PANEL):
         panel_end = min(panel + PANEL, count)
-        for strip in range(panel, panel_end, STRIP):
-            strip_end = min(strip + STRIP, panel_end)
-            for j in range(strip, strip_end):
-                group = group_list[j]
-                if not started[group]:
-                    started[group] = True
-                    block = _current(work, factor, errors, members[group], panel, strip, j, panel_end, strip_end)
-                    scale, zero = search_scales(block, importance[order[members[group]]], grid)
-                    scale_of[group].copy_(scale)
-                    if zero is not None:
-                        zero_of[group].copy_(zero)
-                free_code, error = unboxed_of[j - panel], errors_of[j - panel]
-                torch.div(work_of[j], scale_of[group], out=free_code).round_()
-                if zero_of is None:
-                    torch.clamp(free_code, grid.lowest, grid.highest, out=value)
-                else:
-                    free_code += zero_of[group]
-                    torch.clamp(free_code, grid.lowest, grid.highest, out=value).sub_(zero_of[group])
-                torch.addcmul(work_of[j], value, scale_of[group], value=-1.0, out=error).mul_(pivot[j])
-                if j + 1 < strip_end:
-                    work[j + 1 : strip_end].addr_(factor[j, j + 1 : strip_end], error, alpha=-1.0)
-            if strip_end < panel_end:
-                done = errors[strip - panel : strip_end - panel]
-                work[strip_end:panel_end].addmm_(factor[strip:strip_end, strip_end:panel_end].T, done, alpha=-1.0)
-        found = unboxed[: panel_end - panel]
+        part = slice(panel, panel_end)
+        found, lost = unboxed[: panel_end - panel], errors[: panel_end - panel]
+        j = panel
+        while j < panel_end:
+            group = group_list[j]
+            if not started[group]:
+                started[group] = True
+                block = _current(work, factor, errors, members[group], panel, j, panel_end)
+                scale, zero = search_scales(block, importance[order[members[group]]], grid)
+                scales[group] = scale
+                if zero is not None:
+                    zeros[group] = zero
+            stop = next((k for k in range(j + 1, panel_end) if not started[group_list[k]]), panel_end)
+            span = slice(j - panel, stop - panel)
+            points = None if zeros is None else zeros[group_of[part]]
+            run(work[part], found, lost, scales[group_of[part]], points, pivot[part], factor[part, part], span, grid)
+            j = stop
         boxed = found.clamp(grid.lowest, grid.highest)
         clipped += (boxed != found).sum(0)
-        codes[order[panel:panel_end]] = boxed.to(codes.dtype)
+        codes[order[part]] = boxed.to(codes.dtype)
         if panel_end < columns:
-            done = errors[: panel_end - panel]
-            work[panel_end:].addmm_(factor[panel:panel_end, panel_end:].T, done, alpha=-1.0)
+            work[panel_end:].addmm_(factor[part, panel_end:].T, lost, alpha=-1.0)
     return BoxedCodes(codes, scales, zeros, work[count:], clipped)
 
 
-def _current(
+def _compiled(
     work: Tensor,
-    factor: Tensor,
+    unboxed: Tensor,
     errors: Tensor,
-    members: Tensor,
-    panel: int,
-    strip: int,
-    j: int,
-    panel_end: int,
-    strip_end: int,
+    scales: Tensor,
+    zeros: Tensor | None,
+    pivot: Tensor,
+    factor: Tensor,
+    span: slice,
+    grid: Grid,
+) -> None:
+    from geoquant.lattice.kernel import boxed_panel
+
+    zeros = work.new_empty(0, 0) if zeros is None else zeros
+    arrays = (work, unboxed, errors, scales, zeros, pivot, factor.contiguous())
+    limits = np.float32(grid.lowest), np.float32(grid.highest)
+    boxed_panel(*(x.numpy() for x in arrays), span.start, span.stop, *limits)
+
+
+def _plain(
+    work: Tensor,
+    unboxed: Tensor,
+    errors: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    pivot: Tensor,
+    factor: Tensor,
+    span: slice,
+    grid: Grid,
+) -> None:
+    """Columns `span` of a panel, all of whose later columns are kept up to date; see `kernel.boxed_panel`."""
+    for j in range(span.start, span.stop):
+        torch.div(work[j], scales[j], out=unboxed[j]).round_()
+        if zeros is not None:
+            unboxed[j] += zeros[j]
+        value = unboxed[j].clamp(grid.lowest, grid.highest)
+        if zeros is not None:
+            value -= zeros[j]
+        torch.addcmul(work[j], value, scales[j], value=-1.0, out=errors[j]).mul_(pivot[j])
+        if j + 1 < len(work):
+            work[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1.0)
+
+
+def _current(
+    work: Tensor, factor: Tensor, errors: Tensor, members: Tensor, panel: int, j: int, panel_end: int
 ) -> Tensor:
-    """Up-to-date weights of a group's columns: those outside the strip still lack the updates that are pending."""
+    """Up-to-date weights of a group's columns: those behind the panel still lack the updates of its columns so far."""
     block = work[members]
-    # Columns behind the panel lack the whole panel so far; columns of later strips lack only this strip.
-    behind, later = members >= panel_end, (members >= strip_end) & (members < panel_end)
-    for lacking, first in ((behind, panel), (later, strip)):
-        if j > first and lacking.any():
-            pending = factor[first:j][:, members[lacking]].T @ errors[first - panel : j - panel]
-            block[lacking] -= pending
+    lacking = members >= panel_end
+    if j > panel and lacking.any():
+        block[lacking] -= factor[panel:j][:, members[lacking]].T @ errors[: j - panel]
     return block

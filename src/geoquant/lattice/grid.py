@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
@@ -75,16 +76,22 @@ def search_scales(
 
 
 def _symmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, None]:
+    # Inverse steps to try, times the largest weight; the last is the one step that clips on neither side.
+    shares = [sign * -grid.lowest / shrink for shrink in SHRINK for sign in (1.0, -1.0)] + [float(grid.highest)]
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        from geoquant.lattice.kernel import best_symmetric
+
+        scale = torch.empty(weight.shape[1])
+        arrays = (weight.contiguous(), importance[:, 0].contiguous(), torch.tensor(shares))
+        best_symmetric(*(x.numpy() for x in arrays), np.float32(grid.lowest), np.float32(grid.highest), scale.numpy())
+        return _stored(scale), None
     weighted = weight * importance
     largest = weight.abs().amax(0).clamp_min(1e-12)
     best = torch.full_like(largest, -1.0)
     scale = largest / -grid.lowest
     codes = torch.empty_like(weight)
-    inverse_steps = [sign * -grid.lowest / (shrink * largest) for shrink in SHRINK for sign in (1.0, -1.0)]
-    # The one step that clips on neither side.
-    inverse_steps.append(grid.highest / largest)
-    for step in range(len(inverse_steps) + 1):
-        torch.mul(weight, inverse_steps[step] if step < len(inverse_steps) else scale.reciprocal(), out=codes)
+    for attempt in range(len(shares) + 1):
+        torch.mul(weight, shares[attempt] / largest if attempt < len(shares) else scale.reciprocal(), out=codes)
         codes.round_().clamp_(grid.lowest, grid.highest)
         a = (weighted * codes).sum(0)
         b = (codes.square_() * importance).sum(0)

@@ -48,7 +48,8 @@ def unboxed_babai(
     column_steps: Float[Tensor, " in"],
     rows: RowMetric | None = None,
 ) -> Integer[Tensor, "out in"]:
-    """Codes z, in the smallest type that holds them, with `q_ij = row_steps_i column_steps_j z_ij`, Babai's plane by plane in `order`.
+    """Codes z with `q_ij = row_steps_i column_steps_j z_ij`, Babai's plane by plane in `order`, in the smallest type
+    that holds them.
 
     basis: `V` of `metric_factor`, in processing order. With errors `e = w - q`, component j of `e V` is
     `r_j (c_j - q_j)` with the centre `c_j = w_j + sum_{k<j} e_k V_kj / r_j`, to which q_j is rounded. GPTQ's updates
