@@ -118,10 +118,9 @@ GRIDS = {"box": {"bits": 3, "group_size": 16}, "lattice": {"rate": 4.0, "gradien
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("sequential", ["site", "block"])
-def test_a_run_that_lost_sites_ends_with_the_same_bits(grid, sequential, texts, tmp_path, monkeypatch):
+def test_a_run_that_lost_sites_ends_with_the_same_bits(grid, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
-    recipe = checked({**texts, **GRIDS[grid], "sequential": sequential})
+    recipe = checked({**texts, **GRIDS[grid]})
     report = quantize(recipe, tmp_path / "whole")
     strengths = [site["target_strength"] for site in report["sites"] if site["kind"] != "tied"]
     assert strengths[0] == 0.0  # nothing is quantized before it
@@ -140,12 +139,13 @@ def test_a_run_that_lost_sites_ends_with_the_same_bits(grid, sequential, texts, 
         assert one == other
 
 
-def test_nothing_is_spent_where_nothing_drifts(texts, tmp_path, monkeypatch):
-    """Full-precision inputs: both targets are the weights, and no second stream is run for it."""
+@pytest.mark.parametrize("sequential", ["off", "block"])
+def test_nothing_is_spent_where_no_drift_is_followed(sequential, texts, tmp_path, monkeypatch):
+    """Inputs that the stages before do not show in: both targets are the weights, and no second stream is run."""
     monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
     runs = {}
     for target in ("outputs", "weights"):
-        recipe = checked({**texts, **GRIDS["box"], "sequential": "off", "target": target})
+        recipe = checked({**texts, **GRIDS["box"], "sequential": sequential, "target": target})
         assert not recipe.follows_drift
         runs[target] = quantize(recipe, tmp_path / target)["sites"]
     assert runs["outputs"] == runs["weights"]

@@ -68,8 +68,10 @@ class Recipe(BaseModel):
 
     @property
     def follows_drift(self) -> bool:
-        """Whether the target takes account of drifted inputs: full-precision ones do not drift."""
-        return self.target == "outputs" and self.sequential != "off"
+        """Whether the target takes account of drifted inputs. Full-precision ones do not drift; and where stages do not
+        see those before them in their block, each would make up for the same drift once more.
+        """
+        return self.target == "outputs" and self.sequential == "site"
 
     @model_validator(mode="before")
     @classmethod

@@ -20,8 +20,11 @@ __all__ = [
     "heldout_prices",
     "metric_factor",
     "permuted",
+    "sample_stride",
     "triangular_inverse",
 ]
+
+SAMPLED = 96  # columns; they tell two dampings apart as well as all
 
 
 class NotPositiveDefinite(ValueError):
@@ -119,6 +122,11 @@ def heldout_prices(
     rows = torch.linalg.solve_triangular(lower, picks, upper=False, left=False)
     lengths = lower.diagonal()
     return expected_error(rows, lengths[chosen].reciprocal(), heldout), lengths
+
+
+def sample_stride(columns: int) -> int:
+    """Every how many columns `heldout_prices` is asked where sums are only compared with each other."""
+    return max(4, columns // SAMPLED)
 
 
 def cholesky(matrix: Float[Tensor, "n n"], damping: float, panel: int = 128) -> Float[Tensor, "n n"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from geoquant.lattice.babai import boxed_babai
-from geoquant.lattice.basis import NotPositiveDefinite, compensation_factor, heldout_prices, permuted
+from geoquant.lattice.basis import NotPositiveDefinite, compensation_factor, heldout_prices, permuted, sample_stride
 from geoquant.lattice.grid import Grid, search_scales
 from geoquant.lattice.order import column_order
 from geoquant.methods.problem import Problem, Solution
@@ -48,8 +48,9 @@ def choose_damping(problem: Problem, kept: Int[Tensor, " k"]) -> float:
     # Single precision suffices to rank dampings; the solve itself factorises in double.
     metric, heldout = permuted(problem.hessian, order), permuted(problem.heldout, order)
 
-    # Every fourth column tells as much as all: the sum is only compared with itself.
-    return least(lambda damping: heldout_prices(metric, heldout, damping, free=len(kept), stride=4)[0].sum().item())
+    stride = sample_stride(len(metric) - len(kept))
+    free = len(kept)
+    return least(lambda damping: heldout_prices(metric, heldout, damping, free=free, stride=stride)[0].sum().item())
 
 
 def least(error: Callable[[float], float]) -> float:

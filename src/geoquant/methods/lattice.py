@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from geoquant.lattice.basis import heldout_prices, metric_factor, permuted
+from geoquant.lattice.basis import heldout_prices, metric_factor, permuted, sample_stride
 from geoquant.lattice.order import column_order
 from geoquant.lattice.unboxed import ROWS, exponents, narrow, steps_of, unboxed_babai
 from geoquant.methods.babai import DEFAULT_DAMPING, least
@@ -93,10 +93,12 @@ def choose_damping(problem: Problem, order: Tensor) -> tuple[float, float]:
     # Held-out tokens may weigh more or less than the others; only the shape of their metric is news.
     scale = (metric.diagonal().sum() / heldout.diagonal().sum().clamp_min(1e-30)).item()
 
+    stride = sample_stride(len(metric))
+
     @cache
     def prices(damping: float) -> tuple[float, float]:
-        prices, lengths = heldout_prices(metric, heldout, damping, stride=4)
-        return scale * (prices / lengths[::4].square()).mean().item(), 2 * lengths.log().mean().item()
+        prices, lengths = heldout_prices(metric, heldout, damping, stride=stride)
+        return scale * (prices / lengths[::stride].square()).mean().item(), 2 * lengths.log().mean().item()
 
     damping = problem.damping
     if damping is None:
