@@ -5,8 +5,8 @@
 
 The choices: metric, sequential, target, order, damping. All levels of all of them would take days. `half` runs two
 levels of each, the default and its rival, and of their combinations the half with an even number of rivals: 16 runs
-with 3-bit codes, 8 with the lattice at 3 bits, which has one metric. Every effect is then measured by *all* runs: half of
-them have the one level, half the other, with everything else in balance. With five choices no effect of one or two
+with 3-bit codes, 8 with the lattice at 3 bits, which has one metric. Every effect is then measured by *all* runs: half
+of them have the one level, half the other, with everything else in balance. With five choices no effect of one or two
 choices is mixed up with another; with four, pairs share an effect with the other pair, and both are named.
 
 Nothing is run twice, so the error of an effect is Lenth's: 1.5 times the median of the absolute effects that are not
