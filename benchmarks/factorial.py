@@ -1,17 +1,17 @@
-"""What is each choice worth, alone and together? Half fractions of two-level factorial designs, and single changes.
+"""What is each choice worth, alone and together? Two-level factorial designs, and single changes.
 
-    python benchmarks/factorial.py MODEL --calibration VALID.txt --test TEST.txt --rows ROWS.jsonl --design half
+    python benchmarks/factorial.py MODEL --calibration VALID.txt --test TEST.txt --rows ROWS.jsonl --design factorial
     python benchmarks/factorial.py MODEL --calibration VALID.txt --test TEST.txt --rows ROWS.jsonl --design single
 
-The choices: metric, sequential, target, order, damping. All levels of all of them would take days. `half` runs two
-levels of each, the default and its rival, and of their combinations the half with an even number of rivals: 16 runs
-with 3-bit codes, 8 with the lattice at 3 bits, which has one metric. Every effect is then measured by *all* runs: half
-of them have the one level, half the other, with everything else in balance. With five choices no effect of one or two
-choices is mixed up with another; with four, pairs share an effect with the other pair, and both are named.
+`factorial` runs two levels of each of target, metric, order and damping: the default and its rival. With 3-bit codes
+these are the combinations with an even number of rivals, 8 of 16; on the lattice at 3 bits, which has one metric, all
+8. Every effect is then measured by *all* runs: half of them have the one level, half the other, with everything else in
+balance. In the half, pairs of choices share an effect with the other pair, and both are named. The kind of runtime
+inputs, `sequential`, is not part of it: its rivals leave nothing to a target (see `Recipe.follows_drift`).
 
 Nothing is run twice, so the error of an effect is Lenth's: 1.5 times the median of the absolute effects that are not
 themselves large, on a third of as many degrees of freedom (Technometrics 31, 1989). `single` changes one choice at a
-time, to every other level, on as many calibration sets as asked for.
+time, to every other level, on as many calibration sets as asked for; `sequential` beside the target `weights`.
 
 Every run is one JSON line in --rows; what is there already is not run again, so the benchmark can be stopped at any
 time. Texts: the test text, and `elsewhere`: Python's language reference, which is neither the calibration text nor
@@ -31,14 +31,14 @@ from scipy.stats import t
 
 from paired import against, changes, run_arm
 
-# Levels besides the default, the first of which is the rival in the half fraction.
+# Levels besides the default, the first of which is the rival in the factorial design.
 FACTORS = {
     "target": ("weights",),
-    "sequential": ("block", "off"),
     "metric": ("clipped", "plain"),
     "order": ("activation", "natural", "min-pivot"),
     "damping": ("0.01", "0.05"),
 }
+SEQUENTIAL = tuple(f"target=weights,sequential={kind}" for kind in ("block", "off"))
 BASES = ("bits=3", "rate=3,embeddings=false")
 
 
@@ -57,13 +57,18 @@ def arm(base: str, changed: dict[str, str]) -> str:
 def singles(base: str, factors: list[str] | None = None) -> list[str]:
     """The default and every other level of every choice, or of some of them, alone."""
     known = {name: others for name, others in levels(base).items() if factors is None or name in factors}
-    return [base, *(arm(base, {name: level}) for name, others in known.items() for level in others)]
+    found = [base, *(arm(base, {name: level}) for name, others in known.items() for level in others)]
+    if factors is None or "sequential" in factors:
+        found += [arm(base, {"target": "weights"}), *(f"{base},{change}" for change in SEQUENTIAL)]
+    return list(dict.fromkeys(found))
 
 
-def half(base: str) -> list[tuple[frozenset[str], str]]:
-    """The choices that are changed in a run, and the run; an even number of them everywhere."""
+def design(base: str) -> list[tuple[frozenset[str], str]]:
+    """The choices that are changed in a run, and the run: all combinations of three choices; of four, those where an
+    even number is changed."""
     rivals = {name: others[0] for name, others in levels(base).items()}
-    subsets = (frozenset(s) for count in range(0, len(rivals) + 1, 2) for s in combinations(rivals, count))
+    counts = range(0, len(rivals) + 1, 2 if len(rivals) > 3 else 1)
+    subsets = (frozenset(s) for count in counts for s in combinations(rivals, count))
     return [(subset, arm(base, {n: rivals[n] for n in rivals if n in subset})) for subset in subsets]
 
 
@@ -73,17 +78,18 @@ def effects(base: str, measured: dict[str, float]) -> list[tuple[str, float]]:
 
     measured: logarithms by arm. Nothing while runs are missing.
     """
-    runs = half(base)
+    runs = design(base)
     if any(name not in measured for _, name in runs):
         return []
     names, seen, found = list(levels(base)), set(), []
     for one in [frozenset(s) for size in (1, 2) for s in combinations(names, size)]:
         if one in seen:
             continue
-        twin = frozenset(names) - one  # what is left of the defining relation: the same contrast
+        # In a half, what is left of all choices is the same contrast.
+        twin = frozenset(names) - one if len(runs) < 2 ** len(names) else one
         seen |= {one, twin}
         contrast = sum(measured[name] * (-1) ** len(one - subset) for subset, name in runs)
-        both = [one, twin] if len(twin) <= 2 else [one]
+        both = [one, twin] if one != twin and len(twin) <= 2 else [one]
         label = " or ".join(" x ".join(name for name in names if name in part) for part in both)
         found.append((label, 100 * contrast * 2 / len(runs)))
     return found
@@ -98,12 +104,12 @@ def lenth(found: list[float]) -> tuple[float, float]:
     return error, t.ppf(0.975, len(sizes) / 3) * error
 
 
-def half_table(rows: list[dict], base: str) -> str:
-    """Markdown: runs and effects of one half fraction, as far as it was run."""
+def design_table(rows: list[dict], base: str) -> str:
+    """Markdown: runs and effects of one design, as far as it was run."""
     mine = [row for row in rows if row["set"] == 0]
     lines = ["| changed | bits per weight | perplexity | elsewhere |", "|---|---|---|---|"]
     by_arm = {row["arm"]: row for row in mine}
-    for subset, name in half(base):
+    for subset, name in design(base):
         if name in by_arm:
             row, what = by_arm[name], ", ".join(c for c in levels(base) if c in subset) or f"**{base}**"
             lines.append(f"| {what} | {row['bits']:.3f} | {row['perplexity']:.2f} | {row['elsewhere']:.2f} |")
@@ -155,16 +161,18 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--test", required=True)
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines, read and added to")
-    parser.add_argument("--design", choices=("half", "single"), default="half")
+    parser.add_argument("--design", choices=("factorial", "single"), default="factorial")
     parser.add_argument("--base", action="append", metavar="NAME=VALUE,...", help=f"default {' and '.join(BASES)}")
-    parser.add_argument("--factor", action="append", choices=list(FACTORS), help="single changes only; default all")
+    parser.add_argument(
+        "--factor", action="append", choices=[*FACTORS, "sequential"], help="single changes only; default all"
+    )
     parser.add_argument("--sets", type=int, default=1, help="calibration sets of the single changes")
     parser.add_argument("--gradients", metavar="FOLDER", help="where gradient passes wait for runs that need the same")
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     bases = arguments.base or list(BASES)
-    if arguments.design == "half":
-        wanted, sets = [name for base in bases for _, name in half(base)], 1
+    if arguments.design == "factorial":
+        wanted, sets = [name for base in bases for _, name in design(base)], 1
     else:
         wanted, sets = [name for base in bases for name in singles(base, arguments.factor)], arguments.sets
     check(wanted)
@@ -183,7 +191,7 @@ def main() -> None:
     if arguments.design == "single":
         print(single_table(rows, bases))
     else:
-        print("\n\n".join(half_table(rows, base) for base in bases))
+        print("\n\n".join(design_table(rows, base) for base in bases))
 
 
 if __name__ == "__main__":
