@@ -11,7 +11,8 @@ inputs, `sequential`, is not part of it: its rivals leave nothing to a target (s
 
 Nothing is run twice, so the error of an effect is Lenth's: 1.5 times the median of the absolute effects that are not
 themselves large, on a third of as many degrees of freedom (Technometrics 31, 1989). `single` changes one choice at a
-time, to every other level, on as many calibration sets as asked for; `sequential` beside the target `weights`.
+time, to every other level, on as many calibration sets as asked for; `sequential` beside the target `weights`, and once
+with output targets for every stage of a block.
 
 Every run is one JSON line in --rows; what is there already is not run again, so the benchmark can be stopped at any
 time. Texts: the test text, and `elsewhere`: Python's language reference, which is neither the calibration text nor
@@ -38,7 +39,7 @@ FACTORS = {
     "order": ("activation", "natural", "min-pivot"),
     "damping": ("0.01", "0.05"),
 }
-SEQUENTIAL = tuple(f"target=weights,sequential={kind}" for kind in ("block", "off"))
+SEQUENTIAL = (*(f"target=weights,sequential={kind}" for kind in ("block", "off")), "sequential=block,follow=true")
 BASES = ("bits=3", "rate=3,embeddings=false")
 
 
@@ -151,7 +152,8 @@ def check(arms: list[str]) -> None:
     from geoquant.recipe import checked
 
     for name in arms:
-        uniform_plan((), checked({"model": "-", **changes(name)}))
+        settings = {key: value for key, value in changes(name).items() if key != "follow"}
+        uniform_plan((), checked({"model": "-", **settings}))
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ def measure(settings: dict) -> dict:
     from geoquant.recipe import Recipe
     from geoquant.results import site_reports
 
+    if settings["recipe"].pop("follow", False):  # output targets for blocks too, which the product does not offer
+        Recipe.follows_drift = property(lambda recipe: recipe.target == "outputs" and recipe.sequential != "off")
     recipe = Recipe(**settings["recipe"])
     loaded, blocks, texts, plan, _ = pipeline.prepare(recipe)
     calibration = windows(
