@@ -37,6 +37,34 @@ def test_toml_carries_every_recipe_unchanged(recipe):
     assert Recipe(**tomllib.loads(recipe_toml(recipe))) == recipe
 
 
+@pytest.mark.parametrize(
+    ("given_", "grid"),
+    [
+        ({}, "lattice"),
+        ({"rate": 2.0}, "lattice"),
+        ({"embeddings": False, "order": "natural", "damping": 0.1, "target": "weights"}, "lattice"),
+        ({"formats": ("dense", "geoquant")}, "lattice"),
+        ({"metric": "gradient", "method": "lattice"}, "lattice"),
+        ({"grid": "lattice", "formats": ("gptq",)}, "lattice"),
+        ({"bits": 4}, "box"),
+        ({"group_size": 64}, "box"),
+        ({"symmetric": True}, "box"),
+        ({"keep": 0.01}, "box"),
+        ({"static_scales": True}, "box"),
+        ({"method": "rtn"}, "box"),
+        ({"metric": "clipped"}, "box"),
+        ({"formats": ("gguf",)}, "box"),
+        ({"grid": "box"}, "box"),
+    ],
+)
+def test_the_grid_is_the_lattice_unless_something_of_a_box_is_asked_for(given_, grid):
+    recipe = checked({"model": "m", **given_})
+    assert recipe.grid == grid
+    assert recipe.method == given_.get("method", {"lattice": "lattice", "box": "babai"}[grid])
+    formats = {"lattice": ("geoquant",), "box": ("compressed-tensors",)}[grid]
+    assert recipe.formats == given_.get("formats", formats)
+
+
 def test_a_recipe_cannot_be_changed():
     with pytest.raises(ValidationError):
         Recipe(model="m").bits = 3

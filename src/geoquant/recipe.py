@@ -19,7 +19,9 @@ __all__ = ["Recipe", "checked", "load_recipe", "located", "recipe_toml"]
 
 Format = Literal["compressed-tensors", "dense", "geoquant", "gguf", "gptq"]
 
-GRID_FORMATS = {"box": ("compressed-tensors",), "lattice": ("geoquant",)}
+# What only a box has; whoever names one of these without a grid wants the box.
+BOXED = {"bits", "group_size", "symmetric", "keep", "static_scales"}
+PACKED = {"compressed-tensors", "gguf", "gptq"}
 
 
 class Recipe(BaseModel):
@@ -29,11 +31,11 @@ class Recipe(BaseModel):
 
     model: str
     # grid
-    grid: Literal["box", "lattice"] = "box"
+    grid: Literal["box", "lattice"] = "lattice"
     rate: float = Field(default=3.25, ge=1.5, le=8.0)
     embeddings: bool = True
     foldable: bool = True
-    method: str = "babai"
+    method: str = "lattice"
     bits: int = Field(default=4, ge=2, le=8)
     group_size: int = Field(default=64, ge=1)
     symmetric: bool = True
@@ -61,7 +63,7 @@ class Recipe(BaseModel):
     canaries: str | None = None
     reference: str | None = None
     # files
-    formats: tuple[Format, ...] = ("compressed-tensors",)
+    formats: tuple[Format, ...] = ("geoquant",)
     verify: bool = True
     seed: int = Field(default=0, ge=0)
     device: str = "cpu"
@@ -76,13 +78,20 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _follow_the_grid(cls, values: dict) -> dict:
-        """A rate asks for the lattice; the lattice has a method and a format of its own."""
-        if "rate" in values and "grid" not in values:
-            values = {**values, "grid": "lattice"}
-        grid = values.get("grid", "box")
-        if grid == "lattice":
-            values = {"method": "lattice", **values}
-        return {"formats": GRID_FORMATS.get(grid, GRID_FORMATS["box"]), **values}
+        """Without a grid the lattice, unless something of a box is asked for. Either has a method and a format."""
+        grid = values.get("grid", _grid_of(values))
+        own = {"method": "babai", "formats": ("compressed-tensors",)} if grid == "box" else {}
+        return {"grid": grid, **own, **values}
+
+
+def _grid_of(values: Mapping) -> str:
+    """The grid that fits what was asked for."""
+    if "rate" in values:
+        return "lattice"
+    method, metric = values.get("method", "lattice"), values.get("metric", "gradient")
+    packed = PACKED.intersection(values.get("formats", ()))  # the packed formats of 2 to 8 bits
+    boxed = BOXED.intersection(values) or method != "lattice" or metric != "gradient" or packed
+    return "box" if boxed else "lattice"
 
 
 def located(recipe: Recipe) -> Recipe:

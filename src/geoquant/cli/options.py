@@ -74,11 +74,14 @@ class RecipeFlags:
 
     grid: Annotated[
         str | None,
-        option("box or lattice: codes of fixed width, or unbounded and entropy-coded (default box).", group=GRID),
+        option(
+            "lattice, or box where something of a box is given: unbounded codes, or of fixed width (default lattice).",
+            group=GRID,
+        ),
     ] = None
     rate: Annotated[
         float | None,
-        option("Bits per weight of the lattice, all-in, 1.5 to 8 (default 3.25); asks for --grid lattice.", group=GRID),
+        option("Bits per weight of the lattice, all-in, 1.5 to 8 (default 3.25).", group=GRID),
     ] = None
     embeddings: Annotated[
         bool | None,
@@ -94,7 +97,9 @@ class RecipeFlags:
             negative="--no-foldable",
         ),
     ] = None
-    bits: Annotated[int | None, option("Bits per code, 2 to 8 (default 4).", group=GRID), WHOLE] = None
+    bits: Annotated[
+        int | None, option("Bits per code of the box, 2 to 8 (default 4); asks for --grid box.", group=GRID), WHOLE
+    ] = None
     group_size: Annotated[int | None, option("Input columns that share one scale (default 64).", group=GRID), WHOLE] = (
         None
     )
@@ -110,7 +115,8 @@ class RecipeFlags:
         float | None, option("Share of input columns kept at 16 bits, 0 to 0.5 (default 0.0).", group=GRID)
     ] = None
     method: Annotated[
-        str | None, option("How codes are chosen (default babai); see `geoquant list methods`.", group=SOLVER)
+        str | None,
+        option("How codes are chosen (default lattice); of a box: babai; see `geoquant list methods`.", group=SOLVER),
     ] = None
     metric: Annotated[
         str | None,
@@ -176,7 +182,7 @@ class RecipeFlags:
     formats: Annotated[
         list[str] | None,
         option(
-            "Export, repeatable, see `geoquant list formats` (default compressed-tensors); of a lattice: geoquant.",
+            "Export, repeatable, see `geoquant list formats` (default geoquant); of a box: compressed-tensors.",
             group=FILES,
             name="--format",
         ),
