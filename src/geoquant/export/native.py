@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from geoquant.export.weights import (
     ExportResult,
     chosen_dtype,
     summarize,
+    tied_heads,
     untouched,
     write_shards,
     write_side_files,
@@ -76,13 +77,6 @@ def export_native(
         settings["tied"] = tied_heads(model, sites)
         write_side_files(folder, model, tokenizer, dtype, settings)
     return summarize(out, linear)
-
-
-def tied_heads(model: nn.Module, sites: Collection[str]) -> dict[str, str]:
-    """Modules that are not stored because they share the weight of a coded one: their names and its name."""
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    pairs = ((one.removesuffix(".weight"), other.removesuffix(".weight")) for one, other in ties.items())
-    return {one: other for one, other in pairs if other in sites}
 
 
 def count(order: list[Stage], stages: Mapping[str, LatticeSolution]) -> Tables:
