@@ -24,11 +24,9 @@ from geoquant.recipe import checked
 from geoquant.results import StageFiles
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def run(request, tmp_path_factory):
-    """A finished run with its export; one weight is far out. Read only."""
-    place = tmp_path_factory.mktemp("int4")
-    model = tiny_llama(tie_word_embeddings=request.param)
+def quantized(place, tied):
+    """A finished run; one weight is far out."""
+    model = tiny_llama(tie_word_embeddings=tied)
     weight = model.model.layers[0].mlp.down_proj.weight
     with torch.no_grad():
         weight[1, 2] = 1000 * weight.abs().max()
@@ -38,8 +36,22 @@ def run(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
         quantize(checked({"model": str(place / "model"), "rate": 4.0, "verify": False, **sizes}), place / "run")
-    assert cli.run(["export", str(place / "run"), "--to", "int4", "--json"]) == 0
-    return place / "run", request.param
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with its export, reloaded in a fresh process. Read only."""
+    folder = quantized(tmp_path_factory.mktemp("int4"), tied=True)
+    assert cli.run(["export", str(folder), "--to", "int4", "--json"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    folder = quantized(tmp_path_factory.mktemp("int4"), tied=False)
+    export(folder, "int4", verify=False)
+    return folder
 
 
 def in_memory(folder):
@@ -64,8 +76,9 @@ def solved(run, model):
     return found
 
 
-def test_both_ways_give_the_weights_of_the_run(run):
-    folder, tied = run
+@pytest.mark.parametrize("tied", [True, False])
+def test_both_ways_give_the_weights_of_the_run(tied, request):
+    folder = request.getfixturevalue("run" if tied else "untied")
     truth = solved(folder, load(str(folder.parent / "model")).model)
     stored, made = AutoModelForCausalLM.from_pretrained(folder / "int4").eval(), in_memory(folder / "coded")
     coded = AutoModelForCausalLM.from_pretrained(folder / "coded").eval()
@@ -88,11 +101,10 @@ def test_both_ways_give_the_weights_of_the_run(run):
 
 
 def test_the_report_tells_of_it(run):
-    folder, _ = run
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((run / "report.json").read_text())
     entry = next(entry for entry in report["exports"] if entry["format"] == "int4")
     assert entry["verified"]["ok"]
-    found = footprint(AutoModelForCausalLM.from_pretrained(folder / "int4"))
+    found = footprint(AutoModelForCausalLM.from_pretrained(run / "int4"))
     assert found["weights"] == sum(site["shape"][0] * site["shape"][1] for site in report["sites"])
     assert found["beyond"] == entry["overflow_codes"] >= 1
     assert found["bytes"] == entry["linear_bytes"]
@@ -101,19 +113,17 @@ def test_the_report_tells_of_it(run):
 
 
 def test_geoquant_reads_its_own_file(run):
-    folder, _ = run
-    loaded = load(str(folder / "int4"), quantized=True)
+    loaded = load(str(run / "int4"), quantized=True)
     assert isinstance(loaded.model.model.layers[0].mlp.up_proj, PackedLinear)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casts_leave_codes_and_steps_alone(run, dtype):
-    folder, _ = run
-    full = AutoModelForCausalLM.from_pretrained(folder / "int4")
-    for model in (AutoModelForCausalLM.from_pretrained(folder / "int4", dtype=dtype), copy.deepcopy(full).to(dtype)):
+    full = AutoModelForCausalLM.from_pretrained(run / "int4")
+    for model in (AutoModelForCausalLM.from_pretrained(run / "int4", dtype=dtype), copy.deepcopy(full).to(dtype)):
         for name in ("model.embed_tokens", "model.layers.1.mlp.down_proj"):
             assert torch.equal(model.get_submodule(name).dequantize(), full.get_submodule(name).dequantize())
-    model = AutoModelForCausalLM.from_pretrained(folder / "int4", dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(run / "int4", dtype=dtype)
     with torch.no_grad():
         logits = model(torch.arange(12)[None]).logits
     assert logits.dtype == dtype
@@ -136,14 +146,14 @@ def damaged(folder, place, *, tensor=None, entry=None):
 
 @pytest.mark.parametrize("tensor", ["dense", "pointers", "places", "excess", "row_steps", "column_steps"])
 def test_a_flipped_bit_is_named(run, tmp_path, tensor):
-    place = damaged(run[0], tmp_path / "broken", tensor=tensor)
+    place = damaged(run, tmp_path / "broken", tensor=tensor)
     with pytest.raises(UserError, match=r"layer model\.\S+ of \S+broken is damaged: the checksum does not match; copy"):
         AutoModelForCausalLM.from_pretrained(place)
 
 
 @pytest.mark.parametrize("entry", [{"width": 5}, {"excess": "float"}, {"shape": 3}, {"beyond": -1}, {"beyond": "x"}])
 def test_a_damaged_entry_is_named(run, tmp_path, entry, capsys):
-    place = damaged(run[0], tmp_path / "broken", entry=entry)
+    place = damaged(run, tmp_path / "broken", entry=entry)
     assert cli.run(["eval", str(place), "--windows", "1", "--window", "32"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "broken is damaged: its entry in config.json says" in error
@@ -151,18 +161,16 @@ def test_a_damaged_entry_is_named(run, tmp_path, entry, capsys):
 
 
 def test_an_unknown_runtime_is_one_line(run):
-    config = AutoConfig.from_pretrained(run[0] / "coded")
+    config = AutoConfig.from_pretrained(run / "coded")
     config.quantization_config["runtime"] = "int3"
     with pytest.raises(UserError, match="unknown runtime 'int3'; wanted one of int4, int8; did you mean 'int"):
-        AutoModelForCausalLM.from_pretrained(run[0] / "coded", config=config)
+        AutoModelForCausalLM.from_pretrained(run / "coded", config=config)
 
 
 def test_a_bias_is_added():
-    codes = torch.tensor([[1, -9], [3, 100]])
+    codes, zeros = torch.tensor([[1, -9], [3, 100]]), torch.zeros(2, dtype=torch.int16)
     bias = torch.nn.Parameter(torch.tensor([0.5, -0.5]))
-    layer = PackedLinear(
-        pack(codes, torch.zeros(2, dtype=torch.int16), torch.zeros(2, dtype=torch.int16)), bias.dtype, bias
-    )
+    layer = PackedLinear(pack(codes, zeros, zeros, width=4), bias.dtype, bias)
     assert layer(torch.tensor([[1.0, 2.0]])).tolist() == [[-16.5, 202.5]]
     assert "2 -> 2, 4 bits, 50.00% beyond" in repr(layer)
 
@@ -175,9 +183,8 @@ def test_a_box_does_not_go_into_it(tmp_path, tiny_model_dir):
 
 def test_a_run_can_write_it_itself_and_go_on(run, tmp_path):
     """Exporting again gives the same bytes."""
-    folder, _ = run
-    shutil.copytree(folder, tmp_path / "run")
+    shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "int4")
     export(tmp_path / "run", "int4", verify=False)
     name = "int4/model.safetensors"
-    assert (tmp_path / "run" / name).read_bytes() == (folder / name).read_bytes()
+    assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Integer, UInt8
+from jaxtyping import Float, Int, Int8, Integer, UInt8
 from torch import Tensor, nn
 
 from geoquant.lattice.unboxed import narrow, steps_of
@@ -84,20 +84,31 @@ class Packed:
 
     def codes(self, rows: slice | Int[Tensor, " k"]) -> Int[Tensor, "k in"]:
         """Some rows of Z, int32."""
-        found = spread(self.dense[rows], self.columns) if self.width == 4 else self.dense[rows].to(torch.int32)
-        begin = self.pointers[:-1][rows].to(torch.int64)
-        count = self.pointers[1:][rows].to(torch.int64) - begin
-        if count.any():
-            place = torch.repeat_interleave(count)
-            entry = torch.arange(len(place), device=place.device) + (begin + count - count.cumsum(0))[place]
-            columns = self.places[entry].to(torch.int64)
-            found[place, columns] += self.excess[entry].to(torch.int32)
+        found = self.kept(rows).to(torch.int32)
+        place, columns, excess = self.beyond(rows)
+        found[place, columns] += excess
         return found
 
     def rows(self, rows: slice | Int[Tensor, " k"]) -> Float[Tensor, "k in"]:
         """Some rows of W, float32: bit for bit those of the run."""
+        kept = self.kept(rows)
+        found = kept.float()
+        place, columns, excess = self.beyond(rows)
+        found[place, columns] = (kept[place, columns] + excess).float()  # whole numbers first: float32 has 24 bits
         a, b = values(self.row_steps[rows]), values(self.column_steps)
-        return self.codes(rows).float().mul_(a[:, None]).mul_(b)
+        return found.mul_(a[:, None]).mul_(b)
+
+    def kept(self, rows: slice | Int[Tensor, " k"]) -> Integer[Tensor, "k in"]:
+        """Some rows of the dense part."""
+        return spread(self.dense[rows], self.columns) if self.width == 4 else self.dense[rows]
+
+    def beyond(self, rows: slice | Int[Tensor, " k"]) -> tuple[Tensor, Tensor, Int[Tensor, " n"]]:
+        """Of the sparse list's entries in some rows: which of these rows, column, excess (int32)."""
+        begin = self.pointers[:-1][rows].to(torch.int64)
+        count = self.pointers[1:][rows].to(torch.int64) - begin
+        place = torch.repeat_interleave(count)
+        entry = torch.arange(len(place), device=place.device) + (begin + count - count.cumsum(0))[place]
+        return place, self.places[entry].to(torch.int64), self.excess[entry].to(torch.int32)
 
     def multiply(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """`x W^T` in the type of x: compiled on a CPU; in torch operations elsewhere, for wide codes, without numba."""
@@ -229,9 +240,9 @@ def nibbles(codes: Int[Tensor, "out in"]) -> UInt8[Tensor, "out bytes"]:
     return low | nn.functional.pad(high, (0, low.shape[1] - high.shape[1]), value=8) << 4
 
 
-def spread(packed: UInt8[Tensor, "k bytes"], columns: int) -> Int[Tensor, "k in"]:
-    """The codes back, int32."""
-    return torch.cat([packed & 15, packed >> 4], dim=1)[:, :columns].to(torch.int32) - 8
+def spread(packed: UInt8[Tensor, "k bytes"], columns: int) -> Int8[Tensor, "k in"]:
+    """The codes back."""
+    return torch.cat([packed & 15, packed >> 4], dim=1)[:, :columns].view(torch.int8) - 8
 
 
 def bits_of(exponents: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
