@@ -191,11 +191,19 @@ def decode(run: Path, new: int) -> Iterator[str]:
     source = json.loads((run / "manifest.json").read_text())["recipe"]["model"]
     tokenizer = AutoTokenizer.from_pretrained(run / "coded")
     prompt = tokenizer("The lattice of integer points in the plane", return_tensors="pt").input_ids
-    models = {
-        "bf16": AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval(),
-        "int8 codes": read(run, "int8"),
-        "int4, compiled": read(run, "int4"),
+    folder, models, loading = run / "int4", {}, {}
+    readers = {
+        "bf16": lambda: AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval(),
+        "int8 codes": lambda: read(run, "int8"),
+        "int4, compiled": lambda: read(run, "int4"),
+        "int4, its own file": lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(),
     }
+    readers = {name: reader for name, reader in readers.items() if folder.exists() or "file" not in name}
+    for _ in range(2):  # the first time compiles
+        for name, reader in readers.items():
+            started = time.perf_counter()
+            models[name] = reader()
+            loading[name] = time.perf_counter() - started
     written: dict[str, Tensor] = {}
 
     def write(name: str) -> None:
@@ -204,10 +212,10 @@ def decode(run: Path, new: int) -> Iterator[str]:
 
     seconds = fastest([(lambda name=name: write(name), new) for name in models])
     yield f"{torch.get_num_threads()} thread(s), {prompt.shape[1]} tokens of prompt, {new} new ones, {run.name}"
-    yield "| form | tokens a second | to bf16 |"
-    yield "|---|---|---|"
+    yield "| form | tokens a second | to bf16 | seconds to load |"
+    yield "|---|---|---|---|"
     for name, spent in zip(models, seconds):
-        yield f"| {name} | {1 / spent:.1f} | {seconds[0] / spent:.2f}x |"
+        yield f"| {name} | {1 / spent:.1f} | {seconds[0] / spent:.2f}x | {loading[name]:.1f} |"
     same = torch.equal(written["int8 codes"], written["int4, compiled"])
     yield f"int8 and int4 wrote {'the same' if same else 'different'} text"
 

@@ -47,7 +47,9 @@ def test_nothing_is_lost(matrix, width):
     assert torch.equal(form.rows(slice(None)), truth)
     if form.compilable:
         for first in (0, len(codes) // 2):
-            assert torch.equal(form.unpacked(packed.compiled(), first, len(codes)), truth[first:])
+            for dtype in (torch.float32, torch.bfloat16):
+                found = form.unpacked(packed.compiled(), first, len(codes), dtype)
+                assert torch.equal(found, truth[first:].to(dtype))
     index = torch.tensor([len(codes) - 1, 0, len(codes) - 1])
     assert torch.equal(form.rows(index), truth[index])
 
@@ -101,7 +103,7 @@ def test_any_shape_and_type_of_input(shape, dtype):
 def test_blocks_and_threads_change_nothing(monkeypatch):
     """A matrix in many parts: packed in parts, unpacked in parts, multiplied by three threads."""
     matrix = example()
-    whole, x = pack(*matrix), torch.randn(12, 33)
+    whole, x = pack(*matrix), torch.randn(12, 33, generator=torch.Generator().manual_seed(1))
     few, many, plain = whole.multiply(x[:3]), whole.multiply(x), whole.rows(slice(None))
     monkeypatch.setattr(packed, "BLOCK", 64)
     monkeypatch.setattr(packed, "SHARE", 100)
@@ -110,7 +112,7 @@ def test_blocks_and_threads_change_nothing(monkeypatch):
     for name, tensor in whole.tensors.items():
         assert torch.equal(parts.tensors[name], tensor)
     assert torch.equal(parts.multiply(x[:3]), few)
-    torch.testing.assert_close(parts.multiply(x), many)
+    torch.testing.assert_close(parts.multiply(x), many, rtol=1e-5, atol=1e-4)
     assert torch.equal(parts.rows(slice(None)), plain)
 
 

@@ -31,15 +31,20 @@ def floats(bits):  # pragma: no cover (compiled)
 
 @numba.njit(cache=True, nogil=True)
 def weights(
-    dense, nibbles, pointers, places, excess, row_steps, column_steps, least, most, first, last, out
+    dense, nibbles, pointers, places, excess, row_steps, column_steps, least, most, first, last, out, rounded
 ):  # pragma: no cover (compiled)
-    """Write rows of `(code * a_i) * b_j` to `out` (last - first, in), float32: equal to torch's to the last bit."""
-    columns = out.shape[1]
+    """Write rows of `(code * a_i) * b_j` to `out` (last - first, in), float32: equal to torch's to the last bit.
+
+    Where `rounded` (last - first, in) int16 has rows, out needs none: it gets the bits of the nearest bfloat16 numbers.
+    """
+    columns = len(column_steps)
     half = (columns + 1) // 2
     a, b = floats(row_steps), floats(column_steps)
-    right = b[half:]
+    right, line = b[half:], np.empty(columns, np.float32)
+    bits = line.view(np.int32)
     for i in range(first, last):
-        step, packed, row = a[i], dense[i], out[i - first]
+        step, packed = a[i], dense[i]
+        row = line if len(rounded) else out[i - first]
         if nibbles:
             behind = row[half:]
             for j in range(half):
@@ -52,6 +57,12 @@ def weights(
         for entry in range(pointers[i], pointers[i + 1]):
             beyond, j = np.int64(excess[entry]), places[entry]
             row[j] = np.float32(beyond + (most if beyond > 0 else least)) * step * b[j]
+        if len(rounded):
+            narrow = rounded[i - first]
+            for j in range(columns):  # ties to even
+                odd = np.int32(np.int32(bits[j] >> np.int32(16)) & np.int32(1))
+                near = np.int32(np.int32(bits[j] + np.int32(0x7FFF)) + odd)
+                narrow[j] = np.int16(np.int32(near >> np.int32(16)))
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})

@@ -117,7 +117,7 @@ class Packed:
         if kernel is None:
             y = self.in_blocks(flat, lambda first, last: self.rows(slice(first, last)))
         elif len(flat) > FEW or (torch.is_grad_enabled() and x.requires_grad):
-            y = self.in_blocks(flat, lambda first, last: self.unpacked(kernel, first, last))
+            y = self.in_blocks(flat, lambda first, last: self.unpacked(kernel, first, last, x.dtype))
         else:
             y = self.directly(kernel, flat)
         return y.view(*x.shape[:-1], len(self.dense))
@@ -130,11 +130,14 @@ class Packed:
         ]
         return torch.cat(parts, dim=1)
 
-    def unpacked(self, kernel: ModuleType, first: int, last: int) -> Float[Tensor, "k in"]:
-        """The same as `rows`, compiled."""
-        found = torch.empty(last - first, self.columns)
-        kernel.weights(*self.arrays, *limits(self.width), first, last, found.numpy())
-        return found
+    def unpacked(self, kernel: ModuleType, first: int, last: int, dtype: torch.dtype) -> Float[Tensor, "k in"]:
+        """The same as `rows`, compiled; in bfloat16 right away where that is wanted, else in float32."""
+        half = dtype == torch.bfloat16
+        found = torch.empty(last - first, self.columns, dtype=torch.int16 if half else torch.float32)
+        none = np.empty((0, self.columns), np.float32 if half else np.int16)
+        outputs = (none, found.numpy()) if half else (found.numpy(), none)
+        kernel.weights(*self.arrays, *limits(self.width), first, last, *outputs)
+        return found.view(torch.bfloat16) if half else found
 
     def directly(self, kernel: ModuleType, x: Float[Tensor, "t in"]) -> Float[Tensor, "t out"]:
         """A few tokens; large matrices by several threads."""
