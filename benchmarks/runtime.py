@@ -29,7 +29,7 @@ from geoquant.export.packed import Packed, pack
 from geoquant.export.reader import Coded, CodedLinear
 
 CACHE = 256 << 20
-ROUNDS = 5
+ROUNDS = 15
 TOKENS = (1, 8, 128)
 LAYERS = ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
 

@@ -26,7 +26,7 @@ __all__ = ["WIDTHS", "Packed", "pack", "place_type"]
 
 WIDTHS = {4: torch.uint8, 8: torch.int8, 16: torch.int16, 32: torch.int32}
 FEW = 8  # tokens that are multiplied without unpacking
-BLOCK = 1 << 18  # weights that are unpacked at a time: a megabyte of float32
+BLOCK = 1 << 19  # weights that are unpacked at a time: a megabyte of bfloat16
 SHARE = 1 << 20  # weights that are worth a thread
 
 
@@ -218,7 +218,7 @@ def needed(codes: Integer[Tensor, "out in"], width: int) -> int:
 
 def parts(codes: Integer[Tensor, "out in"]) -> Iterator[Int[Tensor, "k in"]]:
     """Rows as int32, some at a time: an embedding has many."""
-    return (codes[first:last].to(torch.int32) for first, last in ranges(len(codes), 16 * BLOCK, codes.shape[1]))
+    return (codes[first:last].to(torch.int32) for first, last in ranges(len(codes), 8 * BLOCK, codes.shape[1]))
 
 
 def ranges(rows: int, weights: int, columns: int) -> list[tuple[int, int]]:
