@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_an_unknown_runtime_is_one_line(run):
     config.quantization_config["runtime"] = "int3"
     with pytest.raises(UserError, match="unknown runtime 'int3'; wanted one of int4, int8; did you mean 'int"):
         AutoModelForCausalLM.from_pretrained(run / "coded", config=config)
+
+
+def test_only_the_entropy_coded_file_needs_a_decoder(run, monkeypatch):
+    for name in ("geoquant.export.native", "geoquant.export.coder", "geoquant.export.decoder"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    AutoModelForCausalLM.from_pretrained(run / "int4")
+    with pytest.raises(UserError, match=r"decoding \S+coded needs the package 'constriction'; run: pip install"):
+        AutoModelForCausalLM.from_pretrained(run / "coded")
 
 
 def test_a_bias_is_added():

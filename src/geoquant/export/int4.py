@@ -30,9 +30,10 @@ from geoquant.methods.problem import LatticeSolution
 from geoquant.model.walk import Block
 from geoquant.runs import atomic_directory
 
-__all__ = ["INT4_VERSION", "PackedEmbedding", "PackedLinear", "PackedMatrix", "export_int4", "footprint"]
+__all__ = ["INT4_VERSION", "METHOD", "PackedEmbedding", "PackedLinear", "PackedMatrix", "export_int4", "footprint"]
 
-INT4_VERSION = 3  # of the format geoquant, whose versions 1 and 2 hold entropy-coded matrices
+METHOD = "geoquant"  # what config.json calls the quantization
+INT4_VERSION = 3  # versions 1 and 2 hold entropy-coded matrices
 
 
 class PackedMatrix(nn.Module):
@@ -148,7 +149,7 @@ def export_int4(
 
     with atomic_directory(out) as folder:
         write_shards(folder, tensors(), max_shard_bytes)
-        settings = {"quant_method": "geoquant", "version": INT4_VERSION, "sites": sites}
+        settings = {"quant_method": METHOD, "version": INT4_VERSION, "sites": sites}
         settings["tied"] = tied_heads(model, sites)
         write_side_files(folder, model, tokenizer, dtype, settings)
     return summarize(out, linear), sum(entry["beyond"] for entry in sites.values())

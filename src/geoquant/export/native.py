@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from geoquant.export.coder import Coded, Tables, decode, encode, make_tables
 from geoquant.export.decoder import Lookup
+from geoquant.export.int4 import METHOD
 from geoquant.export.weights import (
     MAX_SHARD_BYTES,
     ExportResult,
@@ -32,9 +33,8 @@ from geoquant.methods.problem import LatticeSolution
 from geoquant.model.walk import Block, Stage
 from geoquant.runs import atomic_directory
 
-__all__ = ["METHOD", "VERSION", "decode_site", "export_native", "read_tables"]
+__all__ = ["VERSION", "decode_site", "export_native", "read_tables"]
 
-METHOD = "geoquant"
 VERSION = 2  # 1: no embeddings
 STREAM_WEIGHTS = 1 << 20  # a stream holds whole rows, about this many codes
 TABLES, REACHES = "geoquant.tables", "geoquant.reaches"

@@ -17,8 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from geoquant.errors import UserError, unknown_name
-from geoquant.export.int4 import INT4_VERSION, PackedMatrix, blank, check_matrix, packed_module
-from geoquant.export.native import METHOD, VERSION, decode_site, read_tables
+from geoquant.export.int4 import INT4_VERSION, METHOD, PackedMatrix, blank, check_matrix, packed_module
 from geoquant.export.packed import pack
 from geoquant.lattice.rate import CLASSES
 from geoquant.lattice.unboxed import steps_of
@@ -169,7 +168,7 @@ class GeoQuantConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        version: int = VERSION,
+        version: int = 2,
         sites: dict | None = None,
         tables: int = 0,
         tied: dict | None = None,
@@ -228,6 +227,11 @@ class GeoQuantizer(HfQuantizer):
                 except ValueError as error:
                     raise damaged(name, model, error) from None
             return
+        try:
+            from geoquant.export.native import decode_site, read_tables  # the form int4 needs no decoder
+        except ImportError as error:
+            what = f"decoding {model.name_or_path} needs the package {error.name!r}"
+            raise UserError(what, fix=f"run: pip install {error.name}") from None
         try:
             lookup = read_tables(model.geoquant.tables.cpu(), model.geoquant.reaches.cpu()).lookup()
         except (ValueError, RuntimeError) as error:
