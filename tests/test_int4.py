@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import make_tokenizer, tiny_llama
 from geoquant import cli
+from geoquant.data.text import builtin_text
 from geoquant.errors import UserError
 from geoquant.export.int4 import PackedEmbedding, PackedLinear, PackedMatrix, footprint
 from geoquant.export.packed import pack
@@ -33,7 +34,10 @@ def quantized(place, tied):
         weight[1, 2] = 1000 * weight.abs().max()
     model.save_pretrained(place / "model")
     make_tokenizer().save_pretrained(place / "model")
-    sizes = {"windows": 8, "window": 32, "evaluation_windows": 2, "compute": "float32", "target": "weights"}
+    (place / "calibration.txt").write_text(builtin_text()[:3000])
+    (place / "evaluation.txt").write_text(builtin_text()[3000:4000])
+    texts = {"calibration": str(place / "calibration.txt"), "evaluation": str(place / "evaluation.txt")}
+    sizes = {"windows": 8, "window": 32, "evaluation_windows": 2, "compute": "float32", "target": "weights"} | texts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
         quantize(checked({"model": str(place / "model"), "rate": 4.0, "verify": False, **sizes}), place / "run")
@@ -186,7 +190,9 @@ def test_a_bias_is_added():
 
 
 def test_a_box_does_not_go_into_it(tmp_path, tiny_model_dir):
-    recipe = checked({"model": str(tiny_model_dir), "group_size": 16, "formats": ("int4",)})
+    (tmp_path / "text.txt").write_text(builtin_text()[:3000])
+    texts = dict.fromkeys(("calibration", "evaluation"), str(tmp_path / "text.txt"))
+    recipe = checked({"model": str(tiny_model_dir), "group_size": 16, "formats": ("int4",), "window": 32, **texts})
     with pytest.raises(UserError, match="format int4 holds codes of the lattice; add --grid lattice"):
         quantize(recipe, tmp_path / "run")
 
