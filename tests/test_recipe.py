@@ -110,7 +110,7 @@ def test_a_recipe_cannot_be_changed():
         ({"moments": "int"}, "unknown moments 'int'; choose one of: float32, float64"),
         (
             {"formats": ("dense", "compresed")},
-            "unknown format 'compresed'; wanted one of compressed-tensors, dense, geoquant, gguf, gptq; "
+            "unknown format 'compresed'; wanted one of compressed-tensors, dense, geoquant, gguf, gptq, int4; "
             "did you mean 'compressed-tensors'?",
         ),
     ],

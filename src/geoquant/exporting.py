@@ -36,6 +36,11 @@ def write_export(run: Path, name: str, loaded: Loaded, blocks: tuple[Block, ...]
 
         written = export_native(model, tokenizer, blocks, StageFiles(run, blocks), folder)
         return reporting.export_entry(name, run, written, None)
+    if name == "int4":
+        from geoquant.export.int4 import export_int4
+
+        written, beyond = export_int4(model, tokenizer, blocks, StageFiles(run, blocks), folder)
+        return reporting.export_entry(name, run, written, None) | {"overflow_codes": beyond}
     files, replaced, extra = SiteFiles(run, repeated(blocks)), {}, {}
     if isinstance(files[next(iter(files))], LatticeSolution):
         probe = torch.arange(8)[None] % vocabulary_rows(model)

@@ -17,7 +17,7 @@ from geoquant.errors import UserError, unknown_name
 
 __all__ = ["Recipe", "checked", "load_recipe", "located", "recipe_toml"]
 
-Format = Literal["compressed-tensors", "dense", "geoquant", "gguf", "gptq"]
+Format = Literal["compressed-tensors", "dense", "geoquant", "gguf", "gptq", "int4"]
 
 # What only a box has; whoever names one of these without a grid wants the box.
 BOXED = {"bits", "group_size", "symmetric", "keep", "static_scales"}

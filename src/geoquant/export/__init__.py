@@ -55,6 +55,11 @@ FORMATS: dict[str, Format] = {
         readers="transformers, after `import geoquant`",
         folder="coded",
     ),
+    "int4": Format(
+        summary="codes of the lattice, two a byte, and a sparse list of larger ones: runs as it is stored",
+        readers="transformers, after `import geoquant`",
+        folder="int4",
+    ),
     "gguf": Format(
         summary="one file with the codes in 4-, 5- or 8-bit blocks and the tokenizer; Llama and Qwen2 models",
         readers="llama.cpp and what is built on it; transformers unpacks it",
@@ -66,6 +71,8 @@ FORMATS: dict[str, Format] = {
         folder="dense",
     ),
 }
+
+OWN = ("geoquant", "int4")  # read by geoquant itself
 
 
 def check(
@@ -91,9 +98,9 @@ def check(
     if format == "dense":
         return ()
     boxed = [name for name, grid in grids.items() if grid is not None]
-    if format == "geoquant":
+    if format in OWN:
         if boxed:
-            raise UserError("format geoquant holds codes of the lattice", fix="add --grid lattice")
+            raise UserError(f"format {format} holds codes of the lattice", fix="add --grid lattice")
         for name in grids:
             if type(model.get_submodule(name)).__name__ == "Conv1D":
                 raise UserError(f"{name} is no nn.Linear (Conv1D), which readers need", fix="use --format dense")
@@ -137,7 +144,7 @@ def unread(format: str, what: object = "it") -> str | None:
 def snippet(folder: str, adapter: str | None = None, *, format: str = "compressed-tensors") -> str:
     """Python that loads an export with stock readers (tests run it)."""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    if format == "geoquant":
+    if format in OWN:
         lines = ["import geoquant  # lets transformers read the format", *lines]
     if needs := FORMATS[format].needs:
         lines = [f"# pip install {' '.join(needs)}", *lines]

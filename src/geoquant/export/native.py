@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from geoquant.export.coder import Coded, Tables, decode, encode, make_tables
 from geoquant.export.decoder import Lookup
+from geoquant.export.int4 import METHOD
 from geoquant.export.weights import (
     MAX_SHARD_BYTES,
     ExportResult,
     chosen_dtype,
     summarize,
+    tied_heads,
     untouched,
     write_shards,
     write_side_files,
@@ -31,9 +33,8 @@ from geoquant.methods.problem import LatticeSolution
 from geoquant.model.walk import Block, Stage
 from geoquant.runs import atomic_directory
 
-__all__ = ["METHOD", "VERSION", "decode_site", "export_native", "read_tables"]
+__all__ = ["VERSION", "decode_site", "export_native", "read_tables"]
 
-METHOD = "geoquant"
 VERSION = 2  # 1: no embeddings
 STREAM_WEIGHTS = 1 << 20  # a stream holds whole rows, about this many codes
 TABLES, REACHES = "geoquant.tables", "geoquant.reaches"
@@ -76,13 +77,6 @@ def export_native(
         settings["tied"] = tied_heads(model, sites)
         write_side_files(folder, model, tokenizer, dtype, settings)
     return summarize(out, linear)
-
-
-def tied_heads(model: nn.Module, sites: Collection[str]) -> dict[str, str]:
-    """Modules that are not stored because they share the weight of a coded one: their names and its name."""
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    pairs = ((one.removesuffix(".weight"), other.removesuffix(".weight")) for one, other in ties.items())
-    return {one: other for one, other in pairs if other in sites}
 
 
 def count(order: list[Stage], stages: Mapping[str, LatticeSolution]) -> Tables:

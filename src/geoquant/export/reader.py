@@ -1,7 +1,8 @@
-"""Lets `AutoModelForCausalLM.from_pretrained` read the format `geoquant`, weights in memory as int8 codes.
+"""Lets `AutoModelForCausalLM.from_pretrained` read the formats `geoquant` and `int4`.
 
-Embeddings and heads may be coded too; a tied head multiplies with the embedding's codes. Registered with transformers
-when geoquant has been imported (see geoquant.__init__).
+Entropy-coded matrices are int8 codes in memory, or the small form of `packed` where `quantization_config` has `runtime`
+"int4"; the format `int4` holds that form already. Embeddings and heads may be coded too; a tied head multiplies with
+the embedding's matrix. Registered with transformers when geoquant has been imported (see geoquant.__init__).
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from geoquant.export.native import METHOD, VERSION, decode_site, read_tables
+from geoquant.errors import UserError, unknown_name
+from geoquant.export.int4 import INT4_VERSION, METHOD, PackedMatrix, blank, check_matrix, packed_module
+from geoquant.export.packed import pack
 from geoquant.lattice.rate import CLASSES
 from geoquant.lattice.unboxed import steps_of
 
 __all__ = ["CodedEmbedding", "CodedLinear", "GeoQuantConfig", "GeoQuantizer"]
+
+RUNTIMES = ("int8", "int4")
 
 
 class Coded(nn.Module):
@@ -139,7 +144,7 @@ class CodedEmbedding(Coded):
 class TiedHead(nn.Module):
     """A head that multiplies with the embedding's matrix and owns nothing but its bias."""
 
-    def __init__(self, embedding: CodedEmbedding, linear: nn.Linear):
+    def __init__(self, embedding: CodedEmbedding | PackedMatrix, linear: nn.Linear):
         super().__init__()
         self.tied = (embedding,)  # in a tuple: not a submodule, whose buffers would count twice
         self.out_features, self.in_features = linear.out_features, linear.in_features
@@ -156,49 +161,77 @@ class TiedHead(nn.Module):
 
 @register_quantization_config(METHOD)
 class GeoQuantConfig(QuantizationConfigMixin):
-    """`quantization_config` of a checkpoint in the format `geoquant`."""
+    """`quantization_config` of a checkpoint in the format `geoquant` or `int4`.
+
+    runtime: what entropy-coded matrices are in memory, int8 or int4. It is no part of the file: readers set it.
+    """
 
     def __init__(
         self,
-        version: int = VERSION,
+        version: int = 2,
         sites: dict | None = None,
         tables: int = 0,
         tied: dict | None = None,
+        runtime: str = "int8",
         **kwargs: object,
     ):
         self.quant_method = METHOD
         self.version, self.sites, self.tables, self.tied = version, sites or {}, tables, tied or {}
+        self.runtime = runtime
 
 
 @register_quantizer(METHOD)
 class GeoQuantizer(HfQuantizer):
-    """Puts `CodedLinear` in place of coded sites before loading, and decodes them after it."""
+    """Puts modules that hold codes in place of coded sites before loading, and makes them ready after it."""
 
     requires_calibration = True
 
     def validate_environment(self, *args: object, **kwargs: object) -> None:
-        """Refuse files of a later version."""
-        if self.quantization_config.version > VERSION:
+        """Refuse files of a later version, and runtime forms that nobody knows."""
+        if self.quantization_config.version > INT4_VERSION:
             raise ValueError(
                 f"this checkpoint has version {self.quantization_config.version} of the format geoquant, "
-                f"this geoquant reads up to {VERSION}: upgrade it"
+                f"this geoquant reads up to {INT4_VERSION}: upgrade it"
             )
+        if self.quantization_config.runtime not in RUNTIMES:
+            raise unknown_name("runtime", str(self.quantization_config.runtime), RUNTIMES)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
         for name, entry in self.quantization_config.sites.items():
             module = model.get_submodule(name)
+            if self.quantization_config.version == INT4_VERSION:
+                try:
+                    replace(model, name, packed_module(module, blank(entry), module.weight.dtype))
+                except ValueError as error:
+                    raise damaged(name, model, error) from None
+                continue
             kind = CodedEmbedding if isinstance(module, nn.Embedding) else CodedLinear
             replace(model, name, kind(name, entry, module))
         for name, source in self.quantization_config.tied.items():
             replace(model, name, TiedHead(model.get_submodule(source), model.get_submodule(name)))
             # Nothing is left that transformers could tie, now or when asked to do it again.
             model.all_tied_weights_keys, model._tied_weights_keys = {}, None
-        holder = nn.Module()
-        holder.register_buffer("tables", torch.empty(self.quantization_config.tables, dtype=torch.uint16))
-        holder.register_buffer("reaches", torch.empty(CLASSES, dtype=torch.int16))
-        model.geoquant = holder
+        if self.quantization_config.tables:
+            holder = nn.Module()
+            holder.register_buffer("tables", torch.empty(self.quantization_config.tables, dtype=torch.uint16))
+            holder.register_buffer("reaches", torch.empty(CLASSES, dtype=torch.int16))
+            model.geoquant = holder
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
+        if self.quantization_config.version == INT4_VERSION:
+            for name, entry in self.quantization_config.sites.items():
+                site = model.get_submodule(name)
+                site.refresh()
+                try:
+                    check_matrix(entry, site.matrix)
+                except ValueError as error:
+                    raise damaged(name, model, error) from None
+            return
+        try:
+            from geoquant.export.native import decode_site, read_tables  # the form int4 needs no decoder
+        except ImportError as error:
+            what = f"decoding {model.name_or_path} needs the package {error.name!r}"
+            raise UserError(what, fix=f"run: pip install {error.name}") from None
         try:
             lookup = read_tables(model.geoquant.tables.cpu(), model.geoquant.reaches.cpu()).lookup()
         except (ValueError, RuntimeError) as error:
@@ -218,10 +251,17 @@ class GeoQuantizer(HfQuantizer):
                 codes = decode_site(site.tensors() | shared, site.entry, lookup)
             except (ValueError, KeyError) as error:
                 raise ValueError(f"layer {name} is damaged: {error}; copy the checkpoint again") from None
-            site.unpack(codes, shared["column_steps"], device)
+            if self.quantization_config.runtime == "int4":
+                rows, base = (site.row_steps.cpu(), shared["column_steps"]), site.entry["bases"]
+                exponents = (steps.to(torch.int32) + least for steps, least in zip(rows, base))
+                replace(model, name, packed_module(site, pack(codes, *exponents), site.dtype).to(device))
+            else:
+                site.unpack(codes, shared["column_steps"], device)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # the decoder lets go of the interpreter
             list(pool.map(unpack, sites))
+        for name, source in self.quantization_config.tied.items():
+            model.get_submodule(name).tied = (model.get_submodule(source),)
 
     def is_serializable(self) -> bool:
         return False
@@ -229,6 +269,11 @@ class GeoQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def damaged(name: str, model: nn.Module, error: Exception) -> UserError:
+    """A layer that is not what was written."""
+    return UserError(f"layer {name} of {model.name_or_path} is damaged: {error}", fix="copy the checkpoint again")
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

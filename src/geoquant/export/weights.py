@@ -24,6 +24,7 @@ __all__ = [
     "chosen_dtype",
     "linear_site",
     "summarize",
+    "tied_heads",
     "tied_weights",
     "untouched",
     "write_shards",
@@ -59,6 +60,13 @@ def tied_weights(model: nn.Module) -> set[str]:
     """Names of the weights that the model ties to one another."""
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     return set(ties) | set(ties.values())
+
+
+def tied_heads(model: nn.Module, sites: Collection[str]) -> dict[str, str]:
+    """Modules that are not stored because they share the weight of a coded one: their names and its name."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = ((one.removesuffix(".weight"), other.removesuffix(".weight")) for one, other in ties.items())
+    return {one: other for one, other in pairs if other in sites}
 
 
 def linear_site(name: str, modules: Mapping[str, nn.Module], tied: Collection[str], readers: str) -> nn.Linear:

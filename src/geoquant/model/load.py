@@ -326,7 +326,7 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     run = Path(spec)
     adapter = None
     if quantized and (run / "manifest.json").exists():
-        exports = (run / name for name in ("model", "coded", "dense", "gguf/model.gguf", "gptq"))
+        exports = (run / name for name in ("model", "coded", "int4", "dense", "gguf/model.gguf", "gptq"))
         spec = str(next((path for path in exports if path.exists()), run))
         if (run / "adapter").is_dir() and spec.endswith(("model", "gptq")):
             adapter = run / "adapter"
