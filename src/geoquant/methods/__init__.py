@@ -1,13 +1,26 @@
-"""Quantization methods, one file each: a function from a `Problem` to a `Solution`."""
+"""Quantization methods, one file each: a function from a `Problem` to a `Solution`.
+
+Of the box: `BOX`. Of the unbounded lattice: `LATTICE`. What is neither a default nor its fallback is an experiment with
+a verdict in docs/results.md.
+"""
 
 from __future__ import annotations
 
-from geoquant.methods import babai, dqc, lattice, rtn
+from geoquant.methods import babai, dqc, lattice, priced, rtn
 from geoquant.methods.problem import LatticeSolution, Problem, Solution
 
-__all__ = ["METHODS", "NEAREST", "LatticeSolution", "Problem", "Solution"]
+__all__ = ["BOX", "LATTICE", "METHODS", "NEAREST", "LatticeSolution", "Problem", "Solution"]
 
-METHODS = {"rtn": rtn.solve, "babai": babai.solve, "dqc": dqc.solve, "lattice": lattice.solve}
+BOX = {
+    "rtn": rtn.solve,
+    "babai": babai.solve,
+    "dqc": dqc.solve,
+}
+LATTICE = {
+    "lattice": lattice.solve,
+    "lattice-priced": priced.solve,
+}
+METHODS = BOX | LATTICE
 
 # What a method falls back to where the metric has no factor; rounding in the box where it names nothing else.
-NEAREST = {"lattice": lattice.nearest}
+NEAREST = dict.fromkeys(LATTICE, lattice.nearest)

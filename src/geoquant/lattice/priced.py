@@ -1,0 +1,148 @@
+"""Babai with a price on bits: of the codes near a plane's centre take the one with the least error plus price of bits.
+
+On an entropy-coded lattice a code is not free: zero costs a fraction of a bit, a large code many. Rounding to nearest
+ignores that. Here column j of row i, whose centre lies at u in units of its step, takes the integer z that minimises
+
+    d_ij (u - z)^2 + mu bits_k(z)
+
+with d_ij what a squared step costs in units of `D^2` (one, but for steps that were rounded or tied), bits_k the length
+of z in the code of its class k, and mu the price of a bit in the same units; later columns and rows compensate for the
+code that was chosen. Known from video coding as rate-distortion-optimised quantization (Sullivan and Wiegand 1998).
+
+Two facts fix mu and say what to expect. At the same slope, one bit less per code quadruples the error of a fine
+lattice, 1/12 per code, so `mu = 2 ln(2) / 12 = 0.116`. And for codes of a Gaussian with variance v the rule becomes
+`z = round(u v / (v + 1/12))`: Wiener's shrinkage, since rounding errors are strangers to the weights and hence no
+strangers to the codes. It is worth `-1/2 log2(1 - 1/(12 v + 1))` bits per code: 0.03 at 2.5 bits, 0.06 at 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from geoquant.lattice.rate import Spread, class_histograms, spread_of
+from geoquant.lattice.rows import RowMetric
+from geoquant.lattice.unboxed import PANEL, feedback_of
+
+__all__ = ["FINE", "Prices", "priced_babai", "prices_of"]
+
+FINE = 2 * math.log(2) / 12  # price of a bit, in squared steps, on a fine lattice
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What codes cost: bits (classes, reach) of a code of each class by its size, never falling with it; the last
+    column serves all sizes beyond. spread: the classes."""
+
+    bits: Float[Tensor, "classes reach"]
+    spread: Spread
+
+
+def prices_of(codes: Int[Tensor, "out in"]) -> Prices:
+    """Lengths of codes under the distributions of these codes' own classes, both signs taken together.
+
+    A size that was not seen counts half a code. So that chance does not make a larger code cheaper, lengths are made
+    non-decreasing; of a class without codes all are equal.
+    """
+    spread = spread_of(codes)
+    counts = class_histograms(codes, spread)[:, :-1].double()
+    middle = counts.shape[1] // 2
+    sizes = torch.cat([counts[:, middle : middle + 1], (counts[:, middle + 1 :] + counts[:, :middle].flip(1)) / 2], 1)
+    seen = int(torch.nonzero(sizes.sum(0)).max()) if sizes.any() else 0
+    sizes = sizes[:, : seen + 2] + 0.5
+    bits = (sizes[:, :1] + 2 * sizes[:, 1:].sum(1, keepdim=True)).log2() - sizes.log2()
+    return Prices(bits.cummax(1).values.float(), spread)
+
+
+def priced_babai(
+    weight: Float[Tensor, "out in"],
+    factor: Float[Tensor, "in in"],
+    order: Int[Tensor, " in"],
+    row_steps: Float[Tensor, " out"],
+    column_steps: Float[Tensor, " in"],
+    rows: RowMetric | None,
+    prices: Prices,
+    row_costs: Float[Tensor, " out"],
+    column_costs: Float[Tensor, " in"],
+    mu: float,
+) -> Int[Tensor, "out in"]:
+    """Codes z (int32) with `q_ij = row_steps_i column_steps_j z_ij`; the first six arguments as in `unboxed_babai`.
+
+    row_costs, column_costs: `d_ij = row_costs_i column_costs_j`, original order. mu: price of a bit; 0 is Babai.
+    Compiled, on the CPU, in the precision of `factor`.
+    """
+    device = weight.device
+    work = (weight.to(factor.dtype) / row_steps[:, None]).T[order].contiguous().cpu()
+    columns, count = work.shape
+    factor = factor.cpu()
+    steps, pivots = column_steps[order].to(work).contiguous(), factor.diagonal().reciprocal()
+    feedback, sizes = feedback_of(rows, row_steps.cpu(), work)
+    bits = (mu * prices.bits.cpu().to(work.dtype)).contiguous().numpy()
+    row_class, column_class = (x.cpu().numpy().astype(np.int64) for x in (prices.spread.rows, prices.spread.columns[order]))
+    row_costs, column_costs = (x.to(work).contiguous() for x in (row_costs, column_costs[order]))
+    codes = torch.empty(columns, count, dtype=torch.int32)
+    errors = torch.empty(PANEL, count, dtype=work.dtype)
+    for panel in range(0, columns, PANEL):
+        end = min(panel + PANEL, columns)
+        part, found = slice(panel, end), errors[: end - panel]
+        arrays = (work[part], codes[part], found, steps[part], pivots[part], factor[part, part].contiguous(), feedback)
+        costs = (row_costs.numpy(), column_costs[part].numpy(), bits, row_class, column_class[part])
+        _panel(*(tensor.numpy() for tensor in arrays), np.array(sizes), *costs)
+        if end < columns:
+            work[end:].addmm_(factor[part, end:].T, found, alpha=-1.0)
+    result = torch.empty_like(codes)
+    result[order.cpu()] = codes
+    return result.T.contiguous().to(device)
+
+
+@numba.njit(cache=True, nogil=True)
+def _chosen(centre, cost, bits):  # pragma: no cover (compiled)
+    """The best of the nearest code and its neighbour on the side of zero."""
+    nearest = np.rint(centre)
+    if nearest == 0:
+        return nearest
+    size, last = int(abs(nearest)), len(bits) - 1
+    smaller = nearest - np.sign(nearest)
+    own = cost * (centre - nearest) ** 2 + bits[min(size, last)]
+    other = cost * (centre - smaller) ** 2 + bits[min(size - 1, last)]
+    return smaller if other < own else nearest
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+def _panel(
+    work, codes, errors, steps, pivots, factor, feedback, sizes, row_costs, column_costs, bits, row_class, column_class
+):  # pragma: no cover (compiled)
+    """As `kernel.panel`, with `_chosen` in the place of rounding."""
+    columns, classes = work.shape[0], bits.shape[0]
+    target = np.empty(sizes.max(), dtype=work.dtype)
+    first = 0
+    for block in range(len(sizes)):
+        size = sizes[block]
+        last = first + size
+        for j in range(columns):
+            step, pivot = steps[j], pivots[j]
+            own, own_codes, own_errors = work[j, first:last], codes[j, first:last], errors[j, first:last]
+            target[:size] = own
+            for i in range(size):
+                kind = min(max(row_class[first + i] + column_class[j], 0), classes - 1)
+                code = _chosen(target[i] / step, row_costs[first + i] * column_costs[j], bits[kind])
+                own_codes[i] = np.int32(code)
+                own_errors[i] = (own[i] - code * step) * pivot
+                if feedback.shape[0] > 0:
+                    rest = target[i] - code * step
+                    after, shares = target[i + 1 : size], feedback[block, i, i + 1 : size]
+                    for k in range(len(after)):
+                        after[k] -= rest * shares[k]
+            for other in range(j + 1, columns):
+                share, later = factor[j, other], work[other, first:last]
+                for i in range(size):
+                    later[i] -= share * own_errors[i]
+        first = last
+
+
