@@ -1,6 +1,6 @@
 """What do other searches find on the problems of a real run? Layer errors against Babai's, at equal bits.
 
-    python benchmarks/experiments.py dump MODEL --calibration VALID.txt --out PROBLEMS --rate 2.5
+python benchmarks/experiments.py dump MODEL --calibration VALID.txt --out PROBLEMS --rate 2.5
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from geoquant.lattice.rate import site_bits, spread_of
 from geoquant.lattice.rows import RowMetric
 from geoquant.methods import METHODS, Problem, lattice
 from geoquant.recipe import Recipe
-
 
 # ---- the problems
 

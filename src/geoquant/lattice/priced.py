@@ -18,7 +18,7 @@ strangers to the codes. It is worth `-1/2 log2(1 - 1/(12 v + 1))` bits per code:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -75,17 +75,19 @@ def priced_babai(
     """Codes z (int32) with `q_ij = row_steps_i column_steps_j z_ij`; the first six arguments as in `unboxed_babai`.
 
     row_costs, column_costs: `d_ij = row_costs_i column_costs_j`, original order. mu: price of a bit; 0 is Babai.
-    Compiled, on the CPU, in the precision of `factor`.
+    Compiled, on the CPU, in single precision.
     """
     device = weight.device
-    work = (weight.to(factor.dtype) / row_steps[:, None]).T[order].contiguous().cpu()
+    work = (weight / row_steps[:, None]).T[order].float().cpu().contiguous()
     columns, count = work.shape
-    factor = factor.cpu()
-    steps, pivots = column_steps[order].to(work).contiguous(), factor.diagonal().reciprocal()
-    feedback, sizes = feedback_of(rows, row_steps.cpu(), work)
-    bits = (mu * prices.bits.cpu().to(work.dtype)).contiguous().numpy()
-    row_class, column_class = (x.cpu().numpy().astype(np.int64) for x in (prices.spread.rows, prices.spread.columns[order]))
-    row_costs, column_costs = (x.to(work).contiguous() for x in (row_costs, column_costs[order]))
+    factor = factor.cpu().float()
+    steps, pivots = column_steps[order].to(work), factor.diagonal().reciprocal()
+    known = None if rows is None else replace(rows, factor=rows.factor.cpu())
+    feedback, sizes = feedback_of(known, row_steps.cpu(), work)
+    bits = (mu * prices.bits.cpu().float()).numpy()
+    classes = (prices.spread.rows, prices.spread.columns[order])
+    row_class, column_class = (x.cpu().numpy().astype(np.int64) for x in classes)
+    row_costs, column_costs = row_costs.to(work), column_costs[order].to(work)
     codes = torch.empty(columns, count, dtype=torch.int32)
     errors = torch.empty(PANEL, count, dtype=work.dtype)
     for panel in range(0, columns, PANEL):
@@ -144,5 +146,3 @@ def _panel(
                 for i in range(size):
                     later[i] -= share * own_errors[i]
         first = last
-
-

@@ -6,7 +6,7 @@ a verdict in docs/results.md.
 
 from __future__ import annotations
 
-from geoquant.methods import babai, dqc, lattice, priced, rtn
+from geoquant.methods import babai, descent, dqc, kbest, klein, lattice, priced, refit, rtn
 from geoquant.methods.problem import LatticeSolution, Problem, Solution
 
 __all__ = ["BOX", "LATTICE", "METHODS", "NEAREST", "LatticeSolution", "Problem", "Solution"]
@@ -15,10 +15,16 @@ BOX = {
     "rtn": rtn.solve,
     "babai": babai.solve,
     "dqc": dqc.solve,
+    "kbest": kbest.solve,
+    "descent": descent.solve,
+    "refit": refit.solve,
 }
 LATTICE = {
     "lattice": lattice.solve,
     "lattice-priced": priced.solve,
+    "lattice-descent": descent.solve_lattice,
+    "lattice-kbest": kbest.solve_lattice,
+    "lattice-klein": klein.solve,
 }
 METHODS = BOX | LATTICE
 

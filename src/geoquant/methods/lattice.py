@@ -75,9 +75,7 @@ def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]])
     rows = exponents(torch.minimum(problem.step / row_lengths, longest(weight, steps_of(columns))))
     row_steps = steps_of(rows)
     codes = search(
-        Posed(
-            weight, metric, damping, factor, order, row_steps, steps_of(columns), known, price, problem.step
-        )
+        Posed(weight, metric, damping, factor, order, row_steps, steps_of(columns), known, price, problem.step)
     )
     expected, worst = row_steps.square(), row_steps.square()
     if known is not None:
