@@ -226,6 +226,17 @@ def test_without_a_price_it_is_babai(kind):
         assert (found != plain).float().mean() < 0.01  # single precision, near ties
 
 
+def test_many_rows_are_priced_in_parts(monkeypatch):
+    _, order, factor, steps, weight = posed(12, 9, 2)
+    one = torch.ones(9, dtype=torch.float64)
+    plain = unboxed_babai(weight, factor, order, one, steps)
+    given = (weight, factor, order, one, steps, single_rows(one), prices_of(plain), one, torch.ones_like(steps), 0.3)
+    whole = priced_babai(*given)
+    monkeypatch.setattr("geoquant.lattice.priced.ROWS", 4)
+    assert torch.equal(priced_babai(*given), whole)
+    assert not torch.equal(whole, plain)
+
+
 def test_alone_a_code_is_the_best_of_all_codes():
     """One column: by enumeration of all codes, in every class."""
     generator = torch.Generator().manual_seed(0)
@@ -331,14 +342,14 @@ def test_rows_that_move_each_other_are_refused_where_rows_choose_alone(search):
 
 
 @pytest.mark.parametrize("block", [1, 4])
-@pytest.mark.parametrize("name", ["lattice-priced", "lattice-descent"])
+@pytest.mark.parametrize("name", ["lattice-priced", "lattice-descent", "lattice-priced-descent"])
 def test_lattice_methods_solve_either_kind_of_rows(name, block):
     given = on_the_lattice(block=block)
     plain, found = lattice.solve(given), LATTICE[name](given)
     assert found.codes.shape == plain.codes.shape
     assert torch.equal(LATTICE[name](given).codes, found.codes)
     assert (found.codes != plain.codes).any()
-    if name == "lattice-priced":
+    if "priced" in name:
         assert found.codes.abs().sum() < plain.codes.abs().sum()
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from geoquant.lattice.rate import Spread, class_histograms, spread_of
 from geoquant.lattice.rows import RowMetric
-from geoquant.lattice.unboxed import PANEL, feedback_of
+from geoquant.lattice.unboxed import PANEL, ROWS, feedback_of
 
 __all__ = ["FINE", "Prices", "priced_babai", "prices_of"]
 
@@ -77,6 +77,14 @@ def priced_babai(
     row_costs, column_costs: `d_ij = row_costs_i column_costs_j`, original order. mu: price of a bit; 0 is Babai.
     Compiled, on the CPU, in single precision.
     """
+    if len(weight) > ROWS and (rows is None or rows.strangers):
+        parts = []
+        for start in range(0, len(weight), ROWS):
+            own = slice(start, start + ROWS)
+            known = replace(prices, spread=prices.spread.part(own.start, own.stop))
+            costs = (row_costs[own], column_costs, mu)
+            parts.append(priced_babai(weight[own], factor, order, row_steps[own], column_steps, None, known, *costs))
+        return torch.cat(parts)
     device = weight.device
     work = (weight / row_steps[:, None]).T[order].float().cpu().contiguous()
     columns, count = work.shape

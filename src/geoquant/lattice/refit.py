@@ -49,7 +49,7 @@ def refitted(
     size = diagonal.sqrt()
     found = torch.linalg.solve(system / size[:, :, None] / size[:, None], target / size) / size
     found = torch.where(found.isfinite() & (found != 0), found, scales.double())
-    return found.to(weight.dtype)
+    return found.to(weight.dtype).contiguous()
 
 
 def row_errors(difference: Float[Tensor, "out in"], metric: Float[Tensor, "in in"]) -> Float[Tensor, " out"]:

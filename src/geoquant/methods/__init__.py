@@ -9,7 +9,7 @@ from __future__ import annotations
 from geoquant.methods import babai, descent, dqc, kbest, klein, lattice, priced, refit, rtn
 from geoquant.methods.problem import LatticeSolution, Problem, Solution
 
-__all__ = ["BOX", "LATTICE", "METHODS", "NEAREST", "LatticeSolution", "Problem", "Solution"]
+__all__ = ["BOX", "LATTICE", "METHODS", "NEAREST", "ROWS_ALONE", "LatticeSolution", "Problem", "Solution"]
 
 BOX = {
     "rtn": rtn.solve,
@@ -23,10 +23,13 @@ LATTICE = {
     "lattice": lattice.solve,
     "lattice-priced": priced.solve,
     "lattice-descent": descent.solve_lattice,
+    "lattice-priced-descent": descent.solve_priced,
     "lattice-kbest": kbest.solve_lattice,
     "lattice-klein": klein.solve,
 }
 METHODS = BOX | LATTICE
+# Solve every row by itself: with `--row-block 1` only.
+ROWS_ALONE = frozenset({"lattice-kbest", "lattice-klein"})
 
 # What a method falls back to where the metric has no factor; rounding in the box where it names nothing else.
 NEAREST = dict.fromkeys(LATTICE, lattice.nearest)

@@ -1,12 +1,14 @@
 """Babai, then cycles of single-code changes that lower the error further: coordinate descent, in the box or outside.
 
-How: lattice/descent. In the box at Babai's steps; on the lattice in the metric of inputs and outputs, where smaller
-errors make codes larger. An experiment; what it is worth stands in docs/results.md.
+How: lattice/descent. In the box at Babai's steps; on the lattice in the metric of inputs and outputs, from Babai's codes
+or, where bits have a price (lattice/priced), from those of `lattice-priced`: then a change must pay for its bits. An
+experiment; what it is worth stands in docs/results.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -18,7 +20,7 @@ from geoquant.lattice.priced import prices_of
 from geoquant.methods import babai, lattice, priced
 from geoquant.methods.problem import LatticeSolution, Problem, Solution
 
-__all__ = ["improved", "search", "solve", "solve_lattice"]
+__all__ = ["improved", "search", "solve", "solve_lattice", "solve_priced"]
 
 CYCLES = 3
 
@@ -52,6 +54,11 @@ def improved(problem: Problem, solution: Solution, cycles: int = CYCLES) -> Solu
 def solve_lattice(problem: Problem) -> LatticeSolution:
     """Outside the box. Raises NotPositiveDefinite when the metric has no factor."""
     return lattice.solve_by(problem, search)
+
+
+def solve_priced(problem: Problem) -> LatticeSolution:
+    """Outside the box, where bits have a price. Raises NotPositiveDefinite when the metric has no factor."""
+    return lattice.solve_by(problem, partial(search, mu=priced.PRICE))
 
 
 def search(posed: lattice.Posed, mu: float = 0.0, cycles: int = CYCLES) -> Int[Tensor, "out in"]:

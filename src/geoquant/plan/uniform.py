@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from geoquant.errors import UserError, unknown_name
 from geoquant.lattice.grid import Grid
 from geoquant.lattice.order import ORDERS
-from geoquant.methods import LATTICE, METHODS
+from geoquant.methods import LATTICE, METHODS, ROWS_ALONE
 from geoquant.model.walk import Block, Stage
 from geoquant.observe.moments import METRICS
 from geoquant.recipe import Recipe
@@ -153,6 +153,12 @@ def lattice_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
             "the lattice weighs sites against each other by their gradients",
             got=f"--metric {recipe.metric}",
             fix="use --metric gradient, or --grid box",
+        )
+    if recipe.method in ROWS_ALONE and recipe.row_block != 1:
+        raise UserError(
+            f"method {recipe.method} solves every row by itself",
+            got=f"--row-block {recipe.row_block}",
+            fix="add --row-block 1",
         )
     order = "activation" if recipe.order == "group-aware" else recipe.order  # no groups: the same order
     sites = (
