@@ -1,7 +1,7 @@
 """Babai, then cycles of single-code changes that lower the error further: coordinate descent, in the box or outside.
 
-How: lattice/descent. In the box at Babai's steps; on the lattice in the metric of inputs and outputs, from Babai's codes
-or, where bits have a price (lattice/priced), from those of `lattice-priced`: then a change must pay for its bits. An
+How: lattice/descent. In the box at Babai's steps; on the lattice in the metric of inputs and outputs, from Babai's
+codes or, where bits have a price (lattice/priced), from those of `lattice-priced`: a change must pay for its bits. An
 experiment; what it is worth stands in docs/results.md.
 """
 
