@@ -282,6 +282,17 @@ def test_changed_bases_are_noticed(run, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
 
 
+@pytest.mark.parametrize("method", ["lattice-priced-descent", "lattice-descent"])
+def test_an_experiment_of_the_lattice_is_a_run_like_any_other(method, recipe, run, tmp_path):
+    """The rate is met from what its codes really cost; where bits have a price nothing bounds an error."""
+    report = quantize(recipe.model_copy(update={"method": method, "verify": False}), tmp_path / "run")
+    assert report["size"]["bits_per_weight"] == pytest.approx(5.0, rel=0.03)
+    assert {site["method"] for site in report["sites"]} == {method}
+    assert {site["bound"] is None for site in report["sites"]} == {"priced" in method}
+    plain, found = solved(run[0]), solved(tmp_path / "run")
+    assert any(not torch.equal(found[name], plain[name]) for name in found)
+
+
 def test_gpt2_is_refused_before_anything_runs(tmp_path, capsys):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -302,6 +313,8 @@ def test_gpt2_is_refused_before_anything_runs(tmp_path, capsys):
         (["--keep", "0.1"], "keeps no columns"),
         (["--metric", "plain"], "gradients"),
         (["--method", "rtn"], "needs a box"),
+        (["--method", "lattice-kbest"], "solves every row by itself"),
+        (["--method", "lattice-priced", "--grid", "box"], "has bits"),
         (["--format", "compressed-tensors", "--no-foldable"], "fold away"),
         (["--grid", "box"], "a box has bits"),
         (["--bits", "3"], "bits belongs to the box"),

@@ -1,4 +1,5 @@
-"""What every method promises, whatever it does inside. A new method is tested by entering METHODS."""
+"""What every method of the box promises, whatever it does inside. A new method is tested by entering BOX; the lattice
+has codes of its own (test_unboxed.py)."""
 
 from __future__ import annotations
 
@@ -12,12 +13,9 @@ from hypothesis import strategies as st
 from geoquant.lattice.basis import NotPositiveDefinite
 from geoquant.lattice.grid import Grid
 from geoquant.lattice.order import ORDERS
-from geoquant.methods import METHODS as ALL
+from geoquant.methods import BOX as METHODS
 from geoquant.methods import Problem
 from oracles.lattice import random_metric
-
-# What lives in the box; the lattice has codes of its own (test_unboxed.py).
-METHODS = {name: solve for name, solve in ALL.items() if name != "lattice"}
 
 
 def make(columns=50, rows=6, seed=0, **changes) -> Problem:

@@ -90,7 +90,7 @@ def _grid_of(values: Mapping) -> str:
         return "lattice"
     method, metric = values.get("method", "lattice"), values.get("metric", "gradient")
     packed = PACKED.intersection(values.get("formats", ()))  # the packed formats of 2 to 8 bits
-    boxed = BOXED.intersection(values) or method != "lattice" or metric != "gradient" or packed
+    boxed = BOXED.intersection(values) or not method.startswith("lattice") or metric != "gradient" or packed
     return "box" if boxed else "lattice"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geoquant.lattice.rows import RowMetric, block_sizes
 
-__all__ = ["exponents", "narrow", "steps_of", "unboxed_babai"]
+__all__ = ["exponents", "feedback_of", "narrow", "steps_of", "unboxed_babai"]
 
 PER_OCTAVE = 8
 PANEL = 64
@@ -66,7 +66,7 @@ def unboxed_babai(
     work = weight.T.contiguous().index_select(0, order).to(basis.dtype).div_(row_steps)
     columns, count = work.shape
     steps, lengths = column_steps[order].to(work.dtype), basis.diagonal()
-    feedback, sizes = _feedback(rows, row_steps, work)
+    feedback, sizes = feedback_of(rows, row_steps, work)
     codes = torch.empty(columns, count, dtype=torch.int32, device=weight.device)
     run = _compiled if work.device.type == "cpu" and work.dtype == torch.float32 else _plain
     for panel in range(0, columns, PANEL):
@@ -84,7 +84,7 @@ def narrow(codes: Int[Tensor, "out in"]) -> Integer[Tensor, "out in"]:
     return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
 
 
-def _feedback(
+def feedback_of(
     rows: RowMetric | None, row_steps: Float[Tensor, " out"], work: Float[Tensor, "in out"]
 ) -> tuple[Float[Tensor, "blocks size size"], tuple[int, ...]]:
     """How a row's error moves those after it, both in units of their steps, and the sizes of the blocks."""

@@ -9,23 +9,62 @@ falls out of it.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from geoquant.lattice.basis import heldout_prices, metric_factor, permuted, sample_stride
+from geoquant.lattice.basis import heldout_prices, metric_factor, permuted, sample_stride, triangular_inverse
 from geoquant.lattice.order import column_order
+from geoquant.lattice.rows import RowMetric
 from geoquant.lattice.unboxed import ROWS, exponents, narrow, steps_of, unboxed_babai
 from geoquant.methods.babai import DEFAULT_DAMPING, least
 from geoquant.methods.problem import LatticeSolution, Problem
 
-__all__ = ["choose_damping", "nearest", "solve"]
+__all__ = ["Posed", "babai", "choose_damping", "nearest", "solve", "solve_by"]
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A problem with everything decided but its codes.
+
+    weight: (out, in). metric: (in, in) mean of `w_t x_t x_t^T`, without the damping. basis: `V` of its `metric_factor`
+    in `order`. Steps in the original order. rows: the output side, in the type of the basis.
+    price: what a unit of squared length costs on held-out tokens. step: the global D.
+    """
+
+    weight: Float[Tensor, "out in"]
+    metric: Float[Tensor, "in in"]
+    damping: float
+    basis: Float[Tensor, "in in"]
+    order: Int[Tensor, " in"]
+    row_steps: Float[Tensor, " out"]
+    column_steps: Float[Tensor, " in"]
+    rows: RowMetric | None
+    price: float
+    step: float
+
+    @property
+    def factor(self) -> Float[Tensor, "in in"]:
+        """`U = V^-1`, for searches that move weights."""
+        return triangular_inverse(self.basis.T).T.contiguous()
+
+
+def babai(posed: Posed) -> Int[Tensor, "out in"]:
+    """Plane by plane, to the nearest code."""
+    return unboxed_babai(posed.weight, posed.basis, posed.order, posed.row_steps, posed.column_steps, posed.rows)
 
 
 def solve(problem: Problem) -> LatticeSolution:
     """Babai at the problem's step. Raises NotPositiveDefinite when the metric has no factor."""
+    return solve_by(problem, babai)
+
+
+def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]]) -> LatticeSolution:
+    """Order, damping and steps as always, codes by `search`. Raises NotPositiveDefinite."""
     count = max(1, problem.tokens)
     metric = problem.pooled / count
     order = column_order(problem.order, metric, metric.shape[0])
@@ -40,7 +79,9 @@ def solve(problem: Problem) -> LatticeSolution:
     row_lengths = basis.new_ones(len(weight)) if known is None else known.lengths
     rows = exponents(torch.minimum(problem.step / row_lengths, longest(weight, steps_of(columns))))
     row_steps = steps_of(rows)
-    codes = unboxed_babai(weight, basis, order, row_steps, steps_of(columns), known)
+    codes = search(
+        Posed(weight, metric, damping, basis, order, row_steps, steps_of(columns), known, price, problem.step)
+    )
     expected, worst = row_steps.square(), row_steps.square()
     if known is not None:
         expected, worst = known.error_squares(row_steps)

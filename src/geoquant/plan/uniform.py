@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from geoquant.errors import UserError, unknown_name
 from geoquant.lattice.grid import Grid
 from geoquant.lattice.order import ORDERS
-from geoquant.methods import METHODS
+from geoquant.methods import LATTICE, METHODS, ROWS_ALONE
 from geoquant.model.walk import Block, Stage
 from geoquant.observe.moments import METRICS
 from geoquant.recipe import Recipe
@@ -96,8 +96,8 @@ def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
         raise UserError(
             "a box has bits, not a rate", got=f"--rate {recipe.rate:g}", fix="use --grid lattice, or --bits"
         )
-    if recipe.method == "lattice":
-        raise UserError("method lattice has no box", fix="add --grid lattice and, if you like, --rate 3.25")
+    if recipe.method in LATTICE:
+        raise UserError(f"method {recipe.method} has no box", fix="add --grid lattice and, if you like, --rate 3.25")
     if recipe.keep and recipe.method == "rtn":
         raise UserError("method rtn keeps no columns", got=f"--keep {recipe.keep}", fix="use --method dqc")
     method = "dqc" if recipe.keep else recipe.method
@@ -141,7 +141,7 @@ def lattice_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
 
     Raises UserError for options that only a box has.
     """
-    if recipe.method != "lattice":
+    if recipe.method not in LATTICE:
         raise UserError(f"method {recipe.method} needs a box", fix="leave --method out, or use --grid box")
     for name in ("bits", "group_size", "symmetric", "static_scales"):
         if getattr(recipe, name) != Recipe.model_fields[name].default:
@@ -154,6 +154,12 @@ def lattice_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
             got=f"--metric {recipe.metric}",
             fix="use --metric gradient, or --grid box",
         )
+    if recipe.method in ROWS_ALONE and recipe.row_block != 1:
+        raise UserError(
+            f"method {recipe.method} solves every row by itself",
+            got=f"--row-block {recipe.row_block}",
+            fix="add --row-block 1",
+        )
     order = "activation" if recipe.order == "group-aware" else recipe.order  # no groups: the same order
     sites = (
         SitePlan(
@@ -161,7 +167,7 @@ def lattice_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
             block=site.block,
             kind=site.kind,
             shape=site.shape,
-            method="lattice",
+            method=recipe.method,
             bits=None,
             group_size=0,
             symmetric=True,

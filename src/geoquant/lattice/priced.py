@@ -1,0 +1,154 @@
+"""Babai with a price on bits: of the codes near a plane's centre take the one with the least error plus price of bits.
+
+On an entropy-coded lattice a code is not free: zero costs a fraction of a bit, a large code many. Rounding to nearest
+ignores that. Here column j of row i, whose centre lies at u in units of its step, takes the integer z that minimises
+
+    d_ij (u - z)^2 + mu bits_k(z)
+
+with d_ij what a squared step costs in units of `D^2` (one, but for steps that were rounded or tied), bits_k the length
+of z in the code of its class k, and mu the price of a bit in the same units; later columns and rows compensate for the
+code that was chosen. Known from video coding as rate-distortion-optimised quantization (Sullivan and Wiegand 1998).
+
+Two facts fix mu and say what to expect. At the same slope, one bit less per code quadruples the error of a fine
+lattice, 1/12 per code, so `mu = 2 ln(2) / 12 = 0.116`. And for codes of a Gaussian with variance v the rule becomes
+`z = round(u v / (v + 1/12))`: Wiener's shrinkage, since rounding errors are strangers to the weights and hence no
+strangers to the codes. It is worth `-1/2 log2(1 - 1/(12 v + 1))` bits per code: 0.03 at 2.5 bits, 0.06 at 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from geoquant.lattice.rate import Spread, class_histograms, spread_of
+from geoquant.lattice.rows import RowMetric
+from geoquant.lattice.unboxed import PANEL, ROWS, feedback_of
+
+__all__ = ["FINE", "Prices", "priced_babai", "prices_of"]
+
+FINE = 2 * math.log(2) / 12  # price of a bit, in squared steps, on a fine lattice
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What codes cost: bits (classes, reach) of a code of each class by its size, never falling with it; the last
+    column serves all sizes beyond. spread: the classes."""
+
+    bits: Float[Tensor, "classes reach"]
+    spread: Spread
+
+
+def prices_of(codes: Int[Tensor, "out in"]) -> Prices:
+    """Lengths of codes under the distributions of these codes' own classes, both signs taken together.
+
+    A size that was not seen counts half a code. So that chance does not make a larger code cheaper, lengths are made
+    non-decreasing; of a class without codes all are equal.
+    """
+    spread = spread_of(codes)
+    counts = class_histograms(codes, spread)[:, :-1].double()
+    middle = counts.shape[1] // 2
+    sizes = torch.cat([counts[:, middle : middle + 1], (counts[:, middle + 1 :] + counts[:, :middle].flip(1)) / 2], 1)
+    seen = int(torch.nonzero(sizes.sum(0)).max()) if sizes.any() else 0
+    sizes = sizes[:, : seen + 2] + 0.5
+    bits = (sizes[:, :1] + 2 * sizes[:, 1:].sum(1, keepdim=True)).log2() - sizes.log2()
+    return Prices(bits.cummax(1).values.float(), spread)
+
+
+def priced_babai(
+    weight: Float[Tensor, "out in"],
+    basis: Float[Tensor, "in in"],
+    order: Int[Tensor, " in"],
+    row_steps: Float[Tensor, " out"],
+    column_steps: Float[Tensor, " in"],
+    rows: RowMetric | None,
+    prices: Prices,
+    row_costs: Float[Tensor, " out"],
+    column_costs: Float[Tensor, " in"],
+    mu: float,
+) -> Int[Tensor, "out in"]:
+    """Codes z (int32) with `q_ij = row_steps_i column_steps_j z_ij`; the first six arguments as in `unboxed_babai`.
+
+    row_costs, column_costs: `d_ij = row_costs_i column_costs_j`, original order. mu: price of a bit; 0 is Babai.
+    Compiled, on the CPU, in single precision.
+    """
+    if len(weight) > ROWS and (rows is None or rows.strangers):
+        parts = []
+        for start in range(0, len(weight), ROWS):
+            own = slice(start, start + ROWS)
+            known = replace(prices, spread=prices.spread.part(own.start, own.stop))
+            costs = (row_costs[own], column_costs, mu)
+            parts.append(priced_babai(weight[own], basis, order, row_steps[own], column_steps, None, known, *costs))
+        return torch.cat(parts)
+    device = weight.device
+    work = weight.T.contiguous().index_select(0, order).float().div_(row_steps).cpu()  # weights become errors
+    columns, count = work.shape
+    basis = basis.cpu().float()
+    steps, lengths = column_steps[order].to(work), basis.diagonal()
+    known = None if rows is None else replace(rows, factor=rows.factor.cpu())
+    feedback, sizes = feedback_of(known, row_steps.cpu(), work)
+    bits = (mu * prices.bits.cpu().float()).numpy()
+    classes = (prices.spread.rows, prices.spread.columns[order])
+    row_class, column_class = (x.cpu().numpy().astype(np.int64) for x in classes)
+    row_costs, column_costs = row_costs.to(work), column_costs[order].to(work)
+    codes = torch.empty(columns, count, dtype=torch.int32)
+    for panel in range(0, columns, PANEL):
+        part = slice(panel, min(panel + PANEL, columns))
+        shares = basis[: part.stop, part] / lengths[part]
+        centres = torch.addmm(work[part], shares[:panel].T, work[:panel])
+        arrays = (centres, work[part], codes[part], steps[part], shares[panel:].contiguous(), feedback)
+        costs = (row_costs.numpy(), column_costs[part].numpy(), bits, row_class, column_class[part])
+        _panel(*(tensor.numpy() for tensor in arrays), np.array(sizes), *costs)
+    result = torch.empty_like(codes)
+    result[order.cpu()] = codes
+    return result.T.contiguous().to(device)
+
+
+@numba.njit(cache=True, nogil=True)
+def _chosen(centre, cost, bits):  # pragma: no cover (compiled)
+    """The best of the nearest code and its neighbour on the side of zero."""
+    nearest = np.rint(centre)
+    if nearest == 0:
+        return nearest
+    size, last = int(abs(nearest)), len(bits) - 1
+    smaller = nearest - np.sign(nearest)
+    own = cost * (centre - nearest) ** 2 + bits[min(size, last)]
+    other = cost * (centre - smaller) ** 2 + bits[min(size - 1, last)]
+    return smaller if other < own else nearest
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+def _panel(
+    centres, work, codes, steps, shares, feedback, sizes, row_costs, column_costs, bits, row_class, column_class
+):  # pragma: no cover (compiled)
+    """As `kernel.panel`, with `_chosen` in the place of rounding."""
+    columns, classes = work.shape[0], bits.shape[0]
+    target = np.empty(sizes.max(), dtype=work.dtype)
+    first = 0
+    for block in range(len(sizes)):
+        size = sizes[block]
+        last = first + size
+        for j in range(columns):
+            step = steps[j]
+            own, own_codes, errors = centres[j, first:last], codes[j, first:last], work[j, first:last]
+            target[:size] = own
+            for i in range(size):
+                kind = min(max(row_class[first + i] + column_class[j], 0), classes - 1)
+                code = _chosen(target[i] / step, row_costs[first + i] * column_costs[j], bits[kind])
+                own_codes[i] = np.int32(code)
+                errors[i] -= code * step
+                if feedback.shape[0] > 0:
+                    rest = target[i] - code * step
+                    after, given = target[i + 1 : size], feedback[block, i, i + 1 : size]
+                    for k in range(len(after)):
+                        after[k] -= rest * given[k]
+            for other in range(j + 1, columns):
+                share, later = shares[j, other], centres[other, first:last]
+                for i in range(size):
+                    later[i] += share * errors[i]
+        first = last
