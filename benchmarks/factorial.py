@@ -40,7 +40,7 @@ FACTORS = {
     "damping": ("0.01", "0.05"),
 }
 SEQUENTIAL = (*(f"target=weights,sequential={kind}" for kind in ("block", "off")), "sequential=block,follow=true")
-BASES = ("bits=3", "rate=3,embeddings=false")
+BASES = ("bits=3", "rate=3,embeddings=false,method=lattice")
 
 
 def levels(base: str) -> dict[str, tuple[str, ...]]:

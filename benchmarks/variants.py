@@ -284,7 +284,7 @@ def main() -> None:
     path = out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     recipe = {"calibration": arguments.calibration, "evaluation": arguments.test, "evaluation_windows": 40}
-    recipe |= {"model": arguments.model, "embeddings": False}
+    recipe |= {"model": arguments.model, "embeddings": False, "method": "lattice"}
     recipe |= {name: paired.literal(value) for name, _, value in (item.partition("=") for item in arguments.set)}
     arms = list(dict.fromkeys(["default", *(arguments.arm or ARMS)]))
     for rate, number, arm in (

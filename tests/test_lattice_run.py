@@ -76,7 +76,7 @@ def solved(folder) -> dict[str, torch.Tensor]:
 
 
 def test_a_rate_asks_for_the_lattice_its_method_and_its_format(recipe):
-    assert (recipe.grid, recipe.method, recipe.formats) == ("lattice", "lattice", ("geoquant",))
+    assert (recipe.grid, recipe.method, recipe.formats) == ("lattice", "lattice-priced", ("geoquant",))
     assert checked({"model": "m"}).formats == ("geoquant",)
     assert checked({"model": "m", "grid": "lattice", "formats": ("dense",)}).formats == ("dense",)
 

@@ -60,7 +60,7 @@ def test_toml_carries_every_recipe_unchanged(recipe):
 def test_the_grid_is_the_lattice_unless_something_of_a_box_is_asked_for(given_, grid):
     recipe = checked({"model": "m", **given_})
     assert recipe.grid == grid
-    assert recipe.method == given_.get("method", {"lattice": "lattice", "box": "babai"}[grid])
+    assert recipe.method == given_.get("method", {"lattice": "lattice-priced", "box": "babai"}[grid])
     formats = {"lattice": ("geoquant",), "box": ("compressed-tensors",)}[grid]
     assert recipe.formats == given_.get("formats", formats)
 

@@ -35,7 +35,7 @@ class Recipe(BaseModel):
     rate: float = Field(default=3.25, ge=1.5, le=8.0)
     embeddings: bool = True
     foldable: bool = True
-    method: str = "lattice"
+    method: str = "lattice-priced"
     bits: int = Field(default=4, ge=2, le=8)
     group_size: int = Field(default=64, ge=1)
     symmetric: bool = True

@@ -38,8 +38,8 @@ __all__ = [
 
 # What is said of a basis and its planes: rounding every weight alone has neither.
 BABAI_ONLY = ("bound", "sphere_bound", "gap_db", "headroom_db", "rows_db", "profile")
-# Where bits have a price a code need not be the nearest: nothing bounds its error.
-PRICED = ("lattice-priced", "lattice-priced-descent")
+# Changes codes wherever bits are saved: nothing bounds its error.
+UNBOUNDED = "lattice-priced-descent"
 
 
 PART = 1 << 13
@@ -226,7 +226,7 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
             entries[-1]["target_strength"] = result.target.strength
         if plan.method in ("rtn", "nearest"):
             entries[-1] |= dict.fromkeys(BABAI_ONLY)
-        elif plan.method in PRICED:
+        elif plan.method == UNBOUNDED:
             entries[-1]["bound"] = None
     return entries
 

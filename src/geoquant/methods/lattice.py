@@ -63,8 +63,11 @@ def solve(problem: Problem) -> LatticeSolution:
     return solve_by(problem, babai)
 
 
-def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]]) -> LatticeSolution:
-    """Order, damping and steps as always, codes by `search`. Raises NotPositiveDefinite."""
+def solve_by(
+    problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]], reach: float = 0.5
+) -> LatticeSolution:
+    """Order, damping and steps as always, codes by `search`, none of which is further than `reach` steps from what it
+    was chosen for. Raises NotPositiveDefinite."""
     count = max(1, problem.tokens)
     metric = problem.pooled / count
     order = column_order(problem.order, metric, metric.shape[0])
@@ -85,7 +88,7 @@ def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]])
     expected, worst = row_steps.square(), row_steps.square()
     if known is not None:
         expected, worst = known.error_squares(row_steps)
-    spread = torch.stack([expected, worst])
+    spread = torch.stack([expected, worst * (2 * reach) ** 2])
     return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5, spread)
 
 

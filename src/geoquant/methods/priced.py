@@ -1,7 +1,7 @@
 """The unboxed lattice with a price on bits: near-ties go to the code that is cheaper to store.
 
-How and why: lattice/priced. The prices come from Babai's own codes, then once more from the priced ones. An
-experiment; what it is worth stands in docs/results.md.
+How and why: lattice/priced. The prices come from Babai's own codes, then once more from the priced ones. The
+default; what it is worth stands in docs/results.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROUNDS = 2
 
 def solve(problem: Problem) -> LatticeSolution:
     """Raises NotPositiveDefinite when the metric has no factor."""
-    return lattice.solve_by(problem, search)
+    return lattice.solve_by(problem, search, reach=1.5)  # the nearest code, or the next one towards zero
 
 
 def search(posed: lattice.Posed, mu: float = PRICE, rounds: int = ROUNDS) -> Int[Tensor, "out in"]:
