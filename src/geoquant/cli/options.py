@@ -116,7 +116,7 @@ class RecipeFlags:
     ] = None
     method: Annotated[
         str | None,
-        option("How codes are chosen (default lattice-priced); of a box: babai; see `geoquant list methods`.", group=SOLVER),
+        option("How codes are chosen (default lattice-priced), in a box babai; `geoquant list methods`.", group=SOLVER),
     ] = None
     metric: Annotated[
         str | None,

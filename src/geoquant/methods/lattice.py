@@ -63,9 +63,7 @@ def solve(problem: Problem) -> LatticeSolution:
     return solve_by(problem, babai)
 
 
-def solve_by(
-    problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]], reach: float = 0.5
-) -> LatticeSolution:
+def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]], reach: float = 0.5) -> LatticeSolution:
     """Order, damping and steps as always, codes by `search`, none of which is further than `reach` steps from what it
     was chosen for. Raises NotPositiveDefinite."""
     count = max(1, problem.tokens)
