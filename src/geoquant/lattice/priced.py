@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geoquant.lattice.rate import Spread, class_histograms, spread_of
+from geoquant.lattice.rate import CLASSES, REACH, Spread, spread_of
 from geoquant.lattice.rows import RowMetric
 from geoquant.lattice.unboxed import PANEL, ROWS, feedback_of
 
@@ -51,9 +51,11 @@ def prices_of(codes: Int[Tensor, "out in"]) -> Prices:
     non-decreasing; of a class without codes all are equal.
     """
     spread = spread_of(codes)
-    counts = class_histograms(codes, spread)[:, :-1].double()
-    middle = counts.shape[1] // 2
-    sizes = torch.cat([counts[:, middle : middle + 1], (counts[:, middle + 1 :] + counts[:, :middle].flip(1)) / 2], 1)
+    counts = np.zeros((CLASSES, REACH + 1))
+    given = (codes, spread.rows, spread.columns)
+    _count(*(tensor.cpu().contiguous().numpy() for tensor in given), counts)
+    sizes = torch.from_numpy(counts)
+    sizes[:, 1:] /= 2  # both signs
     seen = int(torch.nonzero(sizes.sum(0)).max()) if sizes.any() else 0
     sizes = sizes[:, : seen + 2] + 0.5
     bits = (sizes[:, :1] + 2 * sizes[:, 1:].sum(1, keepdim=True)).log2() - sizes.log2()
@@ -92,7 +94,8 @@ def priced_babai(
     steps, lengths = column_steps[order].to(work), basis.diagonal()
     known = None if rows is None else replace(rows, factor=rows.factor.cpu())
     feedback, sizes = feedback_of(known, row_steps.cpu(), work)
-    bits = (mu * prices.bits.cpu().float()).numpy()
+    bits = prices.bits.cpu().float()
+    saved = (mu * torch.diff(bits, dim=1, prepend=bits[:, :1], append=bits[:, -1:])).contiguous().numpy()
     classes = (prices.spread.rows, prices.spread.columns[order])
     row_class, column_class = (x.cpu().numpy().astype(np.int64) for x in classes)
     row_costs, column_costs = row_costs.to(work), column_costs[order].to(work)
@@ -102,7 +105,7 @@ def priced_babai(
         shares = basis[: part.stop, part] / lengths[part]
         centres = torch.addmm(work[part], shares[:panel].T, work[:panel])
         arrays = (centres, work[part], codes[part], steps[part], shares[panel:].contiguous(), feedback)
-        costs = (row_costs.numpy(), column_costs[part].numpy(), bits, row_class, column_class[part])
+        costs = (row_costs.numpy(), column_costs[part].numpy(), saved, row_class, column_class[part])
         _panel(*(tensor.numpy() for tensor in arrays), np.array(sizes), *costs)
     result = torch.empty_like(codes)
     result[order.cpu()] = codes
@@ -110,24 +113,27 @@ def priced_babai(
 
 
 @numba.njit(cache=True, nogil=True)
-def _chosen(centre, cost, bits):  # pragma: no cover (compiled)
-    """The best of the nearest code and its neighbour on the side of zero."""
-    nearest = np.rint(centre)
-    if nearest == 0:
-        return nearest
-    size, last = int(abs(nearest)), len(bits) - 1
-    smaller = nearest - np.sign(nearest)
-    own = cost * (centre - nearest) ** 2 + bits[min(size, last)]
-    other = cost * (centre - smaller) ** 2 + bits[min(size - 1, last)]
-    return smaller if other < own else nearest
+def _count(codes, row_class, column_class, counts):  # pragma: no cover (compiled)
+    """Add up how often the codes of each class have each size; those beyond the last count nowhere."""
+    last = counts.shape[1] - 1
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            size = abs(np.int64(codes[i, j]))
+            if size <= last:
+                counts[min(max(np.int64(row_class[i]) + column_class[j], 0), counts.shape[0] - 1), size] += 1
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"contract"})
 def _panel(
-    centres, work, codes, steps, shares, feedback, sizes, row_costs, column_costs, bits, row_class, column_class
+    centres, work, codes, steps, shares, feedback, sizes, row_costs, column_costs, saved, row_class, column_class
 ):  # pragma: no cover (compiled)
-    """As `kernel.panel`, with `_chosen` in the place of rounding."""
-    columns, classes = work.shape[0], bits.shape[0]
+    """As `kernel.panel`, but a code goes one step towards zero where that saves more than it costs: with d the distance
+    of the centre from the nearest code, away from zero, the square grows by `1 + 2 d`.
+
+    saved: (classes, reach) price of the bits that a code of some size loses by the step; zero in the last column, which
+    is for all sizes beyond.
+    """
+    columns, classes, reach = work.shape[0], saved.shape[0], saved.shape[1] - 1
     target = np.empty(sizes.max(), dtype=work.dtype)
     first = 0
     for block in range(len(sizes)):
@@ -138,8 +144,14 @@ def _panel(
             own, own_codes, errors = centres[j, first:last], codes[j, first:last], work[j, first:last]
             target[:size] = own
             for i in range(size):
-                kind = min(max(row_class[first + i] + column_class[j], 0), classes - 1)
-                code = _chosen(target[i] / step, row_costs[first + i] * column_costs[j], bits[kind])
+                centre = target[i] / step
+                code = np.rint(centre)
+                if code != 0:
+                    side = np.float32(1.0) if code > 0 else np.float32(-1.0)
+                    grows = np.float32(1.0) + np.float32(2.0) * (centre - code) * side
+                    kind = min(max(row_class[first + i] + column_class[j], 0), classes - 1)
+                    if row_costs[first + i] * column_costs[j] * grows < saved[kind, min(int(code * side), reach)]:
+                        code -= side
                 own_codes[i] = np.int32(code)
                 errors[i] -= code * step
                 if feedback.shape[0] > 0:
