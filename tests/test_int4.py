@@ -204,3 +204,15 @@ def test_a_run_can_write_it_itself_and_go_on(run, tmp_path):
     export(tmp_path / "run", "int4", verify=False)
     name = "int4/model.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("version", "words"), [("3", "names no version"), (None, "names no version"), (0, "names no version"), (2, "sizes")]
+)
+def test_a_version_that_does_not_fit_is_one_line(run, tmp_path, version, words):
+    shutil.copytree(run / "int4", tmp_path / "int4")
+    config = json.loads((tmp_path / "int4" / "config.json").read_text())
+    config["quantization_config"]["version"] = version
+    (tmp_path / "int4" / "config.json").write_text(json.dumps(config))
+    with pytest.raises((UserError, ValueError), match=words):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "int4")

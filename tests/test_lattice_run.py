@@ -310,15 +310,15 @@ def test_gpt2_is_refused_before_anything_runs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--keep", "0.1"], "keeps no columns"),
+        (["--keep", "0.1"], "a rate belongs to the lattice"),
         (["--metric", "plain"], "gradients"),
         (["--method", "rtn"], "needs a box"),
         (["--method", "lattice-kbest"], "solves every row by itself"),
         (["--method", "lattice-priced", "--grid", "box"], "has bits"),
         (["--format", "compressed-tensors", "--no-foldable"], "fold away"),
         (["--grid", "box"], "a box has bits"),
-        (["--bits", "3"], "bits belongs to the box"),
-        (["--group-size", "32"], "group_size belongs to the box"),
+        (["--bits", "4"], "a rate belongs to the lattice"),
+        (["--group-size", "32", "--grid", "lattice"], "group_size belongs to the box"),
     ],
 )
 def test_what_the_lattice_cannot_do_is_one_line(flags, words, recipe, tmp_path, capsys):

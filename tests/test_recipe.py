@@ -175,3 +175,18 @@ def test_a_number_without_end_is_no_bug(tmp_path):
     (tmp_path / "r.toml").write_text(f"bits = {'9' * 5000}\n")
     with pytest.raises(UserError, match=r"r\.toml is not valid TOML"):
         load_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize("values", [{"method": 3}, {"formats": 3}, {"formats": [["gguf"]]}, {"metric": ["plain"]}])
+def test_a_value_of_another_type_is_one_line(values):
+    with pytest.raises(UserError):
+        checked({"model": "m", **values})
+
+
+@pytest.mark.parametrize("boxed", [{"bits": 4}, {"group_size": 64}, {"keep": 0.0}])
+def test_a_rate_and_a_box_contradict_each_other_whatever_the_value(boxed):
+    """One that equals the default was ignored without a word."""
+    with pytest.raises(UserError, match="a rate belongs to the lattice"):
+        checked({"model": "m", "rate": 3.0, **boxed})
+    whole = checked({"model": "m", "rate": 3.0}).model_dump()  # a saved recipe has all options, and its grid
+    assert checked(whole).grid == "lattice"

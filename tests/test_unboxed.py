@@ -16,6 +16,7 @@ from geoquant.lattice.grid import Grid
 from geoquant.lattice.order import ORDERS, column_order
 from geoquant.lattice.rows import block_sizes, row_metric
 from geoquant.lattice.unboxed import exponents, steps_of, unboxed_babai
+from geoquant.methods import METHODS
 from geoquant.methods.lattice import choose_damping, nearest, solve
 from geoquant.methods.problem import Problem
 from oracles.lattice import closest_vectors, column_error, random_metric, textbook_babai
@@ -308,3 +309,18 @@ def test_codes_take_the_smallest_type_that_holds_them():
         limits = torch.iinfo(wanted)
         assert limits.min < solved.codes.min()
         assert solved.codes.max() < limits.max
+
+
+@pytest.mark.parametrize("method", ["lattice", "lattice-priced", "lattice-priced-descent"])
+@pytest.mark.parametrize("size", [1e9, 1e30])
+def test_no_code_leaves_its_type(method, size):
+    """Beyond 2^31 a code came back with the other sign: a row with such a weight gets a longer step."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(50, 9, generator=generator), torch.randn(6, 9, generator=generator)
+    weight[2, 3] = size
+    solution = METHODS[method](Problem(weight, inputs.T @ inputs, tokens=50, step=0.05))
+    found = solution.dequantize()
+    assert found[2, 3] == pytest.approx(size, rel=1e-6)
+    assert solution.codes.abs().max() < 2**31 - 1
+    others = torch.arange(6) != 2
+    assert (found - weight)[others].abs().max() < 0.1

@@ -79,18 +79,27 @@ class Recipe(BaseModel):
     @classmethod
     def _follow_the_grid(cls, values: dict) -> dict:
         """Without a grid the lattice, unless something of a box is asked for. Either has a method and a format."""
-        grid = values.get("grid", _grid_of(values))
+        grid = values["grid"] if "grid" in values else _grid_of(values)
         own = {"method": "babai", "formats": ("compressed-tensors",)} if grid == "box" else {}
         return {"grid": grid, **own, **values}
 
 
 def _grid_of(values: Mapping) -> str:
     """The grid that fits what was asked for."""
+    boxed = sorted(BOXED.intersection(values))
     if "rate" in values:
+        if boxed:  # one that has its default's value would go unnoticed later
+            raise UserError(
+                "a rate belongs to the lattice and the others to the box",
+                got=", ".join(f"{name} = {values[name]}" for name in ("rate", *boxed)),
+                fix="leave out one or the others",
+            )
         return "lattice"
-    method, metric = values.get("method", "lattice"), values.get("metric", "gradient")
-    packed = PACKED.intersection(values.get("formats", ()))  # the packed formats of 2 to 8 bits
-    boxed = BOXED.intersection(values) or not method.startswith("lattice") or metric != "gradient" or packed
+    # Values of any type: what is wrong with them is said when they are validated.
+    method, metric, formats = (values.get(name) for name in ("method", "metric", "formats"))
+    packed = isinstance(formats, list | tuple) and any(name in formats for name in PACKED)  # of 2 to 8 bits
+    alone = "method" in values and not str(method).startswith("lattice")
+    boxed = boxed or alone or packed or ("metric" in values and metric != "gradient")
     return "box" if boxed else "lattice"
 
 

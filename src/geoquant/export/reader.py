@@ -188,9 +188,12 @@ class GeoQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: object, **kwargs: object) -> None:
         """Refuse files of a later version, and runtime forms that nobody knows."""
-        if self.quantization_config.version > INT4_VERSION:
+        version = self.quantization_config.version
+        if not isinstance(version, int) or version < 1:
+            raise ValueError(f"config.json names no version of the format geoquant (got {version!r})")
+        if version > INT4_VERSION:
             raise ValueError(
-                f"this checkpoint has version {self.quantization_config.version} of the format geoquant, "
+                f"this checkpoint has version {version} of the format geoquant, "
                 f"this geoquant reads up to {INT4_VERSION}: upgrade it"
             )
         if self.quantization_config.runtime not in RUNTIMES:
@@ -206,7 +209,10 @@ class GeoQuantizer(HfQuantizer):
                     raise damaged(name, model, error) from None
                 continue
             kind = CodedEmbedding if isinstance(module, nn.Embedding) else CodedLinear
-            replace(model, name, kind(name, entry, module))
+            try:
+                replace(model, name, kind(name, entry, module))
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise damaged(name, model, ValueError(f"its entry in config.json says {error!r}")) from None
         for name, source in self.quantization_config.tied.items():
             replace(model, name, TiedHead(model.get_submodule(source), model.get_submodule(name)))
             # Nothing is left that transformers could tie, now or when asked to do it again.

@@ -26,6 +26,8 @@ from geoquant.methods.problem import LatticeSolution, Problem
 
 __all__ = ["Posed", "babai", "choose_damping", "nearest", "solve", "solve_by"]
 
+SHORTEST = 2.0**-30  # of a row's largest weight: its code is then 2^30, and errors of others find room in an int32
+
 
 @dataclass(frozen=True)
 class Posed:
@@ -78,7 +80,9 @@ def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]],
     if known is not None:
         known = replace(known, factor=known.factor.to(basis))
     row_lengths = basis.new_ones(len(weight)) if known is None else known.lengths
-    rows = exponents(torch.minimum(problem.step / row_lengths, longest(weight, steps_of(columns))))
+    largest = largest_weights(weight, steps_of(columns))
+    wanted = (problem.step / row_lengths).clamp_min(SHORTEST * largest)
+    rows = exponents(torch.minimum(wanted, longest(largest)))
     row_steps = steps_of(rows)
     codes = search(
         Posed(weight, metric, damping, basis, order, row_steps, steps_of(columns), known, price, problem.step)
@@ -101,10 +105,15 @@ def tied(lengths: Tensor, ties: Tensor | None) -> Tensor:
     return (squares / sizes.clamp_min(1)).sqrt()[ties]
 
 
-def longest(weight: Tensor, column_steps: Tensor) -> Tensor:
-    """The longest step a row has any use for: twice its largest weight; of a row of zeros, that of the others."""
+def largest_weights(weight: Tensor, column_steps: Tensor) -> Tensor:
+    """Of each row, in units of the steps of its columns."""
     parts = weight.split(ROWS)  # of an embedding a few thousand rows at a time
-    largest = 2 * torch.cat([(part.abs() / column_steps).amax(1) for part in parts])
+    return torch.cat([(part.abs() / column_steps).amax(1) for part in parts])
+
+
+def longest(largest: Tensor) -> Tensor:
+    """The longest step a row has any use for: twice its largest weight; of a row of zeros, that of the others."""
+    largest = 2 * largest
     most = largest.max()
     return torch.where(largest > 1e-6 * most, largest, torch.where(most > 0, most, 1.0))
 

@@ -235,7 +235,7 @@ def check_head(model: nn.Module, probe: Int[Tensor, "n length"], pages: Pages = 
     if not (found - expected).norm() <= 0.02 * expected.norm():
         raise UserError(
             f"{type(model).__name__} computes its logits in a way the gradient metric does not know",
-            fix="use --metric clipped",
+            fix="use --grid box --metric clipped",
         )
 
 
