@@ -14,7 +14,6 @@ from pathlib import Path
 
 STYLES = {  # the first tools are ours
     "GeoQuant, lattice": ("#0b6e4f", "o", "-"),
-    "GeoQuant, lattice, target weights": ("#3c9d7a", "o", "--"),
     "GeoQuant, box": ("#86b8a5", "s", "--"),
     "GPTQModel": ("#b5541c", "^", ":"),
     "llm-compressor": ("#8a5a9e", "v", ":"),
