@@ -143,7 +143,6 @@ def choose_damping(problem: Problem, order: Tensor) -> tuple[float, float]:
     metric, heldout = permuted(problem.hessian, reverse), permuted(problem.heldout, reverse)
     # Held-out tokens may weigh more or less than the others; only the shape of their metric is news.
     scale = (metric.diagonal().sum() / heldout.diagonal().sum().clamp_min(1e-30)).item()
-
     stride = sample_stride(len(metric))
 
     @cache
