@@ -164,7 +164,7 @@ LATTICE_ARMS: dict[str, tuple[Search, int]] = {  # search, rows of a block
     "descent, rows alone": (descent.search, 1),
     "descent": (descent.search, 64),
     **{f"price {mu:.2f}": (partial(priced.search, mu=mu), 64) for mu in (0.03, 0.06, 0.09, 0.12, 0.15)},
-    "price 0.09, one round": (partial(priced.search, mu=0.09, rounds=1), 64),
+    "price 0.09, two rounds": (partial(priced.search, mu=0.09, rounds=2), 64),
     "price 0.09, rows alone": (partial(priced.search, mu=0.09), 1),
     "price 0.09, descent": (partial(descent.search, mu=0.09), 64),
     "price 0.06, descent": (partial(descent.search, mu=0.06), 64),

@@ -264,7 +264,7 @@ def test_many_rows_are_priced_in_parts(monkeypatch):
         0.3,
     )
     whole = priced_babai(*given)
-    monkeypatch.setattr("geoquant.lattice.priced.ROWS", 4)
+    monkeypatch.setattr("geoquant.lattice.unboxed.ROWS", 4)
     assert torch.equal(priced_babai(*given), whole)
     assert not torch.equal(whole, plain)
 

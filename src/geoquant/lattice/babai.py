@@ -19,6 +19,8 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from geoquant.lattice.grid import Grid, search_scales
+from geoquant.lattice.kernel import boxed_panel
+from geoquant.lattice.threads import in_parts
 
 __all__ = ["BoxedCodes", "boxed_babai"]
 
@@ -116,12 +118,11 @@ def _compiled(
     span: slice,
     grid: Grid,
 ) -> None:
-    from geoquant.lattice.kernel import boxed_panel
-
     zeros = work.new_empty(0, 0) if zeros is None else zeros
     arrays = (work, unboxed, errors, scales, zeros, pivot, factor.contiguous())
-    limits = np.float32(grid.lowest), np.float32(grid.highest)
-    boxed_panel(*(x.numpy() for x in arrays), span.start, span.stop, *limits)
+    given = [x.numpy() for x in arrays]
+    given += [span.start, span.stop, np.float32(grid.lowest), np.float32(grid.highest)]
+    in_parts(lambda own: boxed_panel(*given, own.start, own.stop), work.shape[1])
 
 
 def _plain(

@@ -9,6 +9,9 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from geoquant.lattice.kernel import best_symmetric
+from geoquant.lattice.threads import in_parts
+
 __all__ = ["SCALE_DTYPE", "Grid", "dequantize", "round_to_grid", "search_scales"]
 
 # Steps are stored in bfloat16: its 8 significant bits survive a reader's cast to bf16, fp16 or fp32 unchanged,
@@ -79,11 +82,11 @@ def _symmetric(weight: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, 
     # Inverse steps to try, times the largest weight; the last is the one step that clips on neither side.
     shares = [sign * -grid.lowest / shrink for shrink in SHRINK for sign in (1.0, -1.0)] + [float(grid.highest)]
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        from geoquant.lattice.kernel import best_symmetric
-
         scale = torch.empty(weight.shape[1])
         arrays = (weight.contiguous(), importance[:, 0].contiguous(), torch.tensor(shares))
-        best_symmetric(*(x.numpy() for x in arrays), np.float32(grid.lowest), np.float32(grid.highest), scale.numpy())
+        given = [x.numpy() for x in arrays]
+        given += [np.float32(grid.lowest), np.float32(grid.highest), scale.numpy()]
+        in_parts(lambda own: best_symmetric(*given, own.start, own.stop), weight.shape[1])
         return _stored(scale), None
     weighted = weight * importance
     largest = weight.abs().amax(0).clamp_min(1e-12)

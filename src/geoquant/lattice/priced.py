@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 import numba
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from geoquant.lattice.rate import CLASSES, REACH, Spread, spread_of
 from geoquant.lattice.rows import RowMetric
-from geoquant.lattice.unboxed import PANEL, ROWS, feedback_of
+from geoquant.lattice.unboxed import Tariff, unboxed_babai
 
 __all__ = ["FINE", "Prices", "priced_babai", "prices_of"]
 
@@ -73,43 +73,19 @@ def priced_babai(
     row_costs: Float[Tensor, " out"],
     column_costs: Float[Tensor, " in"],
     mu: float,
-) -> Int[Tensor, "out in"]:
-    """Codes z (int32) with `q_ij = row_steps_i column_steps_j z_ij`; the first six arguments as in `unboxed_babai`.
+) -> Integer[Tensor, "out in"]:
+    """Codes z with `q_ij = row_steps_i column_steps_j z_ij`; the first six arguments as in `unboxed_babai`.
 
     row_costs, column_costs: `d_ij = row_costs_i column_costs_j`, original order. mu: price of a bit; 0 is Babai.
     Compiled, on the CPU, in single precision.
     """
-    if len(weight) > ROWS and (rows is None or rows.strangers):
-        parts = []
-        for start in range(0, len(weight), ROWS):
-            own = slice(start, start + ROWS)
-            known = replace(prices, spread=prices.spread.part(own.start, own.stop))
-            costs = (row_costs[own], column_costs, mu)
-            parts.append(priced_babai(weight[own], basis, order, row_steps[own], column_steps, None, known, *costs))
-        return torch.cat(parts)
-    device = weight.device
-    work = weight.T.contiguous().index_select(0, order).float().div_(row_steps).cpu()  # weights become errors
-    columns, count = work.shape
-    basis = basis.cpu().float()
-    steps, lengths = column_steps[order].to(work), basis.diagonal()
-    known = None if rows is None else replace(rows, factor=rows.factor.cpu())
-    feedback, sizes = feedback_of(known, row_steps.cpu(), work)
     bits = prices.bits.cpu().float()
-    saved = (mu * torch.diff(bits, dim=1, prepend=bits[:, :1], append=bits[:, -1:])).contiguous().numpy()
-    classes = (prices.spread.rows, prices.spread.columns[order])
-    row_class, column_class = (x.cpu().numpy().astype(np.int64) for x in classes)
-    row_costs, column_costs = row_costs.to(work), column_costs[order].to(work)
-    codes = torch.empty(columns, count, dtype=torch.int32)
-    for panel in range(0, columns, PANEL):
-        part = slice(panel, min(panel + PANEL, columns))
-        shares = basis[: part.stop, part] / lengths[part]
-        centres = torch.addmm(work[part], shares[:panel].T, work[:panel])
-        arrays = (centres, work[part], codes[part], steps[part], shares[panel:].contiguous(), feedback)
-        costs = (row_costs.numpy(), column_costs[part].numpy(), saved, row_class, column_class[part])
-        _panel(*(tensor.numpy() for tensor in arrays), np.array(sizes), *costs)
-    result = torch.empty_like(codes)
-    result[order.cpu()] = codes
-    return result.T.contiguous().to(device)
+    saved = mu * torch.diff(bits, dim=1, prepend=bits[:, :1], append=bits[:, -1:])
+    classes = (x.cpu().long() for x in (prices.spread.rows, prices.spread.columns))
+    tariff = Tariff(row_costs.cpu().float(), column_costs.cpu().float(), saved.contiguous(), *classes)
+    known = None if rows is None else replace(rows, factor=rows.factor.cpu())
+    given = (x.cpu() for x in (weight, basis.float(), order, row_steps, column_steps))
+    return unboxed_babai(*given, known, tariff).to(weight.device)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -121,46 +97,3 @@ def _count(codes, row_class, column_class, counts):  # pragma: no cover (compile
             size = abs(np.int64(codes[i, j]))
             if size <= last:
                 counts[min(max(np.int64(row_class[i]) + column_class[j], 0), counts.shape[0] - 1), size] += 1
-
-
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
-def _panel(
-    centres, work, codes, steps, shares, feedback, sizes, row_costs, column_costs, saved, row_class, column_class
-):  # pragma: no cover (compiled)
-    """As `kernel.panel`, but a code goes one step towards zero where that saves more than it costs: with d the distance
-    of the centre from the nearest code, away from zero, the square grows by `1 + 2 d`.
-
-    saved: (classes, reach) price of the bits that a code of some size loses by the step; zero in the last column, which
-    is for all sizes beyond.
-    """
-    columns, classes, reach = work.shape[0], saved.shape[0], saved.shape[1] - 1
-    target = np.empty(sizes.max(), dtype=work.dtype)
-    first = 0
-    for block in range(len(sizes)):
-        size = sizes[block]
-        last = first + size
-        for j in range(columns):
-            step = steps[j]
-            own, own_codes, errors = centres[j, first:last], codes[j, first:last], work[j, first:last]
-            target[:size] = own
-            for i in range(size):
-                centre = target[i] / step
-                code = np.rint(centre)
-                if code != 0:
-                    side = np.float32(1.0) if code > 0 else np.float32(-1.0)
-                    grows = np.float32(1.0) + np.float32(2.0) * (centre - code) * side
-                    kind = min(max(row_class[first + i] + column_class[j], 0), classes - 1)
-                    if row_costs[first + i] * column_costs[j] * grows < saved[kind, min(int(code * side), reach)]:
-                        code -= side
-                own_codes[i] = np.int32(code)
-                errors[i] -= code * step
-                if feedback.shape[0] > 0:
-                    rest = target[i] - code * step
-                    after, given = target[i + 1 : size], feedback[block, i, i + 1 : size]
-                    for k in range(len(after)):
-                        after[k] -= rest * given[k]
-            for other in range(j + 1, columns):
-                share, later = shares[j, other], centres[other, first:last]
-                for i in range(size):
-                    later[i] += share * errors[i]
-        first = last

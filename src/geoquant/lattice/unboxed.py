@@ -11,19 +11,41 @@ step off by at most 4.4% costs less than 0.1% of error (the optimum is flat).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import accumulate
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from geoquant.lattice.kernel import SUB, panel
 from geoquant.lattice.rows import RowMetric, block_sizes
+from geoquant.lattice.threads import in_parts
 
-__all__ = ["exponents", "feedback_of", "narrow", "steps_of", "unboxed_babai"]
+__all__ = ["Tariff", "exponents", "narrow", "steps_of", "unboxed_babai"]
 
 PER_OCTAVE = 8
 PANEL = 64
 STRANGERS = 512  # rows that pass through a panel together where they need not know of each other
 ROWS = 1 << 13
+
+
+@dataclass(frozen=True)
+class Tariff:
+    """What codes cost and squares, as `kernel.panel` wants to know it; columns in their original order, float32 and
+    int64 on the CPU."""
+
+    row_costs: Float[Tensor, " out"]
+    column_costs: Float[Tensor, " in"]
+    saved: Float[Tensor, "classes reach"]
+    row_class: Int[Tensor, " out"]
+    column_class: Int[Tensor, " in"]
+
+    def part(self, rows: slice = slice(None), columns: slice | Tensor = slice(None)) -> Tariff:
+        """Of some rows and columns."""
+        own = self.row_costs[rows], self.column_costs[columns], self.saved
+        return Tariff(*own, self.row_class[rows], self.column_class[columns])
 
 
 def exponents(steps: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -47,6 +69,7 @@ def unboxed_babai(
     row_steps: Float[Tensor, " out"],
     column_steps: Float[Tensor, " in"],
     rows: RowMetric | None = None,
+    tariff: Tariff | None = None,
 ) -> Integer[Tensor, "out in"]:
     """Codes z with `q_ij = row_steps_i column_steps_j z_ij`, Babai's plane by plane in `order`, in the smallest type
     that holds them.
@@ -57,23 +80,29 @@ def unboxed_babai(
 
     Column steps in the original order. rows: the output side of the metric; without it rows are strangers to each
     other. All rows are solved in units of their own step, so the recursion sees one step per column. Compiled on a CPU
-    in float32, torch operations elsewhere.
+    in float32, torch operations elsewhere. tariff: only where it is compiled.
     """
     if len(weight) > ROWS and (rows is None or rows.strangers):  # rows are solved alone: a few thousand at a time
-        parts = zip(weight.split(ROWS), row_steps.split(ROWS))
-        return torch.cat([unboxed_babai(part, basis, order, steps, column_steps) for part, steps in parts])
+        spans = [slice(start, start + ROWS) for start in range(0, len(weight), ROWS)]
+        given = ((weight[own], basis, order, row_steps[own], column_steps) for own in spans)
+        known = (tariff and tariff.part(own) for own in spans)
+        return torch.cat([unboxed_babai(*part, tariff=own) for part, own in zip(given, known)])
     # Transposed, so that one column of the layer is one contiguous row of memory. Weights become errors.
     work = weight.T.contiguous().index_select(0, order).to(basis.dtype).div_(row_steps)
     columns, count = work.shape
     steps, lengths = column_steps[order].to(work.dtype), basis.diagonal()
-    feedback, sizes = feedback_of(rows, row_steps, work)
+    feedback, sizes = _feedback(rows, row_steps, work)
     codes = torch.empty(columns, count, dtype=torch.int32, device=weight.device)
-    run = _compiled if work.device.type == "cpu" and work.dtype == torch.float32 else _plain
-    for panel in range(0, columns, PANEL):
-        part = slice(panel, min(panel + PANEL, columns))
+    compiled = work.device.type == "cpu" and work.dtype == torch.float32
+    for first in range(0, columns, PANEL):
+        part = slice(first, min(first + PANEL, columns))
         shares = basis[: part.stop, part] / lengths[part]
-        centres = torch.addmm(work[part], shares[:panel].T, work[:panel])
-        codes[order[part]] = run(centres, work[part], steps[part], shares[panel:], feedback, sizes)
+        centres = torch.addmm(work[part], shares[:first].T, work[:first])
+        given = (centres, work[part], steps[part], shares[first:], feedback, sizes)
+        if compiled:
+            codes[order[part]] = _compiled(*given, tariff and tariff.part(columns=order[part]))
+        else:
+            codes[order[part]] = _plain(*given)
     return narrow(codes).T.contiguous()
 
 
@@ -84,27 +113,37 @@ def narrow(codes: Int[Tensor, "out in"]) -> Integer[Tensor, "out in"]:
     return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
 
 
-def feedback_of(
+def _feedback(
     rows: RowMetric | None, row_steps: Float[Tensor, " out"], work: Float[Tensor, "in out"]
 ) -> tuple[Float[Tensor, "blocks size size"], tuple[int, ...]]:
-    """How a row's error moves those after it, both in units of their steps, and the sizes of the blocks."""
+    """How a row's error moves those after it, both in units of their steps, filled up to a multiple of SUB rows; and
+    the sizes of the blocks."""
     count = work.shape[1]
     if rows is None or rows.strangers:
-        return work.new_empty(0, 1, 1), block_sizes([count], STRANGERS)
+        return work.new_empty(0, SUB, SUB), block_sizes([count], STRANGERS)
     steps = work.new_ones(rows.factor.shape[:2])
     for block, part in enumerate(row_steps.split(rows.sizes)):
         steps[block, : len(part)] = part
     unit = rows.factor / rows.factor.diagonal(dim1=1, dim2=2)[:, :, None]
-    return (unit * steps[:, :, None] / steps[:, None, :]).to(work.dtype).contiguous(), rows.sizes
+    unit = (unit * steps[:, :, None] / steps[:, None, :]).to(work.dtype)
+    more = -unit.shape[1] % SUB
+    return torch.nn.functional.pad(unit, (0, more, 0, more)).contiguous(), rows.sizes
 
 
 def _compiled(
-    centres: Tensor, work: Tensor, steps: Tensor, shares: Tensor, feedback: Tensor, sizes: tuple[int, ...]
+    centres: Tensor,
+    work: Tensor,
+    steps: Tensor,
+    shares: Tensor,
+    feedback: Tensor,
+    sizes: tuple[int, ...],
+    tariff: Tariff | None,
 ) -> Tensor:
-    from geoquant.lattice.kernel import panel
-
     codes = torch.empty(work.shape, dtype=torch.int32)
-    panel(*(tensor.numpy() for tensor in (centres, work, codes, steps, shares.contiguous(), feedback)), np.array(sizes))
+    given = [x.numpy() for x in (centres, work, codes, steps, shares.contiguous())]
+    costs = [None] * 5 if tariff is None else [x.numpy() for x in vars(tariff).values()]
+    factors, starts, counts = feedback.numpy(), np.array([0, *accumulate(sizes[:-1])]), np.array(sizes)
+    in_parts(lambda own: panel(*given, factors[own], starts[own], counts[own], *costs), len(sizes))
     return codes
 
 

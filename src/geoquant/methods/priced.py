@@ -1,7 +1,7 @@
 """The unboxed lattice with a price on bits: near-ties go to the code that is cheaper to store.
 
-How and why: lattice/priced. The prices come from Babai's own codes, then once more from the priced ones. The
-default; what it is worth stands in docs/results.md.
+How and why: lattice/priced. The prices come from Babai's own codes; a second round, with those of the priced
+codes, gains next to nothing. The default; what it is worth stands in docs/results.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from geoquant.methods.problem import LatticeSolution, Problem
 __all__ = ["search", "solve"]
 
 PRICE = 0.09  # of a bit, in squared steps: three quarters of a fine lattice's, best of five on twelve stages
-ROUNDS = 2
 
 
 def solve(problem: Problem) -> LatticeSolution:
@@ -24,7 +23,7 @@ def solve(problem: Problem) -> LatticeSolution:
     return lattice.solve_by(problem, search, reach=1.5)  # the nearest code, or the next one towards zero
 
 
-def search(posed: lattice.Posed, mu: float = PRICE, rounds: int = ROUNDS) -> Int[Tensor, "out in"]:
+def search(posed: lattice.Posed, mu: float = PRICE, rounds: int = 1) -> Int[Tensor, "out in"]:
     """Codes at the price `mu` of a bit, in squared steps."""
     codes = lattice.babai(posed)
     given = (posed.weight, posed.basis, posed.order, posed.row_steps, posed.column_steps, posed.rows)
