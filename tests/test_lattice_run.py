@@ -315,7 +315,7 @@ def test_gpt2_is_refused_before_anything_runs(tmp_path, capsys):
         (["--method", "rtn"], "needs a box"),
         (["--method", "lattice-kbest"], "solves every row by itself"),
         (["--method", "lattice-priced", "--grid", "box"], "has bits"),
-        (["--format", "compressed-tensors", "--no-foldable"], "fold away"),
+        (["--format", "compressed-tensors", "--grid", "lattice", "--no-foldable"], "fold away"),
         (["--grid", "box"], "a box has bits"),
         (["--bits", "4"], "a rate belongs to the lattice"),
         (["--group-size", "32", "--grid", "lattice"], "group_size belongs to the box"),

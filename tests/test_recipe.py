@@ -48,6 +48,8 @@ def test_toml_carries_every_recipe_unchanged(recipe):
         ({"formats": ("dense", "geoquant")}, "lattice"),
         ({"metric": "gradient", "method": "lattice"}, "lattice"),
         ({"grid": "lattice", "formats": ("gptq",)}, "lattice"),
+        ({"grid": "lattice", "rate": 3.0, "formats": ("gptq",)}, "lattice"),
+        ({"rate": 3.0, "formats": ("geoquant", "gptq")}, "lattice"),
         ({"bits": 4}, "box"),
         ({"group_size": 64}, "box"),
         ({"symmetric": True}, "box"),
@@ -179,7 +181,16 @@ def test_a_number_without_end_is_no_bug(tmp_path):
         load_recipe(tmp_path / "r.toml")
 
 
-@pytest.mark.parametrize("values", [{"method": 3}, {"formats": 3}, {"formats": [["gguf"]]}, {"metric": ["plain"]}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": 3},
+        {"formats": 3},
+        {"formats": [["gguf"]]},
+        {"rate": 3, "formats": ["gguf", ["gguf"]]},
+        {"metric": ["plain"]},
+    ],
+)
 def test_a_value_of_another_type_is_one_line(values):
     with pytest.raises(UserError):
         checked({"model": "m", **values})
@@ -232,6 +243,19 @@ def test_what_a_grid_would_ignore_is_refused(values, line):
     with pytest.raises(UserError) as caught:
         checked({"model": "m", **values})
     assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("rate", "bits"), [(1.5, 2), (3, 3), (3.25, 3), (3.75, 4), (8.0, 8), (float("nan"), 8), ("3", 8)]
+)
+def test_a_rate_in_a_format_of_fixed_width_must_be_meant(rate, bits):
+    with pytest.raises(UserError) as caught:
+        checked({"model": "m", "rate": rate, "formats": ("gptq",)})
+    assert str(caught.value) == (
+        "a rate belongs to the lattice, whose codes do not fit into a box of few bits: gptq would hold them in 8; "
+        f"got rate = {rate}, format = gptq; "
+        f"for codes of {bits} bits in it use --bits {bits} and no rate, or add --grid lattice if 8 bits are meant"
+    )
 
 
 @pytest.mark.parametrize("asked", [{"rate": 3.0}, {"grid": "box"}, {"bits": 3, "keep": 0.1}, {}])

@@ -22,7 +22,7 @@ Format = Literal["compressed-tensors", "dense", "geoquant", "gguf", "gptq", "int
 # What only a box has; whoever names one of these without a grid wants the box. And what only the lattice has.
 BOXED = {"bits", "group_size", "symmetric", "keep", "static_scales"}
 RATED = {"rate"}
-PACKED = {"compressed-tensors", "gguf", "gptq"}
+PACKED = ("compressed-tensors", "gguf", "gptq")
 
 
 class Recipe(BaseModel):
@@ -96,10 +96,22 @@ def _grid_of(values: Mapping) -> str:
                 got=_said(values, "rate", *boxed),
                 fix="leave out one or the others",
             )
+        if _packed(values) and all(name in PACKED for name in values["formats"]):
+            raise _unfit(values["formats"][0], values["rate"])
         return "lattice"
     if boxed or _packed(values) or values.get("metric", "gradient") != "gradient":
         return "box"
     return "box" if "method" in values and not _of_lattice(values["method"]) else "lattice"
+
+
+def _unfit(packed: str, rate: object) -> UserError:
+    """A rate beside nothing but a format of fixed width: that its file would be larger is to be asked for."""
+    near = next((bits for bits in range(2, 8) if isinstance(rate, int | float) and rate <= bits + 0.5), 8)
+    return UserError(
+        f"a rate belongs to the lattice, whose codes do not fit into a box of few bits: {packed} would hold them in 8",
+        got=f"rate = {rate}, format = {packed}",
+        fix=f"for codes of {near} bits in it use --bits {near} and no rate, or add --grid lattice if 8 bits are meant",
+    )
 
 
 def refuse_strangers(values: Mapping) -> None:
