@@ -167,24 +167,24 @@ def described(matrix: Packed) -> dict:
 
 
 def blank(entry: Mapping) -> Packed:
-    """A matrix of the described shapes whose tensors are to be read. Raises ValueError where the entry is none."""
-    try:
-        (rows, columns), width, count = map(int, entry["shape"]), int(entry["width"]), int(entry["beyond"])
-        kinds = {str(kind).removeprefix("torch."): kind for kind in WIDTHS.values() if kind is not torch.uint8}
-        dense, excess = WIDTHS[width], kinds[entry["excess"]]
-        shape = rows, -(-columns // 2) if width == 4 else columns
-        return Packed(
-            width=width,
-            columns=columns,
-            dense=torch.empty(shape, dtype=dense),
-            pointers=torch.empty(rows + 1, dtype=torch.int32),
-            places=torch.empty(count, dtype=place_type(columns)),
-            excess=torch.empty(count, dtype=excess),
-            row_steps=torch.empty(rows, dtype=torch.int16),
-            column_steps=torch.empty(columns, dtype=torch.int16),
-        )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"its entry in config.json says {error!r}") from None
+    """A matrix of the described shapes whose tensors are to be read.
+
+    Raises KeyError, TypeError, ValueError or RuntimeError where the entry describes none.
+    """
+    (rows, columns), width, count = map(int, entry["shape"]), int(entry["width"]), int(entry["beyond"])
+    kinds = {str(kind).removeprefix("torch."): kind for kind in WIDTHS.values() if kind is not torch.uint8}
+    dense, excess = WIDTHS[width], kinds[entry["excess"]]
+    shape = rows, -(-columns // 2) if width == 4 else columns
+    return Packed(
+        width=width,
+        columns=columns,
+        dense=torch.empty(shape, dtype=dense),
+        pointers=torch.empty(rows + 1, dtype=torch.int32),
+        places=torch.empty(count, dtype=place_type(columns)),
+        excess=torch.empty(count, dtype=excess),
+        row_steps=torch.empty(rows, dtype=torch.int16),
+        column_steps=torch.empty(columns, dtype=torch.int16),
+    )
 
 
 def check_matrix(entry: Mapping, matrix: Packed) -> None:
