@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import constriction
@@ -26,7 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path)
     arguments = parser.parse_args()
-    coders = {"ANS": ans, "range coder": ranged, "zstd": zstd, "zstd, pairs": pairs}
+    coders = {
+        "ANS": partial(coded, ans=True),
+        "range coder": partial(coded, ans=False),
+        "zstd": zstd,
+        "zstd, pairs": pairs,
+    }
     print("| spread | entropy | " + " | ".join(coders) + " |")
     print("|---" * (2 + len(coders)) + "|")
     rng = np.random.default_rng(0)
@@ -51,24 +57,15 @@ def timed(decode) -> tuple[float, object]:
     return COUNT / (time.perf_counter() - started) / 1e6, result
 
 
-def ans(symbols: np.ndarray, share: np.ndarray) -> tuple[float, float]:
-    """Bits per code and speed."""
-    model = constriction.stream.model.Categorical(share.astype(np.float32), perfect=False)
-    coder = constriction.stream.stack.AnsCoder()
-    coder.encode_reverse(symbols, model)
+def coded(symbols: np.ndarray, share: np.ndarray, *, ans: bool) -> tuple[float, float]:
+    """Bits per code and speed of ANS or else of the range coder."""
+    stream = constriction.stream
+    model = stream.model.Categorical(share.astype(np.float32), perfect=False)
+    coder = stream.stack.AnsCoder() if ans else stream.queue.RangeEncoder()
+    (coder.encode_reverse if ans else coder.encode)(symbols, model)
     words = coder.get_compressed()
-    speed, back = timed(lambda: constriction.stream.stack.AnsCoder(words).decode(model, COUNT))
-    assert (back == symbols).all()
-    return 8 * words.nbytes / COUNT, speed
-
-
-def ranged(symbols: np.ndarray, share: np.ndarray) -> tuple[float, float]:
-    """The same of the range coder."""
-    model = constriction.stream.model.Categorical(share.astype(np.float32), perfect=False)
-    coder = constriction.stream.queue.RangeEncoder()
-    coder.encode(symbols, model)
-    words = coder.get_compressed()
-    speed, back = timed(lambda: constriction.stream.queue.RangeDecoder(words).decode(model, COUNT))
+    decoder = stream.stack.AnsCoder if ans else stream.queue.RangeDecoder
+    speed, back = timed(lambda: decoder(words).decode(model, COUNT))
     assert (back == symbols).all()
     return 8 * words.nbytes / COUNT, speed
 

@@ -148,12 +148,12 @@ def single_table(rows: list[dict], bases: list[str]) -> str:
 
 def check(arms: list[str]) -> None:
     """Every arm must be a recipe that the program accepts, before days are spent on the others."""
-    from geoquant.plan.uniform import uniform_plan
+    from geoquant.plan.uniform import check_choices
     from geoquant.recipe import checked
 
     for name in arms:
         settings = {key: value for key, value in changes(name).items() if key != "follow"}
-        uniform_plan((), checked({"model": "-", **settings}))
+        check_choices(checked({"model": "-", **settings}))
 
 
 def main() -> None:

@@ -625,6 +625,32 @@ def test_doctor_finds_a_torchvision_that_does_not_fit(tmp_path, monkeypatch):
     assert doctor.torchvision_problems() == []
 
 
+@pytest.mark.parametrize(
+    "text", ["raise ImportError('Numba needs NumPy 2.3 or less')", "raise OSError('no libllvmlite.so')"]
+)
+def test_a_numba_that_cannot_be_imported_is_one_line(text, tmp_path, monkeypatch):
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text(f"def load():\n    {text}\nload()\n")
+    reason = text.split("'")[1]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    child = python("from geoquant import cli\ncli.main(['list', 'methods'])")
+    assert (child.returncode, child.stdout) == (2, "")
+    said = f"numba, which compiles the solvers, is missing or broken: {reason}; run: pip install -U numba"
+    assert child.stderr == f"geoquant: error: {said}\n"
+    (problem,) = doctor.numba_problems()
+    assert reason in problem
+    assert problem.endswith("; run: pip install -U numba")
+
+
+def test_a_failure_of_a_numba_that_works_stays_a_bug():
+    import numba
+
+    with pytest.raises(numba.TypingError) as caught:
+        numba.njit(lambda: nowhere)()  # noqa: F821
+    assert not cli.breaks_on_import(caught.value, "numba")
+    assert cli.breaks_on_import(ModuleNotFoundError("No module named 'numba'", name="numba"), "numba")
+
+
 def test_doctor_compares_versions_with_the_requirements(monkeypatch):
     wanted = ["pytest>=999", "no-such-package>=1", "numpy>=1", 'peft>=999; extra == "peft"']
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: wanted)
@@ -638,6 +664,7 @@ def test_doctor_exit_code_follows_the_problems(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "compute_facts", dict)
     monkeypatch.setattr(doctor, "package_problems", list)
     monkeypatch.setattr(doctor, "torchvision_problems", list)
+    monkeypatch.setattr(doctor, "numba_problems", list)
     assert cli.run(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ok"] is True
     monkeypatch.setattr(doctor, "torchvision_problems", lambda: ["torchvision does not fit"])

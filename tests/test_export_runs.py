@@ -17,7 +17,7 @@ from geoquant.export.verify import VerifyResult
 from geoquant.model.load import load
 from geoquant.pipeline import make_plan, quantize
 from geoquant.plan import estimate
-from geoquant.recipe import Recipe
+from geoquant.recipe import BOXED, Recipe
 from geoquant.report.build import check_schema
 from gguf_cases import bpe_tokenizer
 
@@ -143,7 +143,7 @@ def test_one_more_format_from_the_command_line(run, capsys):
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_before_the_run(done, tmp_path, changes, message):
-    box = ("bits", "group_size", "metric") if "grid" in changes else ()
+    box = BOXED | {"metric"} if "grid" in changes else ()
     values = {name: value for name, value in done[0].model_dump().items() if name not in box} | changes
     with pytest.raises(UserError, match=message):
         quantize(Recipe(**values), tmp_path / "run")

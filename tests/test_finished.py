@@ -79,6 +79,18 @@ def test_a_run_that_lacks_nothing_is_answered_at_once(done, run, monkeypatch):
         quantize(recipe, run)
 
 
+def test_a_run_of_a_version_with_other_options_is_not_gone_on_with(done, run):
+    """Today's default of an option that did not exist is not what that run did."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    for name in ("target", "embeddings"):
+        del manifest["recipe"][name]
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    before = made(run)
+    with pytest.raises(UserError, match=r"another version.*differs in embeddings, target; .* choose a new folder$"):
+        quantize(done[0], run, resume=True)
+    assert made(run) == before
+
+
 @pytest.mark.parametrize("lost", ["model", "model/model.safetensors", "adapter", "dense"])
 def test_only_the_export_that_was_lost_is_written_again(lost, done, run):
     recipe, _ = done

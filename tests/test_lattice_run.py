@@ -169,7 +169,7 @@ def test_a_flipped_bit_is_named(run, tmp_path, tensor):
     name = next(key for key in sorted(stored) if key.endswith(f".{tensor}") and stored[key].numel())
     stored[name].view(torch.uint8)[3] ^= 4
     save_file(stored, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"is damaged: the checksum does not match"):
+    with pytest.raises(UserError, match=r"layer model\.\S+ of \S+coded is damaged: the checksum does not match"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
 
 
@@ -179,7 +179,7 @@ def test_a_later_version_is_refused(run, tmp_path):
     config = json.loads((tmp_path / "coded" / "config.json").read_text())
     config["quantization_config"]["version"] = 99
     (tmp_path / "coded" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="upgrade"):
+    with pytest.raises(UserError, match="upgrade"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
 
 
@@ -278,7 +278,7 @@ def test_changed_bases_are_noticed(run, tmp_path):
     config = json.loads((tmp_path / "coded" / "config.json").read_text())
     next(iter(config["quantization_config"]["sites"].values()))["bases"][0] += 8
     (tmp_path / "coded" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
 
 
@@ -315,7 +315,7 @@ def test_gpt2_is_refused_before_anything_runs(tmp_path, capsys):
         (["--method", "rtn"], "needs a box"),
         (["--method", "lattice-kbest"], "solves every row by itself"),
         (["--method", "lattice-priced", "--grid", "box"], "has bits"),
-        (["--format", "compressed-tensors", "--no-foldable"], "fold away"),
+        (["--format", "compressed-tensors", "--grid", "lattice", "--no-foldable"], "fold away"),
         (["--grid", "box"], "a box has bits"),
         (["--bits", "4"], "a rate belongs to the lattice"),
         (["--group-size", "32", "--grid", "lattice"], "group_size belongs to the box"),

@@ -15,7 +15,7 @@ from geoquant.model.walk import walk
 from geoquant.pipeline import make_plan
 from geoquant.plan import estimate
 from geoquant.plan.estimate import cost
-from geoquant.plan.uniform import kept_count, uniform_plan
+from geoquant.plan.uniform import check_choices, kept_count, uniform_plan
 from geoquant.recipe import Recipe
 
 
@@ -55,14 +55,25 @@ def recipe(**changes) -> Recipe:
         ({"order": "actorder"}, "unknown order 'actorder'"),
         ({"method": "rtn", "keep": 0.1}, "method rtn keeps no columns"),
         ({"method": "dqc"}, "add --keep"),
-        ({"group_size": 33}, "group size 33 is larger than the 32 columns of model.layers.0.self_attn.q_proj"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_one_line(changes, line, blocks):
+def test_what_cannot_be_done_is_refused_in_one_line(changes, line):
     with pytest.raises(UserError, match=r".") as caught:
-        uniform_plan(blocks, recipe(**changes))
+        check_choices(recipe(**changes))
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_group_wider_than_a_site_is_refused(blocks):
+    with pytest.raises(
+        UserError, match=r"group size 33 is larger than the 32 columns of model\.layers\.0\.self_attn\.q"
+    ):
+        uniform_plan(blocks, recipe(group_size=33))
+
+
+def test_choices_are_looked_at_before_the_model_is(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'babai'"):
+        make_plan(Recipe(model=str(tmp_path / "nothing"), method="babay"))
 
 
 def test_a_group_may_be_as_wide_as_the_narrowest_site(blocks):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -46,6 +48,8 @@ def test_toml_carries_every_recipe_unchanged(recipe):
         ({"formats": ("dense", "geoquant")}, "lattice"),
         ({"metric": "gradient", "method": "lattice"}, "lattice"),
         ({"grid": "lattice", "formats": ("gptq",)}, "lattice"),
+        ({"grid": "lattice", "rate": 3.0, "formats": ("gptq",)}, "lattice"),
+        ({"rate": 3.0, "formats": ("geoquant", "gptq")}, "lattice"),
         ({"bits": 4}, "box"),
         ({"group_size": 64}, "box"),
         ({"symmetric": True}, "box"),
@@ -177,7 +181,16 @@ def test_a_number_without_end_is_no_bug(tmp_path):
         load_recipe(tmp_path / "r.toml")
 
 
-@pytest.mark.parametrize("values", [{"method": 3}, {"formats": 3}, {"formats": [["gguf"]]}, {"metric": ["plain"]}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"method": 3},
+        {"formats": 3},
+        {"formats": [["gguf"]]},
+        {"rate": 3, "formats": ["gguf", ["gguf"]]},
+        {"metric": ["plain"]},
+    ],
+)
 def test_a_value_of_another_type_is_one_line(values):
     with pytest.raises(UserError):
         checked({"model": "m", **values})
@@ -190,3 +203,86 @@ def test_a_rate_and_a_box_contradict_each_other_whatever_the_value(boxed):
         checked({"model": "m", "rate": 3.0, **boxed})
     whole = checked({"model": "m", "rate": 3.0}).model_dump()  # a saved recipe has all options, and its grid
     assert checked(whole).grid == "lattice"
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"grid": "lattice", "bits": 4},
+            "bits belongs to the box; got grid = lattice, bits = 4; "
+            "leave bits out (the size of a lattice is --rate), or use --grid box",
+        ),
+        ({"grid": "lattice", "group_size": 64, "rate": 3.0}, "group_size belongs to the box; got grid = lattice"),
+        ({"grid": "lattice", "symmetric": True, "keep": 0.0}, "keep and symmetric belong to the box; got grid"),
+        ({"grid": "lattice", "static_scales": False}, "static_scales belongs to the box"),
+        (
+            {"grid": "box", "rate": 3.25},
+            "a box has bits, not a rate; got grid = box, rate = 3.25; use --grid lattice, or --bits",
+        ),
+        (
+            {"method": "lattice", "bits": 4},
+            "method lattice has no box; got bits = 4; leave bits out and use --grid lattice, or leave --method out",
+        ),
+        (
+            {"method": "lattice", "formats": ("gptq",)},
+            "method lattice has no box; got formats = ('gptq',); use --grid lattice, or leave --method out",
+        ),
+        ({"method": "lattice", "grid": "box"}, "method lattice has no box; got grid = box; use --grid lattice"),
+        (
+            {"rate": 3, "method": "rtn"},
+            "method rtn needs a box; got grid = lattice; leave --method out, or use --grid box",
+        ),
+        (
+            {"rate": 3, "metric": "plain"},
+            "the lattice weighs sites against each other by their gradients; got --metric",
+        ),
+    ],
+)
+def test_what_a_grid_would_ignore_is_refused(values, line):
+    with pytest.raises(UserError) as caught:
+        checked({"model": "m", **values})
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("rate", "bits"), [(1.5, 2), (3, 3), (3.25, 3), (3.75, 4), (8.0, 8), (float("nan"), 8), ("3", 8)]
+)
+def test_a_rate_in_a_format_of_fixed_width_must_be_meant(rate, bits):
+    with pytest.raises(UserError) as caught:
+        checked({"model": "m", "rate": rate, "formats": ("gptq",)})
+    assert str(caught.value) == (
+        "a rate belongs to the lattice, whose codes do not fit into a box of few bits: gptq would hold them in 8; "
+        f"got rate = {rate}, format = gptq; "
+        f"for codes of {bits} bits in it use --bits {bits} and no rate, or add --grid lattice if 8 bits are meant"
+    )
+
+
+@pytest.mark.parametrize("asked", [{"rate": 3.0}, {"grid": "box"}, {"bits": 3, "keep": 0.1}, {}])
+def test_what_a_run_wrote_down_names_everything_and_is_read_back(asked, tmp_path):
+    recipe = checked({"model": "m", **asked})
+    assert checked(recipe.model_dump(mode="json")) == recipe
+    (tmp_path / "r.toml").write_text(recipe_toml(recipe))
+    assert load_recipe(tmp_path / "r.toml") == recipe
+    assert load_recipe(tmp_path / "r.toml", seed=3) == recipe.model_copy(update={"seed": 3})
+
+
+def test_an_edited_file_and_a_flag_are_held_to_the_grid_too(tmp_path):
+    written = recipe_toml(checked({"model": "m", "rate": 3.0}))
+    (tmp_path / "r.toml").write_text(written)
+    with pytest.raises(UserError, match="bits belongs to the box; got grid = lattice, bits = 4"):
+        load_recipe(tmp_path / "r.toml", bits=4)
+    (tmp_path / "r.toml").write_text(written.replace("bits = 4", "bits = 3"))
+    with pytest.raises(UserError, match="bits belongs to the box; got grid = lattice, bits = 3"):
+        load_recipe(tmp_path / "r.toml")
+
+
+def test_a_contradiction_is_told_before_torch_is_there():
+    code = (
+        "import sys\nfrom geoquant import cli\n"
+        "assert cli.run(['quantize', 'm', '--out', 'r', '--method', 'lattice', '--bits', '4']) == 2\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    assert child.stderr.startswith("geoquant: error: method lattice has no box; got bits = 4; leave bits out")

@@ -19,7 +19,7 @@ from geoquant.methods.lattice import tied
 from geoquant.methods.problem import LatticeSolution
 from geoquant.model.folding import find_folds, scaled_parameters
 from geoquant.model.walk import walk
-from geoquant.pipeline import export, quantize
+from geoquant.pipeline import export, make_plan, quantize
 from geoquant.plan import estimate
 from geoquant.recipe import checked
 from gguf_cases import bpe_tokenizer
@@ -185,7 +185,7 @@ def test_stock_transformers_reads_the_int8_twin(run, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["gptq", "gguf"])
-def test_other_int8_forms(run, tmp_path, to):
+def test_other_int8_forms(run, tmp_path, to, monkeypatch):
     """GPTQ by its documented layout and GGUF through transformers: the dense weights with column steps folded, up to
     the rounding of scales to half precision, and the same logits.
     """
@@ -193,6 +193,10 @@ def test_other_int8_forms(run, tmp_path, to):
     shutil.copytree(run[0], folder)
     entry = export(folder, to, verify=False)
     assert entry["overflow_codes"] == 0
+    monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+    planned = make_plan(run[1].model_copy(update={"formats": (to,)}))
+    assert planned["size"]["linear_bytes"] == entry["linear_bytes"]
+    assert any(f"{to}: codes of the lattice do not fit" in warning for warning in planned["warnings"])
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
     tokens = torch.arange(24)[None]
     expected = dense(tokens).logits
@@ -234,7 +238,7 @@ def test_codes_beyond_int8_go_to_the_adapter(run, tmp_path):
 
 
 def test_steps_that_do_not_fold_are_refused(run, tmp_path, capsys):
-    command = ["quantize", run[1].model, "--rate", "4", "--no-foldable", "--format", "compressed-tensors"]
+    command = ["quantize", run[1].model, "--grid", "lattice", "--no-foldable", "--format", "compressed-tensors"]
     assert cli.run([*command, "--out", str(tmp_path / "run")]) == 2
     assert "leave --no-foldable out" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

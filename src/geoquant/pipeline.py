@@ -33,7 +33,7 @@ from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import check_head
 from geoquant.observe.stream import open_stream
 from geoquant.plan.estimate import Cost, cost
-from geoquant.plan.uniform import Plan, uniform_plan
+from geoquant.plan.uniform import Plan, check_choices, uniform_plan
 from geoquant.privacy.scores import SplitScores
 from geoquant.progress import Progress, silent
 from geoquant.recipe import Recipe, checked, located
@@ -128,6 +128,7 @@ def quantize(
 
 def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
     """Everything that is decided, and everything that can be refused, before the first long step."""
+    check_choices(recipe)
     loaded = load(recipe.model, device=recipe.device)
     texts = prepare_texts(loaded.tokenizer, recipe)
     check_context(loaded, recipe.window)

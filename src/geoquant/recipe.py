@@ -15,13 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from geoquant.errors import UserError, unknown_name
 
-__all__ = ["Recipe", "checked", "load_recipe", "located", "recipe_toml"]
+__all__ = ["Recipe", "checked", "load_recipe", "located", "overruled", "recipe_toml"]
 
 Format = Literal["compressed-tensors", "dense", "geoquant", "gguf", "gptq", "int4"]
 
-# What only a box has; whoever names one of these without a grid wants the box.
+# What only a box has; whoever names one of these without a grid wants the box. And what only the lattice has.
 BOXED = {"bits", "group_size", "symmetric", "keep", "static_scales"}
-PACKED = {"compressed-tensors", "gguf", "gptq"}
+RATED = {"rate"}
+PACKED = ("compressed-tensors", "gguf", "gptq")
 
 
 class Recipe(BaseModel):
@@ -80,6 +81,7 @@ class Recipe(BaseModel):
     def _follow_the_grid(cls, values: dict) -> dict:
         """Without a grid the lattice, unless something of a box is asked for. Either has a method and a format."""
         grid = values["grid"] if "grid" in values else _grid_of(values)
+        refuse_strangers({"grid": grid, **values})
         own = {"method": "babai", "formats": ("compressed-tensors",)} if grid == "box" else {}
         return {"grid": grid, **own, **values}
 
@@ -91,16 +93,85 @@ def _grid_of(values: Mapping) -> str:
         if boxed:  # one that has its default's value would go unnoticed later
             raise UserError(
                 "a rate belongs to the lattice and the others to the box",
-                got=", ".join(f"{name} = {values[name]}" for name in ("rate", *boxed)),
+                got=_said(values, "rate", *boxed),
                 fix="leave out one or the others",
             )
+        if _packed(values) and all(name in PACKED for name in values["formats"]):
+            raise _unfit(values["formats"][0], values["rate"])
         return "lattice"
-    # Values of any type: what is wrong with them is said when they are validated.
-    method, metric, formats = (values.get(name) for name in ("method", "metric", "formats"))
-    packed = isinstance(formats, list | tuple) and any(name in formats for name in PACKED)  # of 2 to 8 bits
-    alone = "method" in values and not str(method).startswith("lattice")
-    boxed = boxed or alone or packed or ("metric" in values and metric != "gradient")
-    return "box" if boxed else "lattice"
+    if boxed or _packed(values) or values.get("metric", "gradient") != "gradient":
+        return "box"
+    return "box" if "method" in values and not _of_lattice(values["method"]) else "lattice"
+
+
+def _unfit(packed: str, rate: object) -> UserError:
+    """A rate beside nothing but a format of fixed width: that its file would be larger is to be asked for."""
+    near = next((bits for bits in range(2, 8) if isinstance(rate, int | float) and rate <= bits + 0.5), 8)
+    return UserError(
+        f"a rate belongs to the lattice, whose codes do not fit into a box of few bits: {packed} would hold them in 8",
+        got=f"rate = {rate}, format = {packed}",
+        fix=f"for codes of {near} bits in it use --bits {near} and no rate, or add --grid lattice if 8 bits are meant",
+    )
+
+
+def refuse_strangers(values: Mapping) -> None:
+    """Raise UserError where something is asked for that `values["grid"]` has not: it would be ignored."""
+    if values["grid"] == "lattice":
+        if strangers := _asked(values, BOXED):
+            raise UserError(
+                f"{' and '.join(strangers)} belong{'s' if len(strangers) == 1 else ''} to the box",
+                got=_said(values, "grid", *strangers),
+                fix=f"leave {' and '.join(strangers)} out (the size of a lattice is --rate), or use --grid box",
+            )
+        if "method" in values and not _of_lattice(values["method"]):
+            raise UserError(
+                f"method {values['method']} needs a box",
+                got=_said(values, "grid"),
+                fix="leave --method out, or use --grid box",
+            )
+        if values.get("metric", "gradient") != "gradient":
+            raise UserError(
+                "the lattice weighs sites against each other by their gradients",
+                got=f"--metric {values['metric']}",
+                fix="use --metric gradient, or --grid box",
+            )
+    if values["grid"] == "box":
+        if _asked(values, RATED):
+            raise UserError(
+                "a box has bits, not a rate", got=_said(values, "grid", "rate"), fix="use --grid lattice, or --bits"
+            )
+        if _of_lattice(values.get("method")):
+            reasons = _asked(values, BOXED | {"metric"}) + (["formats"] if _packed(values) else [])
+            out = [f"leave {name} out" for name in reasons if name != "formats"]
+            raise UserError(
+                f"method {values['method']} has no box",
+                got=_said(values, *(reasons or ["grid"])),
+                fix=" and ".join([*out, "use --grid lattice"]) + ", or leave --method out",
+            )
+
+
+def _asked(values: Mapping, names: set[str]) -> list[str]:
+    """Which of the options were asked for. A recipe that was written down whole names them all: there those that do not
+    have their default.
+    """
+    changed = {name for name in names.intersection(values) if values[name] != Recipe.model_fields[name].default}
+    whole = values.keys() >= BOXED | RATED
+    return sorted(changed if whole else changed | (names - {"metric"}).intersection(values))
+
+
+# Values of any type: what is wrong with them is said when they are validated.
+def _of_lattice(method: object) -> bool:
+    return str(method).startswith("lattice")
+
+
+def _packed(values: Mapping) -> bool:
+    """Whether a format of 2 to 8 bits is asked for."""
+    formats = values.get("formats")
+    return isinstance(formats, list | tuple) and any(name in formats for name in PACKED)
+
+
+def _said(values: Mapping, *names: str) -> str:
+    return ", ".join(f"{name} = {values[name]}" for name in names)
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -164,7 +235,15 @@ def load_recipe(path: Path, **overrides: object) -> Recipe:
         ) from None
     except (ValueError, RecursionError) as error:  # tomllib passes on what Python says of a number of 5000 digits
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
-    return checked({**values, **overrides})
+    return overruled(values, overrides)
+
+
+def overruled(written: Mapping, flags: Mapping) -> Recipe:
+    """The recipe that was written down, overruled by flags. Of these all were asked for, whatever their value."""
+    values = {**written, **flags}
+    if "grid" in values:
+        refuse_strangers({"grid": values["grid"], **flags})
+    return checked(values)
 
 
 def recipe_toml(recipe: Recipe) -> str:

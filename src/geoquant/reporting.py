@@ -15,18 +15,20 @@ import torch
 
 from geoquant.data.records import Split
 from geoquant.evaluate.perplexity import Perplexity, difference
-from geoquant.export import gguf, snippet
+from geoquant.export import OWN, gguf, snippet
 from geoquant.export.compressed_tensors import stored_bits
 from geoquant.export.gptq import scheme_of
 from geoquant.export.verify import VerifyResult
 from geoquant.export.weights import ExportResult
+from geoquant.lattice.grid import Grid
 from geoquant.manifest import versions
 from geoquant.measure import Quality, Texts
 from geoquant.model.load import Loaded
 from geoquant.model.paging import trim
 from geoquant.model.walk import Block
-from geoquant.plan.uniform import Plan, kept_count
+from geoquant.plan.uniform import Plan, SitePlan, kept_count
 from geoquant.recipe import Recipe
+from geoquant.report.words import VOCABULARY
 from geoquant.results import site_reports
 from geoquant.runs import read_json
 
@@ -133,8 +135,10 @@ def told(exports: list[dict]) -> list[str]:
 def planned_size(loaded: Loaded, plan: Plan, format: str) -> dict:
     """Sizes of one format's files as planned: sites as the format stores them, everything else as it is."""
     facts, width = model_facts(loaded), torch.finfo(loaded.dtype).bits // 8
-    weights = sum(math.prod(site.shape) for site in plan.sites)
-    linear = weights * width if format == "dense" else _packed_bytes(plan, format)
+    # Formats of other people leave embeddings as they are.
+    sites = [site for site in plan.sites if format in OWN or site.kind not in VOCABULARY]
+    weights = sum(math.prod(site.shape) for site in sites)
+    linear = weights * width if format == "dense" else _packed_bytes(sites, format)
     return {
         "bits_per_weight": plan.bits_per_weight,
         "linear_bytes": linear,
@@ -143,20 +147,19 @@ def planned_size(loaded: Loaded, plan: Plan, format: str) -> dict:
     }
 
 
-def _packed_bytes(plan: Plan, format: str) -> int:
+def _packed_bytes(sites: list[SitePlan], format: str) -> int:
     """Sites as a format's file holds them, and kept columns in the adapter (16-bit columns and selector)."""
-    boxed = [(site.grid, *site.shape) for site in plan.sites if site.grid is not None]
+    if format in OWN:
+        return sum(int(math.prod(site.shape) * site.bits_per_weight / 8) for site in sites)
+    # Codes of the lattice become int8 with one scale per row.
+    boxed = [(site.grid or Grid(8, site.shape[1], True), *site.shape) for site in sites]
     scheme = scheme_of(boxed) if format == "gptq" else None
     total = 0
-    for site in plan.sites:
-        rows, columns = site.shape
-        if site.grid is None:
-            bits = site.bits_per_weight
+    for site, (grid, rows, columns) in zip(sites, boxed):
+        if scheme is not None:
+            bits = scheme.stored_bits(rows, columns)
         else:
-            if scheme is not None:
-                bits = scheme.stored_bits(rows, columns)
-            else:
-                bits = gguf.stored_bits(site.grid) if format == "gguf" else stored_bits(site.grid, columns)
+            bits = gguf.stored_bits(grid) if format == "gguf" else stored_bits(grid, columns)
         total += int(rows * columns * bits / 8) + 2 * kept_count(site.keep, columns) * (rows + columns)
     return total
 

@@ -146,8 +146,10 @@ def bug(error: Exception) -> int:
 
 
 def environment_problem(error: Exception) -> str | None:
-    """The one line for failures that no check could see coming: a full disk, exhausted memory."""
+    """The one line for failures that no check could see coming: a full disk, exhausted memory, a broken compiler."""
     text = str(error)
+    if breaks_on_import(error, "numba", "llvmlite"):
+        return f"numba, which compiles the solvers, is missing or broken: {text}; run: pip install -U numba"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"disk full while writing {error.filename or 'a file'}; free some space, then run it again"
     # Torch reports memory through RuntimeError; the subclass for GPUs says "out of memory".
@@ -155,6 +157,16 @@ def environment_problem(error: Exception) -> str | None:
     if full or isinstance(error, MemoryError):
         return "out of memory; close other programs, or use fewer or shorter --windows, or a smaller model"
     return None
+
+
+def breaks_on_import(error: BaseException, *packages: str) -> bool:
+    """Whether one of these packages is absent, or failed while it was imported (not while it worked)."""
+    import traceback
+
+    if isinstance(error, ModuleNotFoundError) and error.name in packages:
+        return True
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>")
+    return any(frame.f_globals.get("__name__", "").split(".")[0] in packages for frame in frames)
 
 
 def broken_pipe() -> int:

@@ -16,13 +16,13 @@ from geoquant.cli.screen import output
 
 __all__ = ["doctor"]
 
-SHOWN = ("torch", "transformers", "safetensors", "compressed-tensors", "accelerate", "numpy", "scipy", "gguf")
+SHOWN = ("torch", "transformers", "safetensors", "compressed-tensors", "accelerate", "numpy", "numba", "scipy", "gguf")
 GEMM = 1024  # side of the square matrices that are multiplied to see how fast this machine is
 GEMM_SECONDS = 0.4
 
 
 def doctor(*, json: Json = False) -> int:
-    """Check Python, packages, a mismatched torchvision, GPU, matrix speed, memory, disk, and the demo model.
+    """Check Python, packages, a mismatched torchvision or numba, GPU, matrix speed, memory, disk, and the demo model.
 
     Exit code 0 when all is well, 2 when something must be mended; each problem names its remedy.
 
@@ -32,7 +32,7 @@ def doctor(*, json: Json = False) -> int:
       geoquant doctor --json
     """
     with output(json) as result:
-        problems: list[str] = [*package_problems(), *torchvision_problems()]
+        problems: list[str] = [*package_problems(), *torchvision_problems(), *numba_problems()]
         notes = optional_notes()
         facts = {"python": f"{platform.python_version()} ({sys.executable})", **versions()}
         if not any(problem.startswith("torch ") for problem in problems):
@@ -81,17 +81,30 @@ def package_problems() -> list[str]:
 
 def torchvision_problems() -> list[str]:
     """A torchvision built for another torch: it breaks all of transformers while `pip check` is green."""
-    if importlib.util.find_spec("torchvision") is None:
+    reason = why_broken("torchvision")
+    if reason is None:
         return []
-    # In a process of its own: a broken compiled extension may take the interpreter with it.
-    child = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, text=True)
-    if child.returncode == 0:
-        return []
-    reason = (child.stderr.strip().splitlines() or [f"exit {child.returncode}"])[-1]
     return [
         f"torchvision does not fit this torch and breaks transformers ({reason}); "
         "run: pip uninstall torchvision (GeoQuant does not need it)"
     ]
+
+
+def numba_problems() -> list[str]:
+    """A numba that does not fit this numpy or Python: the solvers are compiled by it."""
+    reason = why_broken("numba")
+    return [] if reason is None else [f"numba is broken ({reason}); run: pip install -U numba"]
+
+
+def why_broken(package: str) -> str | None:
+    """Why an installed package cannot be imported, or None."""
+    if importlib.util.find_spec(package) is None:
+        return None
+    # In a process of its own: a broken compiled extension may take the interpreter with it.
+    child = subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True, text=True)
+    if child.returncode == 0:
+        return None
+    return (child.stderr.strip().splitlines() or [f"exit {child.returncode}"])[-1]
 
 
 def optional_notes() -> list[str]:

@@ -114,7 +114,10 @@ def check(
 
         modules = dict(model.named_modules())
         grids = {name: Grid(8, modules[name].weight.shape[1], True) for name in grids}
-        twin = ("codes of the lattice are stored as int8, one scale per row; embeddings at full precision",)
+        twin = (
+            f"{format}: codes of the lattice do not fit into a box of few bits and are stored as int8, "
+            "8 bits per weight, one scale per row; embeddings stay at full precision; for fewer use --bits",
+        )
     if format == "gguf":
         from geoquant.export import gguf
 

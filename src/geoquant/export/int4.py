@@ -16,19 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from geoquant.export.packed import WIDTHS, Packed, pack, place_type
-from geoquant.export.weights import (
-    MAX_SHARD_BYTES,
-    ExportResult,
-    chosen_dtype,
-    summarize,
-    tied_heads,
-    untouched,
-    write_shards,
-    write_side_files,
-)
+from geoquant.export.weights import ExportResult, write_coded
 from geoquant.methods.problem import LatticeSolution
 from geoquant.model.walk import Block
-from geoquant.runs import atomic_directory
 
 __all__ = ["INT4_VERSION", "METHOD", "PackedEmbedding", "PackedLinear", "PackedMatrix", "export_int4", "footprint"]
 
@@ -120,21 +110,16 @@ def export_int4(
     blocks: tuple[Block, ...],
     stages: Mapping[str, LatticeSolution],
     out: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    **options: object,
 ) -> tuple[ExportResult, int]:
-    """Write `out`, whose coded matrices are in the runtime form, everything else as it is, in `dtype`; what was
-    written, and how many codes lie in sparse lists.
+    """Write `out`, whose coded matrices are in the runtime form; what was written, and how many codes lie in sparse
+    lists.
 
-    stages: solutions by stage name, read one at a time.
+    stages: solutions by stage name, read one at a time. options: of `write_coded`.
     """
-    dtype = chosen_dtype(model, dtype)
     sites: dict[str, dict] = {}
-    linear = 0
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        nonlocal linear
+    def coded() -> Iterator[tuple[str, Tensor]]:
         for stage in (stage for block in blocks for stage in block.stages):
             solution, start = stages[stage.name], 0
             for site in stage.sites:
@@ -142,17 +127,12 @@ def export_int4(
                 start = rows.stop
                 matrix = pack(solution.codes[rows], solution.row_exponents[rows], solution.column_exponents)
                 sites[site.name] = described(matrix)
-                linear += matrix.nbytes
                 for name, tensor in matrix.tensors.items():
                     yield f"{site.name}.{name}", tensor
-        yield from untouched(model, sites, dtype)
 
-    with atomic_directory(out) as folder:
-        write_shards(folder, tensors(), max_shard_bytes)
-        settings = {"quant_method": METHOD, "version": INT4_VERSION, "sites": sites}
-        settings["tied"] = tied_heads(model, sites)
-        write_side_files(folder, model, tokenizer, dtype, settings)
-    return summarize(out, linear), sum(entry["beyond"] for entry in sites.values())
+    settings = {"quant_method": METHOD, "version": INT4_VERSION}
+    written = write_coded(out, model, tokenizer, coded(), sites, settings, **options)
+    return written, sum(entry["beyond"] for entry in sites.values())
 
 
 def described(matrix: Packed) -> dict:
@@ -167,24 +147,24 @@ def described(matrix: Packed) -> dict:
 
 
 def blank(entry: Mapping) -> Packed:
-    """A matrix of the described shapes whose tensors are to be read. Raises ValueError where the entry is none."""
-    try:
-        (rows, columns), width, count = map(int, entry["shape"]), int(entry["width"]), int(entry["beyond"])
-        kinds = {str(kind).removeprefix("torch."): kind for kind in WIDTHS.values() if kind is not torch.uint8}
-        dense, excess = WIDTHS[width], kinds[entry["excess"]]
-        shape = rows, -(-columns // 2) if width == 4 else columns
-        return Packed(
-            width=width,
-            columns=columns,
-            dense=torch.empty(shape, dtype=dense),
-            pointers=torch.empty(rows + 1, dtype=torch.int32),
-            places=torch.empty(count, dtype=place_type(columns)),
-            excess=torch.empty(count, dtype=excess),
-            row_steps=torch.empty(rows, dtype=torch.int16),
-            column_steps=torch.empty(columns, dtype=torch.int16),
-        )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"its entry in config.json says {error!r}") from None
+    """A matrix of the described shapes whose tensors are to be read.
+
+    Raises KeyError, TypeError, ValueError or RuntimeError where the entry describes none.
+    """
+    (rows, columns), width, count = map(int, entry["shape"]), int(entry["width"]), int(entry["beyond"])
+    kinds = {str(kind).removeprefix("torch."): kind for kind in WIDTHS.values() if kind is not torch.uint8}
+    dense, excess = WIDTHS[width], kinds[entry["excess"]]
+    shape = rows, -(-columns // 2) if width == 4 else columns
+    return Packed(
+        width=width,
+        columns=columns,
+        dense=torch.empty(shape, dtype=dense),
+        pointers=torch.empty(rows + 1, dtype=torch.int32),
+        places=torch.empty(count, dtype=place_type(columns)),
+        excess=torch.empty(count, dtype=excess),
+        row_steps=torch.empty(rows, dtype=torch.int16),
+        column_steps=torch.empty(columns, dtype=torch.int16),
+    )
 
 
 def check_matrix(entry: Mapping, matrix: Packed) -> None:

@@ -18,20 +18,10 @@ from torch import Tensor, nn
 from geoquant.export.coder import Coded, Tables, decode, encode, make_tables
 from geoquant.export.decoder import Lookup
 from geoquant.export.int4 import METHOD
-from geoquant.export.weights import (
-    MAX_SHARD_BYTES,
-    ExportResult,
-    chosen_dtype,
-    summarize,
-    tied_heads,
-    untouched,
-    write_shards,
-    write_side_files,
-)
+from geoquant.export.weights import ExportResult, write_coded
 from geoquant.lattice.rate import CLASSES, Spread, class_histograms, spread_of
 from geoquant.methods.problem import LatticeSolution
 from geoquant.model.walk import Block, Stage
-from geoquant.runs import atomic_directory
 
 __all__ = ["VERSION", "decode_site", "export_native", "read_tables"]
 
@@ -46,37 +36,24 @@ def export_native(
     blocks: tuple[Block, ...],
     stages: Mapping[str, LatticeSolution],
     out: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    **options: object,
 ) -> ExportResult:
-    """Write `out`, whose linear weights are coded; everything else is stored as it is, in `dtype`.
+    """Write `out`, whose matrices are entropy-coded.
 
-    stages: solutions by stage name, read twice (once to count, once to code), one stage at a time.
+    stages: solutions by stage name, read twice (once to count, once to code), one stage at a time. options: of
+    `write_coded`.
     """
-    dtype = chosen_dtype(model, dtype)
     order = [stage for block in blocks for stage in block.stages]
     tables = count(order, stages)
-    models, sites, linear = tables.models(), {}, 0
+    models, sites = tables.models(), {}
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        nonlocal linear
-        for name, tensor in table_tensors(tables).items():
-            linear += tensor.nbytes
-            yield name, tensor
+    def coded() -> Iterator[tuple[str, Tensor]]:
+        yield from table_tensors(tables).items()
         for stage in order:
-            for name, tensor in stage_tensors(stage, stages[stage.name], tables, models, sites):
-                linear += tensor.nbytes
-                yield name, tensor
-        yield from untouched(model, sites, dtype)
+            yield from stage_tensors(stage, stages[stage.name], tables, models, sites)
 
-    with atomic_directory(out) as folder:
-        write_shards(folder, tensors(), max_shard_bytes)
-        counts = sum(map(len, tables.counts))
-        settings = {"quant_method": METHOD, "version": VERSION, "tables": counts, "sites": sites}
-        settings["tied"] = tied_heads(model, sites)
-        write_side_files(folder, model, tokenizer, dtype, settings)
-    return summarize(out, linear)
+    settings = {"quant_method": METHOD, "version": VERSION, "tables": sum(map(len, tables.counts))}
+    return write_coded(out, model, tokenizer, coded(), sites, settings, **options)
 
 
 def count(order: list[Stage], stages: Mapping[str, LatticeSolution]) -> Tables:

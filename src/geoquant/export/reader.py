@@ -7,10 +7,12 @@ the embedding's matrix. Registered with transformers when geoquant has been impo
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -25,6 +27,9 @@ from geoquant.lattice.unboxed import steps_of
 __all__ = ["CodedEmbedding", "CodedLinear", "GeoQuantConfig", "GeoQuantizer"]
 
 RUNTIMES = ("int8", "int4")
+HOLDER = "geoquant"  # of the tables while a model is loaded
+ENTRY = "its entry in config.json says"
+INTEGERS = {"U8": torch.uint8, "U16": torch.uint16, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
 
 
 class Coded(nn.Module):
@@ -190,38 +195,49 @@ class GeoQuantizer(HfQuantizer):
         """Refuse files of a later version, and runtime forms that nobody knows."""
         version = self.quantization_config.version
         if not isinstance(version, int) or version < 1:
-            raise ValueError(f"config.json names no version of the format geoquant (got {version!r})")
+            raise UserError(f"config.json names no version of the format geoquant (got {version!r})")
         if version > INT4_VERSION:
-            raise ValueError(
+            raise UserError(
                 f"this checkpoint has version {version} of the format geoquant, "
                 f"this geoquant reads up to {INT4_VERSION}: upgrade it"
             )
         if self.quantization_config.runtime not in RUNTIMES:
             raise unknown_name("runtime", str(self.quantization_config.runtime), RUNTIMES)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
-        for name, entry in self.quantization_config.sites.items():
-            module = model.get_submodule(name)
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Iterable[str] | None = None, **kwargs: object
+    ) -> None:
+        settings = self.quantization_config
+        try:
+            for name, entry in settings.sites.items():
+                self.replace_site(model, name, entry)
+            for name, source in settings.tied.items():
+                replace(model, name, TiedHead(model.get_submodule(source), model.get_submodule(name)))
+                # Nothing is left that transformers could tie, now or when asked to do it again.
+                model.all_tied_weights_keys, model._tied_weights_keys = {}, None
+            if settings.version != INT4_VERSION:
+                holder = nn.Module()
+                holder.register_buffer("tables", torch.empty(settings.tables, dtype=torch.uint16))
+                holder.register_buffer("reaches", torch.empty(CLASSES, dtype=torch.int16))
+                model.geoquant = holder
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"config.json of {model.name_or_path} does not describe this model: {error}",
+                fix="copy the checkpoint again",
+            ) from None
+        check_stored(model, checkpoint_files or (), {*settings.sites, HOLDER})
+
+    def replace_site(self, model: nn.Module, name: str, entry: dict) -> None:
+        """Put an empty module for codes where `name` is. Raises UserError where its entry is not one."""
+        module = model.get_submodule(name)
+        try:
             if self.quantization_config.version == INT4_VERSION:
-                try:
-                    replace(model, name, packed_module(module, blank(entry), module.weight.dtype))
-                except ValueError as error:
-                    raise damaged(name, model, error) from None
-                continue
-            kind = CodedEmbedding if isinstance(module, nn.Embedding) else CodedLinear
-            try:
-                replace(model, name, kind(name, entry, module))
-            except (KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise damaged(name, model, ValueError(f"its entry in config.json says {error!r}")) from None
-        for name, source in self.quantization_config.tied.items():
-            replace(model, name, TiedHead(model.get_submodule(source), model.get_submodule(name)))
-            # Nothing is left that transformers could tie, now or when asked to do it again.
-            model.all_tied_weights_keys, model._tied_weights_keys = {}, None
-        if self.quantization_config.tables:
-            holder = nn.Module()
-            holder.register_buffer("tables", torch.empty(self.quantization_config.tables, dtype=torch.uint16))
-            holder.register_buffer("reaches", torch.empty(CLASSES, dtype=torch.int16))
-            model.geoquant = holder
+                coded = packed_module(module, blank(entry), module.weight.dtype)
+            else:
+                coded = (CodedEmbedding if isinstance(module, nn.Embedding) else CodedLinear)(name, entry, module)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise damaged(name, model, f"{ENTRY} {error!r}") from None
+        replace(model, name, coded)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
         if self.quantization_config.version == INT4_VERSION:
@@ -241,7 +257,9 @@ class GeoQuantizer(HfQuantizer):
         try:
             lookup = read_tables(model.geoquant.tables.cpu(), model.geoquant.reaches.cpu()).lookup()
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"geoquant.tables is damaged: {error}; copy the checkpoint again") from None
+            raise UserError(
+                f"geoquant.tables of {model.name_or_path} is damaged: {error}", fix="copy the checkpoint again"
+            ) from None
         del model.geoquant
         sites = {name: model.get_submodule(name) for name in self.quantization_config.sites}
         columns = {
@@ -252,11 +270,14 @@ class GeoQuantizer(HfQuantizer):
 
         def unpack(name: str) -> None:
             site = sites[name]
-            shared, device = columns[site.entry["columns"]], site.words.device
+            device = site.words.device
             try:
+                shared = columns[site.entry["columns"]]
                 codes = decode_site(site.tensors() | shared, site.entry, lookup)
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"layer {name} is damaged: {error}; copy the checkpoint again") from None
+            except KeyError as error:
+                raise damaged(name, model, f"{ENTRY} nothing of {error}") from None
+            except ValueError as error:
+                raise damaged(name, model, error) from None
             if self.quantization_config.runtime == "int4":
                 rows, base = (site.row_steps.cpu(), shared["column_steps"]), site.entry["bases"]
                 exponents = (steps.to(torch.int32) + least for steps, least in zip(rows, base))
@@ -277,9 +298,39 @@ class GeoQuantizer(HfQuantizer):
         return False
 
 
-def damaged(name: str, model: nn.Module, error: Exception) -> UserError:
+def damaged(name: str, model: nn.Module, error: object) -> UserError:
     """A layer that is not what was written."""
     return UserError(f"layer {name} of {model.name_or_path} is damaged: {error}", fix="copy the checkpoint again")
+
+
+def check_stored(model: nn.Module, files: Iterable[str], owners: Collection[str]) -> None:
+    """Raise UserError where the files are not what the model with its coded matrices reads: cut short, or a tensor
+    absent or of another shape or type. Only their headers are read; transformers would say less, or nothing.
+
+    owners: modules whose tensors must all be there. What else is absent transformers tells.
+    """
+    found, again = {}, "copy the checkpoint again"
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                pieces = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+                found |= {name: (file, [*piece.get_shape()], piece.get_dtype()) for name, piece in pieces.items()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"weights file {file} is truncated or damaged: {error}", fix=again) from None
+    wanted = model.state_dict() if found else {}
+    for name, tensor in wanted.items():
+        if name not in found:
+            if name.rpartition(".")[0] in owners:
+                raise UserError(f"tensor {name} is missing from {model.name_or_path}", fix=again)
+            continue
+        file, shape, kind = found[name]
+        if shape != [*tensor.shape]:
+            raise UserError(f"tensor {name} in {file} has shape {shape}", wanted=[*tensor.shape], fix=again)
+        if not tensor.is_floating_point() and INTEGERS.get(kind) != tensor.dtype:
+            raise UserError(f"tensor {name} in {file} has type {kind}", wanted=tensor.dtype, fix=again)
+    for name in sorted(found.keys() - wanted.keys()):
+        if f"{name.rpartition('.')[0]}.weight" in wanted:
+            raise UserError(f"config.json of {model.name_or_path} does not know tensor {name}", fix=again)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

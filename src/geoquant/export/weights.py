@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from geoquant.errors import UserError
-from geoquant.runs import atomic_write, write_json
+from geoquant.runs import atomic_directory, atomic_write, write_json
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -27,6 +27,7 @@ __all__ = [
     "tied_heads",
     "tied_weights",
     "untouched",
+    "write_coded",
     "write_shards",
     "write_side_files",
 ]
@@ -202,6 +203,37 @@ def write_side_files(
         atomic_write(folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8") and None)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def write_coded(
+    out: Path,
+    model: nn.Module,
+    tokenizer: object,
+    coded: Iterable[tuple[str, Tensor]],
+    sites: Mapping[str, dict],
+    settings: dict,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> ExportResult:
+    """Write `out` in a format of our own: the tensors of coded matrices, then everything else as it is, in `dtype`.
+
+    sites: what config.json says of each coded matrix, filled while `coded` is read. settings: what else it says.
+    """
+    dtype, linear = chosen_dtype(model, dtype), 0
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal linear
+        for name, tensor in coded:
+            linear += tensor.nbytes
+            yield name, tensor
+        yield from untouched(model, sites, dtype)
+
+    with atomic_directory(out) as folder:
+        write_shards(folder, tensors(), max_shard_bytes)
+        quantization = {**settings, "sites": sites, "tied": tied_heads(model, sites)}
+        write_side_files(folder, model, tokenizer, dtype, quantization)
+    return summarize(out, linear)
 
 
 def summarize(folder: Path, bytes_linear: int, notes: tuple[str, ...] = ()) -> ExportResult:

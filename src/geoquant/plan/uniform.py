@@ -1,4 +1,4 @@
-"""The uniform plan: every site gets the same grid. Checks every choice before the first forward pass."""
+"""The uniform plan: every site gets the same grid. `check_choices` looks at every choice before the model is loaded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from geoquant.errors import UserError, unknown_name
 from geoquant.lattice.grid import Grid
 from geoquant.lattice.order import ORDERS
-from geoquant.methods import LATTICE, METHODS, ROWS_ALONE
+from geoquant.methods import METHODS, ROWS_ALONE
 from geoquant.model.walk import Block, Stage
 from geoquant.observe.moments import METRICS
 from geoquant.recipe import Recipe
 
-__all__ = ["Plan", "SitePlan", "kept_count", "uniform_plan"]
+__all__ = ["Plan", "SitePlan", "check_choices", "kept_count", "uniform_plan"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def kept_count(keep: float, columns: int) -> int:
     return min(max(1, math.ceil(keep * columns - 1e-9)), columns - 1) if keep > 0 else 0
 
 
-def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
-    """The same choices for every site.
+def check_choices(recipe: Recipe) -> None:
+    """Raise UserError for unknown names, and for methods that need another option or do not go with one.
 
-    Raises UserError for unknown names, and for a group larger than a site's columns, before anything runs.
+    What the grid and the other options say of each other the recipe itself has checked.
     """
     for kind, name, known in (
         ("method", recipe.method, METHODS),
@@ -90,19 +90,26 @@ def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
     ):
         if name not in known:
             raise unknown_name(kind, name, known)
-    if recipe.grid == "lattice":
-        return lattice_plan(blocks, recipe)
-    if recipe.rate != Recipe.model_fields["rate"].default:
+    if recipe.method in ROWS_ALONE and recipe.row_block != 1:
         raise UserError(
-            "a box has bits, not a rate", got=f"--rate {recipe.rate:g}", fix="use --grid lattice, or --bits"
+            f"method {recipe.method} solves every row by itself",
+            got=f"--row-block {recipe.row_block}",
+            fix="add --row-block 1",
         )
-    if recipe.method in LATTICE:
-        raise UserError(f"method {recipe.method} has no box", fix="add --grid lattice and, if you like, --rate 3.25")
     if recipe.keep and recipe.method == "rtn":
         raise UserError("method rtn keeps no columns", got=f"--keep {recipe.keep}", fix="use --method dqc")
-    method = "dqc" if recipe.keep else recipe.method
-    if method == "dqc" and not recipe.keep:
+    if recipe.method == "dqc" and not recipe.keep:
         raise UserError("method dqc needs to know how many columns to keep", fix="add --keep 0.01 (one per cent)")
+
+
+def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
+    """The same choices for every site.
+
+    Raises UserError for a group larger than a site's columns, before anything runs.
+    """
+    if recipe.grid == "lattice":
+        return lattice_plan(blocks, recipe)
+    method = "dqc" if recipe.keep else recipe.method
     grid = Grid(recipe.bits, recipe.group_size, recipe.symmetric)
     plans = []
     for block in blocks:
@@ -137,29 +144,7 @@ def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
 
 
 def lattice_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
-    """One lattice for the whole model: every site gets what falls out of the global step, on average the rate.
-
-    Raises UserError for options that only a box has.
-    """
-    if recipe.method not in LATTICE:
-        raise UserError(f"method {recipe.method} needs a box", fix="leave --method out, or use --grid box")
-    for name in ("bits", "group_size", "symmetric", "static_scales"):
-        if getattr(recipe, name) != Recipe.model_fields[name].default:
-            raise UserError(f"{name} belongs to the box", got=f"{name} = {getattr(recipe, name)}", fix="leave it out")
-    if recipe.keep:
-        raise UserError("the unbounded lattice keeps no columns", got=f"--keep {recipe.keep}", fix="leave --keep out")
-    if recipe.metric != "gradient":
-        raise UserError(
-            "the lattice weighs sites against each other by their gradients",
-            got=f"--metric {recipe.metric}",
-            fix="use --metric gradient, or --grid box",
-        )
-    if recipe.method in ROWS_ALONE and recipe.row_block != 1:
-        raise UserError(
-            f"method {recipe.method} solves every row by itself",
-            got=f"--row-block {recipe.row_block}",
-            fix="add --row-block 1",
-        )
+    """One lattice for the whole model: every site gets what falls out of the global step, on average the rate."""
     order = "activation" if recipe.order == "group-aware" else recipe.order  # no groups: the same order
     sites = (
         SitePlan(
