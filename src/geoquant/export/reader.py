@@ -18,14 +18,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from geoquant.errors import UserError, unknown_name
 from geoquant.export.int4 import INT4_VERSION, METHOD, PackedMatrix, blank, check_matrix, packed_module
-from geoquant.export.packed import pack, ranges
+from geoquant.export.packed import CACHED, pack, ranges
 from geoquant.lattice.rate import CLASSES
 from geoquant.lattice.unboxed import steps_of
 
 __all__ = ["CodedEmbedding", "CodedLinear", "GeoQuantConfig", "GeoQuantizer"]
 
 RUNTIMES = ("int8", "int4")
-CACHED = 1 << 17  # codes
 TOGETHER = 1 << 23  # codes that are decoded together: a decoder has work for several streams at a time
 
 
