@@ -249,7 +249,7 @@ def test_an_unknown_runtime_is_one_line(run):
 
 
 def test_only_the_entropy_coded_file_needs_a_decoder(run, monkeypatch):
-    for name in ("geoquant.export.native", "geoquant.export.coder", "geoquant.export.decoder"):
+    for name in ("geoquant.export.native", "geoquant.export.coder", "geoquant.export.matrices"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "constriction", None)
     AutoModelForCausalLM.from_pretrained(run / "int4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import constriction
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geoquant.export.coder import Coded, Tables, decode, encode, make_tables
-from geoquant.export.decoder import decode_stream
+from geoquant.export.coder import Tables, encode, make_tables
+from geoquant.export.decoder import decode_streams
+from geoquant.export.matrices import Matrix, decode
 from geoquant.lattice.rate import REACH, SIDE_BITS, class_histograms, code_bits, entropy_bits, site_bits, spread_of
 from geoquant.lattice.rows import row_metric
 from geoquant.plan.rate import Forecast, RateControl, forecast
@@ -30,6 +32,17 @@ def codes_of(rows, columns, scale, seed=0, spread=0.5):
 def tables_of(*matrices):
     """Tables counted over some matrices, as the export does."""
     return make_tables(sum(class_histograms(codes, spread_of(codes)) for codes in matrices).numpy())
+
+
+def matrix_of(codes, tables, rows=None):
+    """A matrix as the export stores it, in streams of so many rows."""
+    spread, step = spread_of(codes), rows or len(codes)
+    side = (spread.rows.numpy(), spread.columns.numpy())
+    parts = [slice(first, min(first + step, len(codes))) for first in range(0, len(codes), step)]
+    coded = [encode(codes[part].numpy(), side[0][part], side[1], tables, tables.models()) for part in parts]
+    sizes = [(part.stop - part.start, len(c.words), len(c.escapes)) for part, c in zip(parts, coded)]
+    words, escapes = (np.concatenate([getattr(c, name) for c in coded]) for name in ("words", "escapes"))
+    return Matrix(words, escapes, np.array(sizes, np.int32), *side)
 
 
 def test_entropy_of_known_counts():
@@ -84,37 +97,69 @@ def test_codes_survive_the_coder(rows, columns, scale, outlier, seed):
     codes = codes_of(rows, columns, scale, seed)
     if outlier:
         codes[seed % rows, seed % columns] = outlier
-    spread, tables = spread_of(codes), tables_of(codes)
-    side = (spread.rows.numpy().astype(int), spread.columns.numpy().astype(int))
-    models = tables.models()
-    coded = encode(codes.numpy(), *side, tables, models)
-    np.testing.assert_array_equal(decode(coded, *side, tables.lookup()), codes.numpy())
+    tables = tables_of(codes)
+    np.testing.assert_array_equal(*decode([matrix_of(codes, tables)], tables.lookup()), codes.numpy())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 30)), min_size=1, max_size=7),
+    step=st.integers(1, 12),
+    scale=st.sampled_from([0.0, 0.3, 2.0, 90.0]),
+    outlier=st.sampled_from([0, -7000, 2**20]),
+    seed=st.integers(0, 999),
+)
+def test_streams_of_several_matrices_are_decoded_together(shapes, step, scale, outlier, seed):
+    """Any number of streams, more or fewer than are decoded at a time, long beside short, some of no words at all."""
+    matrices = [codes_of(*shape, scale * (1 + index), seed + index) for index, shape in enumerate(shapes)]
+    matrices.append(torch.zeros(5, 3, dtype=torch.int32))
+    matrices[0][-1, -1] += outlier
+    tables = tables_of(*matrices)
+    found = decode([matrix_of(codes, tables, step) for codes in matrices], tables.lookup())
+    for got, codes in zip(found, matrices, strict=True):
+        assert got.dtype == (np.int32 if outlier == 2**20 else np.int16)
+        np.testing.assert_array_equal(got, codes.numpy())
 
 
 @settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4), skew=st.floats(0.05, 5.0), seed=st.integers(0, 999))
-def test_the_decoder_reads_what_constriction_writes(sizes, skew, seed):
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    streams_of=st.integers(0, 7),
+    skew=st.floats(0.05, 5.0),
+    seed=st.integers(0, 999),
+)
+def test_the_decoder_reads_what_constriction_writes(sizes, streams_of, skew, seed):
     """Random tables, some with counts of one beside tens of thousands, against the library's own decoder."""
     rng = np.random.default_rng(seed)
     tables = Tables(tuple(np.maximum(1, rng.gamma(skew, 2000 / skew, 2 * size + 2)).astype(np.int64) for size in sizes))
     models, lookup = tables.models(), tables.lookup()
-    coder, parts = constriction.stream.stack.AnsCoder(), []
-    for index, counts in enumerate(tables.counts):
-        symbols = np.append(np.arange(len(counts) - 1), rng.choice(len(counts) - 1, 200)).astype(np.int32)
-        parts.append((index, symbols))
-    for index, symbols in reversed(parts):
-        coder.encode_reverse(symbols, models[index])
-    words = coder.get_compressed()
-    length = max(len(symbols) for _, symbols in parts)
-    codes = np.zeros((len(parts), length), dtype=np.int32)
-    rectangles = np.array([(index, index, index + 1, 0, len(symbols)) for index, symbols in parts])
-    order = np.arange(len(parts)), np.arange(length)
-    arrays = lookup.cumulative, lookup.starts, lookup.first, lookup.reaches
-    assert decode_stream(words, np.zeros(0, np.int32), rectangles, *order, *arrays, codes)
-    theirs = constriction.stream.stack.AnsCoder(words)
-    for index, symbols in parts:
-        np.testing.assert_array_equal(theirs.decode(models[index], len(symbols)), symbols)
-        np.testing.assert_array_equal(codes[index, : len(symbols)] + tables.reach(index), symbols)
+    wanted, streams, rectangles, words, codes_before = [], [], [], [np.zeros(1, np.uint32)], 0
+    for _ in range(streams_of):
+        coder, parts = constriction.stream.stack.AnsCoder(), []
+        for index in rng.permutation(len(sizes)):
+            count = len(tables.counts[index])
+            every = np.append(rng.permutation(count - 1), rng.choice(count - 1, rng.integers(0, 200)))
+            parts.append((index, every.astype(np.int32)))
+        for index, symbols in reversed(parts):
+            coder.encode_reverse(symbols, models[index])
+        begin = sum(map(len, words))
+        words.append(coder.get_compressed())
+        theirs = constriction.stream.stack.AnsCoder(words[-1])
+        streams.append((begin, begin + len(words[-1]) - 1, 0, 0, len(rectangles), len(rectangles) + len(parts)))
+        for index, symbols in parts:
+            np.testing.assert_array_equal(theirs.decode(models[index], len(symbols)), symbols)
+            wanted.append(symbols - tables.reach(index))
+            rectangles.append((index, 0, 1, codes_before, codes_before + len(symbols)))
+            codes_before += len(symbols)
+    codes, none = np.zeros(codes_before, np.int16), np.zeros(0, np.int32)
+    starts = np.array(streams, np.int64).reshape(-1, 6)
+    places = (
+        np.array(rectangles, np.int64).reshape(-1, 5),
+        np.zeros(1, np.int64),
+        np.arange(codes_before, dtype=np.uint32),
+    )
+    assert decode_streams(np.concatenate(words), none, starts, *places, *lookup.arrays, codes)
+    np.testing.assert_array_equal(codes, np.concatenate([np.zeros(0, int), *wanted]))
 
 
 def test_tables_without_counts_are_refused():
@@ -136,20 +181,53 @@ def test_the_coder_takes_the_entropy_and_hardly_more(scale):
         assert size / codes.numel() <= code_bits(codes, spread) / codes.numel() + 0.02
 
 
-def test_a_stream_that_does_not_fit_is_noticed():
+@pytest.mark.parametrize("rows", [30, 7, 13])
+def test_a_stream_that_does_not_fit_is_noticed(rows):
+    """Words and escapes too few, too many and not the right ones, in each of several streams."""
     codes = codes_of(30, 40, 2.0)
-    codes[1, 1] = 5000
-    spread, tables = spread_of(codes), tables_of(codes)
-    side = (spread.rows.numpy().astype(int), spread.columns.numpy().astype(int))
-    models = tables.models()
-    coded = encode(codes.numpy(), *side, tables, models)
-    for words, escapes in (
-        (coded.words, coded.escapes[:0]),
-        (coded.words, np.append(coded.escapes, 7).astype(np.int32)),
-        (np.append(coded.words[:1], coded.words).astype(np.uint32), coded.escapes),
-    ):
-        with pytest.raises(ValueError, match="does not end"):
-            decode(Coded(words, escapes), *side, tables.lookup())
+    codes[::2, 1] = 5000
+    tables = tables_of(codes)
+    good, lookup = matrix_of(codes, tables, rows), tables.lookup()
+    for stream in range(len(good.sizes)):
+        word, escape = good.sizes[:stream, 1:].sum(axis=0)
+        more = good.sizes.copy()
+        more[stream, 1] += 1
+        fewer = good.sizes.copy()
+        fewer[stream, 2] -= 1
+        flipped = good.words.copy()
+        flipped[word : word + 3] ^= np.uint32(0xA5A5A5A5)
+        for change in (
+            {"words": np.insert(good.words, word, 7), "sizes": more},
+            {"escapes": np.delete(good.escapes, escape), "sizes": fewer},
+            {"words": flipped},
+        ):
+            with pytest.raises(ValueError, match="does not end"):
+                decode([good, replace(good, **change)], lookup)
+
+
+@settings(max_examples=40, deadline=None)
+@given(noise=st.integers(0, 2**32 - 1), sizes=st.lists(st.integers(1, 9), min_size=1, max_size=9))
+def test_noise_is_no_stream(noise, sizes):
+    """Any words are read without harm, and refused."""
+    codes = codes_of(len(sizes), 50, 4.0)
+    tables = tables_of(codes)
+    spread, rng = spread_of(codes), np.random.default_rng(noise)
+    words = rng.integers(0, 2**32, sum(sizes), dtype=np.uint32)
+    table = np.array([(1, size, 0) for size in sizes], np.int32)
+    side = spread.rows.numpy(), spread.columns.numpy()
+    with pytest.raises(ValueError, match="does not end"):
+        decode([Matrix(words, np.zeros(0, np.int32), table, *side)], tables.lookup())
+
+
+@pytest.mark.parametrize("sizes", [[[4, 9, 0]], [[-1, 9, 0], [6, 0, 0]], [[5, 0, 0], [0, 9, 0]], [[5, 9, 1]]])
+def test_sizes_that_do_not_add_up_are_refused(sizes):
+    side = np.zeros(5, np.int8), np.zeros(3, np.int8)
+    matrix = Matrix(np.zeros(9, np.uint32), np.zeros(0, np.int32), np.array(sizes, np.int32), *side)
+    lookup = tables_of(codes_of(5, 5, 1.0)).lookup()
+    with pytest.raises(ValueError, match="sizes of the streams"):
+        decode([matrix], lookup)
+    with pytest.raises(ValueError, match="got 1 tables, wanted 48"):
+        decode([matrix], Tables((np.array([4, 4, 3, 1]),)).lookup())
 
 
 def test_a_forecast_meets_what_babai_s_codes_really_cost():

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import constriction
 import numpy as np
 
-from geoquant.export.decoder import Lookup, decode_stream, make_lookup
+from geoquant.export.lookup import Lookup, make_lookup
 from geoquant.lattice.rate import CLASSES
 
-__all__ = ["Coded", "Tables", "decode", "encode", "make_tables"]
+__all__ = ["Coded", "Tables", "encode", "make_tables", "rectangles"]
 
 RARE = 5e-5  # share of a class's codes that may lie beyond its table
 TOTAL = 1 << 16  # counts of a table sum to about this
@@ -81,8 +81,9 @@ def rectangles(rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[int, sli
         stops = [*starts[1:], len(sorted_classes)]
         return [(int(value), slice(start, stop)) for value, start, stop in zip(values, starts, stops)]
 
+    column_runs = runs(columns)
     for row_class, row_run in runs(rows):
-        for column_class, column_run in runs(columns):
+        for column_class, column_run in column_runs:
             yield min(max(row_class + column_class, 0), CLASSES - 1), row_run, column_run
 
 
@@ -101,16 +102,3 @@ def encode(codes: np.ndarray, rows: np.ndarray, columns: np.ndarray, tables: Tab
     for index, symbols in reversed(pieces):  # a stack: what is pushed last is decoded first
         coder.encode_reverse(symbols, models[index])
     return Coded(coder.get_compressed(), np.concatenate(escapes).astype(np.int32))
-
-
-def decode(coded: Coded, rows: np.ndarray, columns: np.ndarray, lookup: Lookup) -> np.ndarray:
-    """The matrix back, int32. Raises ValueError where the stream and its side information do not fit."""
-    row_order, column_order = np.argsort(rows, kind="stable"), np.argsort(columns, kind="stable")
-    parts = rectangles(rows[row_order], columns[column_order])
-    bounds = [(index, row.start, row.stop, column.start, column.stop) for index, row, column in parts]
-    codes = np.empty((len(rows), len(columns)), dtype=np.int32)
-    places = np.array(bounds, dtype=np.int64).reshape(-1, 5), row_order, column_order
-    tables = lookup.cumulative, lookup.starts, lookup.first, lookup.reaches
-    if not decode_stream(coded.words, coded.escapes, *places, *tables, codes):
-        raise ValueError("the stream does not end where its codes do")
-    return codes

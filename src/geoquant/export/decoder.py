@@ -1,95 +1,182 @@
-"""The decoder of coded tensors, compiled: constriction's ANS stream without calls per rectangle, free of Python's lock.
+"""The decoder of coded tensors, compiled: constriction's ANS streams, four side by side, free of Python's lock.
 
-The stream is constriction's `AnsCoder`: 32-bit words read from the end, a state of 64 bits, probabilities of 24. A
-symbol is found from the low 24 bits of the state by a table of `1 << LOOKUP` entries and a short search. Fixed-point
-probabilities are those of constriction's `Categorical(..., perfect=False)`, in float32 as there. A test compares both
-decoders on random tables; a stream decoded with other tables than its own does not end where it should.
+A stream is that of constriction's `AnsCoder`: 32-bit words read from the end, a state of 64 bits, probabilities of 24.
+Every symbol waits for the state that the one before it left, some twenty cycles in which a core could do several times
+the work: so four streams take turns, symbol by symbol. What they decode are symbols in the order of the stream, a
+rectangle at a time; a rectangle's symbols become codes in their places when it is complete. The inner loop knows
+nothing of rows, columns and escapes.
+
+Nothing outside of the arrays is read or written, whatever the words are: a stream takes no word of its neighbour, and
+the intervals of a table cover all points. A stream decoded with other tables than its own does not end where it should.
+A test compares this decoder and constriction's on random tables.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numba
 import numpy as np
 
-__all__ = ["Lookup", "decode_stream", "make_lookup"]
+__all__ = ["decode_streams"]
 
-PRECISION = 24
-LOOKUP = 11
+# Bits of a probability, of a slot's number and of a symbol. They are here because numba's cache knows this file alone.
+PRECISION, LOOKUP, SYMBOL = 24, 11, 16
+LANES = 4
+# What a lane holds: first and next of its words, next and end of its escapes, rectangle and end of its rectangles, how
+# many symbols the rectangle lacks, and which row of `symbols` takes them.
+FIRST, WORD, ESCAPE, ESCAPES, RECTANGLE, RECTANGLES, LEFT, OUT = range(8)
 
-
-@dataclass(frozen=True)
-class Lookup:
-    """Cumulative probabilities of all tables one after another (uint64, of 2^24), where each begins, where to start the
-    search for a value of the state (classes, 2^LOOKUP), and each table's reach.
-    """
-
-    cumulative: np.ndarray
-    starts: np.ndarray
-    first: np.ndarray
-    reaches: np.ndarray
-
-
-def cumulative_of(counts: np.ndarray) -> np.ndarray:
-    """(n + 1,) left ends of each symbol's interval of [0, 2^24], and the right end of all."""
-    shares = (counts / counts.sum()).astype(np.float32)
-    # Left ends are sums of float32 in float32, each symbol getting one unit beside its share: as constriction does it.
-    sums = np.cumsum(np.concatenate([np.zeros(1, np.float32), shares]), dtype=np.float32)
-    scale = np.float32((1 << PRECISION) - len(shares)) / sums[-1]
-    ends = (sums[:-1] * scale).astype(np.int64) + np.arange(len(shares))
-    return np.append(ends, 1 << PRECISION).astype(np.uint64)
-
-
-def make_lookup(tables: tuple[np.ndarray, ...]) -> Lookup:
-    """For the counts of all classes, see `coder.Tables`. Raises ValueError where counts are none."""
-    if any(len(counts) < 2 or counts.min() < 1 for counts in tables):
-        raise ValueError("a table holds counts below one")
-    parts = [cumulative_of(counts) for counts in tables]
-    grid = np.arange(1 << LOOKUP, dtype=np.uint64) << np.uint64(PRECISION - LOOKUP)
-    first = np.stack([np.searchsorted(part, grid, side="right") - 1 for part in parts])
-    starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
-    reaches = np.array([(len(counts) - 2) // 2 for counts in tables])
-    return Lookup(np.concatenate(parts), starts.astype(np.int64), first.astype(np.int32), reaches.astype(np.int64))
+FULL, HALF, SHIFT = np.uint64(PRECISION), np.uint64(32), np.uint64(PRECISION - LOOKUP)
+UPPER, LOWER, ONE = np.uint64(PRECISION + SYMBOL), np.uint64(SYMBOL), np.uint64(1)
+MASK, LAST = np.uint64((1 << PRECISION) - 1), np.uint64((1 << SYMBOL) - 1)
 
 
 @numba.njit(cache=True, nogil=True)
-def decode_stream(
-    words, escapes, rectangles, rows, columns, cumulative, starts, first, reaches, codes
+def decode_streams(
+    words, escapes, streams, rectangles, rows, columns, slots, intervals, starts, reaches, codes
 ):  # pragma: no cover (compiled)
-    """Decode one stream into `codes` (rows, columns), int32; whether it ends where its codes do.
+    """Decode streams into `codes`, flat, signed; whether all end where their codes do.
 
-    words: uint32. escapes: int32 values beyond their tables. rectangles: (n, 5) class, first and last row, first and
-    last column in sorted order; rows, columns: where the sorted ones belong. The rest as in `Lookup`.
+    words: uint32, one more in front of all. escapes: int32 values beyond their tables. streams: (n, 6) first and last
+    word, begin and end of the escapes and of the rectangles of each. rectangles: (m, 5) class, first and last row,
+    first and last column; rows: where each row begins in codes; columns: where a code lies in its row. The rest as in
+    `Lookup`.
     """
-    one, half, full = np.uint64(1), np.uint64(32), np.uint64(PRECISION)
-    mask, low, shift = (one << full) - one, one << half, np.uint64(PRECISION - LOOKUP)
-    position = len(words)
-    state = np.uint64(0)
-    while position > 0 and state < low:
-        position -= 1
-        state = (state << half) | np.uint64(words[position])
-    taken = 0
+    largest = 0
     for index in range(len(rectangles)):
-        kind = rectangles[index, 0]
-        table, reach, start = cumulative[starts[kind] :], reaches[kind], first[kind]
-        for r in range(rectangles[index, 1], rectangles[index, 2]):
-            row = codes[rows[r]]
-            for c in range(rectangles[index, 3], rectangles[index, 4]):
-                place = state & mask
-                symbol = start[np.int64(place >> shift)]
-                while table[symbol + 1] <= place:
-                    symbol += 1
-                left = table[symbol]
-                state = (state >> full) * (table[symbol + 1] - left) + (place - left)
-                if state < low and position > 0:
-                    position -= 1
-                    state = (state << half) | np.uint64(words[position])
-                value = symbol - reach
-                if value > reach:
-                    if taken == len(escapes):
+        largest = max(largest, area(rectangles[index]))
+    symbols = np.empty((LANES, largest), np.uint16)
+    lanes, states = np.zeros((LANES, 8), np.int64), np.zeros(LANES, np.uint64)
+    for index in range(LANES):
+        lanes[index, OUT] = index
+    busy = begun = 0
+    while True:  # loops instead of slices: those take numba seconds to compile
+        while busy < LANES and begun < len(streams):
+            for field in range(LEFT):
+                lanes[busy, field] = streams[begun, field]
+            states[busy] = fill(words, lanes[busy])
+            lanes[busy, LEFT] = area(rectangles[lanes[busy, RECTANGLE]])
+            begun, busy = begun + 1, busy + 1
+        if busy == 0:
+            return True
+        steps = largest
+        for index in range(LANES):
+            if index >= busy:  # without words and with room: it may run, and nobody looks at its symbols
+                for field in range(LEFT):
+                    lanes[index, field] = 0
+                lanes[index, FIRST], lanes[index, LEFT] = 1, largest
+            steps = min(steps, lanes[index, LEFT])
+        if busy == 1:
+            run_one(words, rectangles, slots, intervals, starts, lanes, states, symbols, steps)
+        else:
+            run_all(words, rectangles, slots, intervals, starts, lanes, states, symbols, steps)
+        for index in range(busy - 1, -1, -1):
+            lane = lanes[index]
+            lane[LEFT] -= steps
+            if lane[LEFT] > 0:
+                continue
+            if not place(symbols[lane[OUT]], rectangles[lane[RECTANGLE]], escapes, lane, rows, columns, reaches, codes):
+                return False
+            lane[RECTANGLE] += 1
+            if lane[RECTANGLE] < lane[RECTANGLES]:
+                lane[LEFT] = area(rectangles[lane[RECTANGLE]])
+                continue
+            if lane[ESCAPE] < lane[ESCAPES] or lane[WORD] >= lane[FIRST] or states[index] != 0:
+                return False
+            busy -= 1
+            states[index] = states[busy]
+            for field in range(OUT + 1):
+                lane[field], lanes[busy, field] = lanes[busy, field], lane[field]
+
+
+@numba.njit(cache=True, nogil=True)
+def area(rectangle):  # pragma: no cover (compiled)
+    """Codes of a rectangle."""
+    return (rectangle[2] - rectangle[1]) * (rectangle[4] - rectangle[3])
+
+
+@numba.njit(cache=True, nogil=True)
+def fill(words, lane):  # pragma: no cover (compiled)
+    """The first state of a stream."""
+    state = np.uint64(0)
+    while lane[WORD] >= lane[FIRST] and state >> HALF == 0:
+        state = (state << HALF) | np.uint64(words[lane[WORD]])
+        lane[WORD] -= 1
+    return state
+
+
+@numba.njit(cache=True, nogil=True)
+def step(state, words, word, first, slots, intervals):  # pragma: no cover (compiled)
+    """One symbol: the next state, the next word, the symbol."""
+    point = state & MASK
+    interval = slots[point >> SHIFT]
+    while point - (interval >> UPPER) >= ((interval >> LOWER) & MASK):
+        interval = intervals[(interval & LAST) + ONE]
+    state = (state >> FULL) * ((interval >> LOWER) & MASK) + (point - (interval >> UPPER))
+    # No branch, which nobody could predict: the next word is read in any case, and one lies in front of all.
+    more = (state << HALF) | np.uint64(words[word])
+    taken = (state >> HALF == 0) & (word >= first)
+    return (more if taken else state), word - np.uint64(taken), np.uint16(interval & LAST)
+
+
+@numba.njit(cache=True, nogil=True)
+def lane_of(index, rectangles, slots, intervals, starts, lanes, states, symbols):  # pragma: no cover (compiled)
+    """What `step` needs of a lane, and where its symbols go."""
+    lane = lanes[index]
+    kind = rectangles[lane[RECTANGLE], 0]
+    return (
+        states[index],
+        np.uint64(lane[WORD]),
+        np.uint64(lane[FIRST]),
+        slots[kind],
+        intervals[starts[kind] :],
+        symbols[lane[OUT], symbols.shape[1] - lane[LEFT] :],
+    )
+
+
+@numba.njit(cache=True, nogil=True)
+def run_one(words, rectangles, slots, intervals, starts, lanes, states, symbols, steps):  # pragma: no cover (compiled)
+    """Decode some symbols of the first lane."""
+    s, w, f, k, i, o = lane_of(0, rectangles, slots, intervals, starts, lanes, states, symbols)
+    for t in range(steps):
+        s, w, o[t] = step(s, words, w, f, k, i)
+    states[0], lanes[0, WORD] = s, w
+
+
+@numba.njit(cache=True, nogil=True)
+def run_all(words, rectangles, slots, intervals, starts, lanes, states, symbols, steps):  # pragma: no cover (compiled)
+    """Decode some symbols of every lane; lanes are variables, so that they stay in registers."""
+    s0, w0, f0, k0, i0, o0 = lane_of(0, rectangles, slots, intervals, starts, lanes, states, symbols)
+    s1, w1, f1, k1, i1, o1 = lane_of(1, rectangles, slots, intervals, starts, lanes, states, symbols)
+    s2, w2, f2, k2, i2, o2 = lane_of(2, rectangles, slots, intervals, starts, lanes, states, symbols)
+    s3, w3, f3, k3, i3, o3 = lane_of(3, rectangles, slots, intervals, starts, lanes, states, symbols)
+    for t in range(steps):
+        s0, w0, o0[t] = step(s0, words, w0, f0, k0, i0)
+        s1, w1, o1[t] = step(s1, words, w1, f1, k1, i1)
+        s2, w2, o2[t] = step(s2, words, w2, f2, k2, i2)
+        s3, w3, o3[t] = step(s3, words, w3, f3, k3, i3)
+    states[0], states[1], states[2], states[3] = s0, s1, s2, s3
+    lanes[0, WORD], lanes[1, WORD], lanes[2, WORD], lanes[3, WORD] = w0, w1, w2, w3
+
+
+@numba.njit(cache=True, nogil=True)
+def place(symbols, rectangle, escapes, lane, rows, columns, reaches, codes):  # pragma: no cover (compiled)
+    """Write the codes of a rectangle, whose symbols are the last ones; whether there are enough escapes."""
+    reach, width = reaches[rectangle[0]], rectangle[4] - rectangle[3]
+    run, index = columns[rectangle[3] : rectangle[4]], len(symbols) - area(rectangle)
+    for r in range(rectangle[1], rectangle[2]):
+        row = codes[rows[r] :]
+        part = symbols[index : index + width]
+        most = 0
+        for c in range(width):
+            value = np.int64(part[c]) - reach
+            row[run[c]] = value
+            most = max(most, value)
+        index += width
+        if most > reach:
+            for c in range(width):
+                if part[c] > 2 * reach:
+                    if lane[ESCAPE] == lane[ESCAPES]:
                         return False
-                    value = escapes[taken]
-                    taken += 1
-                row[columns[c]] = value
-    return taken == len(escapes) and position == 0 and state == 0
+                    row[run[c]] = escapes[lane[ESCAPE]]
+                    lane[ESCAPE] += 1
+    return True

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geoquant.export.coder import Coded, Tables, decode, encode, make_tables
-from geoquant.export.decoder import Lookup
+from geoquant.export.coder import Tables, encode, make_tables
 from geoquant.export.int4 import METHOD
+from geoquant.export.matrices import Matrix
 from geoquant.export.weights import ExportResult, write_coded
 from geoquant.lattice.rate import CLASSES, Spread, class_histograms, spread_of
 from geoquant.methods.problem import LatticeSolution
 from geoquant.model.walk import Block, Stage
 
-__all__ = ["VERSION", "decode_site", "export_native", "read_tables"]
+__all__ = ["VERSION", "export_native", "read_tables", "stored_matrix"]
 
 VERSION = 2  # 1: no embeddings
 STREAM_WEIGHTS = 1 << 20  # a stream holds whole rows, about this many codes
@@ -125,22 +125,17 @@ def site_streams(codes: Tensor, spread: Spread, tables: Tables, models: list) ->
     return torch.from_numpy(words), torch.from_numpy(escapes), torch.tensor(sizes, dtype=torch.int32)
 
 
-def decode_site(stored: Mapping[str, Tensor], entry: Mapping, lookup: Lookup) -> Tensor:
-    """The codes (int32) of one site from its tensors, column tensors included.
+def stored_matrix(stored: Mapping[str, Tensor], entry: Mapping) -> Matrix:
+    """One site from its tensors, column tensors included, for `matrices.decode`.
 
-    Raises ValueError when the checksum or the streams say that the tensors are not what was written.
+    Raises ValueError when the checksum says that the tensors are not what was written.
     """
     names = ("words", "escapes", "streams", "row_steps", "row_classes", "column_steps", "column_classes")
     if checksum(entry, *(stored[name] for name in names)) != entry["crc32"]:
         raise ValueError("the checksum does not match")
-    words, escapes = stored["words"].numpy().view(np.uint32), stored["escapes"].numpy()
-    rows, columns = (stored[name].numpy().astype(int) for name in ("row_classes", "column_classes"))
-    parts, row, word, escape = [], 0, 0, 0
-    for count, length, outside in stored["streams"].tolist():
-        coded = Coded(words[word : word + length], escapes[escape : escape + outside])
-        parts.append(decode(coded, rows[row : row + count], columns, lookup))
-        row, word, escape = row + count, word + length, escape + outside
-    return torch.from_numpy(np.concatenate(parts))
+    names = ("words", "escapes", "streams", "row_classes", "column_classes")
+    words, *rest = (stored[name].contiguous().numpy() for name in names)
+    return Matrix(words.view(np.uint32), *rest)
 
 
 def byte_steps(exponents: Tensor) -> tuple[Tensor, int]:
@@ -155,5 +150,5 @@ def checksum(entry: Mapping, *tensors: Tensor) -> int:
     """CRC-32 over a site's shape and bases, as text, and the bytes of its tensors."""
     value = zlib.crc32(json.dumps([entry["shape"], entry["bases"]]).encode())
     for tensor in tensors:
-        value = zlib.crc32(tensor.contiguous().numpy().tobytes(), value)
+        value = zlib.crc32(tensor.contiguous().numpy(), value)
     return value

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from geoquant.lattice.unboxed import narrow, steps_of
 
-__all__ = ["WIDTHS", "Packed", "pack", "place_type"]
+__all__ = ["CACHED", "WIDTHS", "Packed", "pack", "place_type", "ranges"]
 
 WIDTHS = {4: torch.uint8, 8: torch.int8, 16: torch.int16, 32: torch.int32}
 FEW = 8  # tokens that are multiplied without unpacking
 BLOCK = 1 << 19  # weights that are unpacked at a time: a megabyte of bfloat16
+CACHED = 1 << 17  # codes that stay in a core's cache while several operations pass over them
 SHARE = 1 << 20  # weights that are worth a thread
 
 
@@ -217,8 +218,8 @@ def needed(codes: Integer[Tensor, "out in"], width: int) -> int:
 
 
 def parts(codes: Integer[Tensor, "out in"]) -> Iterator[Int[Tensor, "k in"]]:
-    """Rows as int32, some at a time: an embedding has many."""
-    return (codes[first:last].to(torch.int32) for first, last in ranges(len(codes), 8 * BLOCK, codes.shape[1]))
+    """Rows as int32, some at a time."""
+    return (codes[first:last].to(torch.int32) for first, last in ranges(len(codes), CACHED, codes.shape[1]))
 
 
 def ranges(rows: int, weights: int, columns: int) -> list[tuple[int, int]]:

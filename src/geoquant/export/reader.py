@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from geoquant.errors import UserError, unknown_name
 from geoquant.export.int4 import INT4_VERSION, METHOD, PackedMatrix, blank, check_matrix, packed_module
-from geoquant.export.packed import pack
+from geoquant.export.packed import CACHED, pack, ranges
 from geoquant.lattice.rate import CLASSES
 from geoquant.lattice.unboxed import steps_of
 
@@ -30,6 +30,7 @@ RUNTIMES = ("int8", "int4")
 HOLDER = "geoquant"  # of the tables while a model is loaded
 ENTRY = "its entry in config.json says"
 INTEGERS = {"U8": torch.uint8, "U16": torch.uint16, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32}
+TOGETHER = 1 << 23  # codes that are decoded together: a decoder has work for several streams at a time
 
 
 class Coded(nn.Module):
@@ -63,25 +64,21 @@ class Coded(nn.Module):
         """The tensors of the file that this site has of its own."""
         return {label: getattr(self, label).cpu() for label in self.stored}
 
-    def unpack(self, codes: Int[Tensor, "out in"], column_steps: Int[Tensor, " in"], device: torch.device) -> None:
+    def unpack(self, codes: Integer[Tensor, "out in"], column_steps: Int[Tensor, " in"], device: torch.device) -> None:
         """Replace the stored tensors by codes, steps and what overflows."""
         row_base, column_base = self.entry["bases"]
         row_steps = steps_of(self.row_steps.cpu().to(torch.int32) + row_base)
         for label in self.stored:
             delattr(self, label)
         self.stored = ()
-        beyond = int(((codes < -128) | (codes > 127)).sum())
-        kind = torch.int8 if 100 * beyond <= codes.numel() else torch.int16
-        limits = torch.iinfo(kind)
-        kept = codes.clamp(limits.min, limits.max)
-        rows, columns = torch.nonzero(codes != kept, as_tuple=True)
+        kept, overflow = split(codes, torch.int8)
+        if 100 * len(overflow["overflow"]) > codes.numel():
+            kept, overflow = split(codes, torch.int16)
         buffers = {
-            "codes": kept.to(kind),
+            "codes": kept,
             "row_scale": row_steps,
             "column_scale": steps_of(column_steps.to(torch.int32) + column_base),
-            "overflow_rows": rows,
-            "overflow_columns": columns,
-            "overflow": (codes - kept)[rows, columns].float(),
+            **overflow,
         }
         for label, tensor in buffers.items():
             self.register_buffer(label, tensor.to(device))
@@ -113,6 +110,21 @@ class Coded(nn.Module):
             values[place, self.overflow_columns[entry]] += self.overflow[entry]
         values = values.mul_(self.row_scale[flat][:, None]).mul_(self.column_scale)
         return values.to(self.dtype).view(*index.shape, self.columns)
+
+
+def split(codes: Integer[Tensor, "out in"], kind: torch.dtype) -> tuple[Integer[Tensor, "out in"], dict[str, Tensor]]:
+    """Codes clamped to a type, and what overflows: some rows at a time, so that they stay in a core's cache."""
+    limits, kept = torch.iinfo(kind), torch.empty(codes.shape, dtype=kind)
+    places, rest = [], []
+    for first, last in ranges(len(codes), CACHED, codes.shape[1]):
+        part = codes[first:last]
+        clamped = part.clamp(limits.min, limits.max)
+        kept[first:last] = clamped
+        rows, columns = torch.nonzero(part != clamped, as_tuple=True)
+        places.append(torch.stack([rows + first, columns]))
+        rest.append((part[rows, columns] - clamped[rows, columns]).float())
+    rows, columns = torch.cat(places, dim=1)
+    return kept, {"overflow_rows": rows, "overflow_columns": columns, "overflow": torch.cat(rest)}
 
 
 class CodedLinear(Coded):
@@ -250,7 +262,9 @@ class GeoQuantizer(HfQuantizer):
                     raise damaged(name, model, error) from None
             return
         try:
-            from geoquant.export.native import decode_site, read_tables  # the form int4 needs no decoder
+            # The form int4 needs no decoder.
+            from geoquant.export.matrices import decode
+            from geoquant.export.native import read_tables, stored_matrix
         except ImportError as error:
             what = f"decoding {model.name_or_path} needs the package {error.name!r}"
             raise UserError(what, fix=f"run: pip install {error.name}") from None
@@ -268,25 +282,33 @@ class GeoQuantizer(HfQuantizer):
             if "column_steps" in site.stored
         }
 
-        def unpack(name: str) -> None:
-            site = sites[name]
-            device = site.words.device
+        def unpack(names: list[str]) -> None:
+            for name, codes in zip(names, decoded(names)):
+                site = sites[name]
+                shared, device = columns[site.entry["columns"]], site.words.device
+                if self.quantization_config.runtime == "int4":
+                    rows, base = (site.row_steps.cpu(), shared["column_steps"]), site.entry["bases"]
+                    exponents = (steps.to(torch.int32) + least for steps, least in zip(rows, base))
+                    replace(model, name, packed_module(site, pack(codes, *exponents), site.dtype).to(device))
+                else:
+                    site.unpack(codes, shared["column_steps"], device)
+
+        def decoded(names: list[str]) -> list[Tensor]:
+            matrices = []
             try:
-                shared = columns[site.entry["columns"]]
-                codes = decode_site(site.tensors() | shared, site.entry, lookup)
+                for name in names:
+                    own, entry = sites[name].tensors(), sites[name].entry
+                    matrices.append(stored_matrix(own | columns[entry["columns"]], entry))
+                return [torch.from_numpy(codes) for codes in decode(matrices, lookup)]
             except KeyError as error:
                 raise damaged(name, model, f"{ENTRY} nothing of {error}") from None
             except ValueError as error:
+                if len(matrices) == len(names) > 1:  # one of them does not fit its streams
+                    return [codes for name in names for codes in decoded([name])]
                 raise damaged(name, model, error) from None
-            if self.quantization_config.runtime == "int4":
-                rows, base = (site.row_steps.cpu(), shared["column_steps"]), site.entry["bases"]
-                exponents = (steps.to(torch.int32) + least for steps, least in zip(rows, base))
-                replace(model, name, packed_module(site, pack(codes, *exponents), site.dtype).to(device))
-            else:
-                site.unpack(codes, shared["column_steps"], device)
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # the decoder lets go of the interpreter
-            list(pool.map(unpack, sites))
+            list(pool.map(unpack, batches({name: site.rows * site.columns for name, site in sites.items()}, TOGETHER)))
         for name, source in self.quantization_config.tied.items():
             model.get_submodule(name).tied = (model.get_submodule(source),)
 
@@ -296,6 +318,17 @@ class GeoQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def batches(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """Names in order, in lists whose sizes reach `most` together; the rest in a last one."""
+    found, total = [[]], 0
+    for name, size in sizes.items():
+        found[-1].append(name)
+        total += size
+        if total >= most:
+            found, total = [*found, []], 0
+    return [names for names in found if names]
 
 
 def damaged(name: str, model: nn.Module, error: object) -> UserError:
