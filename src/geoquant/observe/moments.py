@@ -115,15 +115,18 @@ class Accumulator:
         if weights is not None:
             roots = weights.to(total.dtype).sqrt()[:, None]
             x = x * roots
-        with rounded_products(self.rounded):
-            if exact is not None:
-                drift = exact.to(total.dtype)
-                drift = drift - x if weights is None else (drift * roots).sub_(x)
+        if exact is not None:
+            drift = exact.to(total.dtype)
+            drift = drift - x if weights is None else (drift * roots).sub_(x)
+            if self.rounded:  # unlike the metric it need not stay positive: the product of a batch may be rounded too
+                self.drifts[held] += drift.to(torch.bfloat16).T.contiguous() @ x.to(torch.bfloat16)
+            else:
                 self.drifts[held].addmm_(drift.T, x)
+        with rounded_products(self.rounded):
             tile = max(96, -(-x.shape[1] // TILES))
             for start in range(0, x.shape[1], tile):
                 # Only the tiles on and right of the diagonal: the matrix is symmetric.
-                total[start : start + tile, start:].addmm_(x[:, start : start + tile].T, x[:, start:])
+                total[start : start + tile, start:] += x[:, start : start + tile].T @ x[:, start:]
         self.counts[held] += x.shape[0]
 
     def finish(self) -> Moments:
