@@ -118,7 +118,9 @@ def token_energies(
             work = pure_copy(module, compute)
             inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
             wanted = seen is not None and first == 0
-            watch.metrics = {stage.name: _accumulator(stage, device) for stage in block.stages} if wanted else None
+            watch.metrics = (
+                {stage.name: _accumulator(stage, device, compute) for stage in block.stages} if wanted else None
+            )
             for index, (x, gradient) in enumerate(zip(inputs.pop(), gradients)):
                 gradients[index] = _block_gradient(work, inside, block, call, x, gradient, watch, rows[index])
             for stage in block.stages:
@@ -159,8 +161,8 @@ def _add_blocks(total: Float[Tensor, "blocks size size"], g: Float[Tensor, "toke
     total.baddbmm_(padded.transpose(1, 2), padded)
 
 
-def _accumulator(stage: Stage, device: torch.device) -> Accumulator:
-    return Accumulator(stage.columns, dtype=torch.float32, device=device)
+def _accumulator(stage: Stage, device: torch.device, compute: torch.dtype) -> Accumulator:
+    return Accumulator(stage.columns, dtype=torch.float32, device=device, compute=compute)
 
 
 def spread(count: int, share: float) -> list[int]:
