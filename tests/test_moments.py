@@ -137,3 +137,36 @@ def test_clipped_weights_where_most_tokens_have_no_input():
     energy = torch.tensor([0.0, 0.0, 0.0, 4.0, 6.0])
     assert clipped_weights(energy).tolist() == [1.0] * 5
     assert clipped_weights(torch.zeros(4)).tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("columns", [70, 700])
+def test_a_massive_token_leaves_the_sums_positive_where_forward_passes_are_rounded(columns):
+    """Sums are added up inside autocast, which would round products to bfloat16: with one token that is most of the
+    energy, their error would drown all the others' directions."""
+    generator = torch.Generator().manual_seed(0)
+    sums = Accumulator(columns, dtype=torch.float32, device=torch.device("cpu"), compute=torch.bfloat16, drift=True)
+    expected = {name: torch.zeros(columns, columns, dtype=torch.float64) for name in ("metric", "drift")}
+    for batch in range(3):
+        x = torch.randn(900, columns, generator=generator)
+        if batch == 0:
+            x[0] *= 1000
+        twin = x + 0.1 * torch.randn(900, columns, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            sums.add(x, None, held=False, exact=twin)
+        expected["metric"] += x.double().T @ x.double()
+        expected["drift"] += (twin - x).double().T @ x.double()
+    found = sums.finish()
+    smallest = torch.linalg.eigvalsh(expected["metric"])[0].item()
+    assert torch.linalg.eigvalsh(found.hessian.double())[0].item() > 0.8 * smallest > 0
+    for name, matrix in (("metric", found.hessian), ("drift", found.drift)):
+        assert (matrix.double() - expected[name]).norm() < 0.01 * expected[name].norm()
+
+
+def test_double_sums_of_rounded_passes_are_exact():
+    generator = torch.Generator().manual_seed(0)
+    x, twin = (torch.randn(50, 20, generator=generator) for _ in range(2))
+    sums = Accumulator(20, dtype=torch.float64, device=torch.device("cpu"), compute=torch.bfloat16, drift=True)
+    sums.add(x, None, held=False, exact=twin)
+    found = sums.finish()
+    torch.testing.assert_close(found.hessian.double(), x.double().T @ x.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.drift.double(), (twin - x).double().T @ x.double(), rtol=1e-6, atol=1e-6)

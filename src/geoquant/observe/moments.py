@@ -92,7 +92,7 @@ class Accumulator:
             return {held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)}
 
         self.sums = sums()
-        self.rounded = compute == torch.bfloat16
+        self.rounded = compute == torch.bfloat16 and dtype == torch.float32
         self.drifts = sums() if drift else None
         self.counts = {False: 0, True: 0}
         self.energies: list[Tensor] = []
@@ -125,8 +125,9 @@ class Accumulator:
         with rounded_products(self.rounded):
             tile = max(96, -(-x.shape[1] // TILES))
             for start in range(0, x.shape[1], tile):
-                # Only the tiles on and right of the diagonal: the matrix is symmetric.
-                total[start : start + tile, start:] += x[:, start : start + tile].T @ x[:, start:]
+                # Only the tiles on and right of the diagonal: the matrix is symmetric. In place, which autocast leaves
+                # alone: a product rounded to bfloat16 is no Gram matrix any more.
+                total[start : start + tile, start:].addmm_(x[:, start : start + tile].T, x[:, start:])
         self.counts[held] += x.shape[0]
 
     def finish(self) -> Moments:
