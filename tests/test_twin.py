@@ -244,6 +244,19 @@ def test_steps_that_do_not_fold_are_refused(run, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_folds_are_found_where_embeddings_have_columns_of_zeros():
+    """As those of a quantized model may; what enters a block is of no concern."""
+    model = build("llama")
+    blocks = walk(model, PROBE)
+    expected = find_folds(model, blocks, PROBE)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] = 0.0
+        model.get_input_embeddings().weight[0] = 0.0
+    found = find_folds(model, blocks, PROBE)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].index, fold.index) for name, fold in expected.items())
+
+
 def test_a_stage_without_a_fold_is_named(run):
     model = AutoModelForCausalLM.from_pretrained(run[1].model)
     blocks = walk(model, PROBE)

@@ -56,10 +56,13 @@ def find_folds(
 ) -> dict[str, Fold]:
     """A fold for every stage that has one, by stage name. blocks: the repeated ones, all of them.
 
-    probe: any short batch of valid tokens. What was found in one block is tried first in the next.
+    probe: any short batch of valid tokens, which says how the model calls its blocks. What enters them is drawn: the
+    embeddings of a quantized model may have columns of zeros. What was found in one block is tried first in the next.
     """
     stream = open_stream(model, probe, pages=pages)
-    hidden = stream.batches[0]
+    size = stream.batches[0].square().mean().sqrt().clamp_min(1e-3)
+    drawn = torch.randn(stream.batches[0].shape, generator=torch.Generator().manual_seed(0))
+    hidden = drawn.to(size.device) * size
     found: dict[str, Fold] = {}
     pattern: dict[str, tuple[str, Fold]] = {}
     for block, call in zip(blocks, stream.calls):
