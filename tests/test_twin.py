@@ -244,6 +244,18 @@ def test_steps_that_do_not_fold_are_refused(run, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_whose_steps_do_not_fold_is_refused_before_any_work(tmp_path, capsys):
+    build("olmo2").save_pretrained(tmp_path / "model")
+    bpe_tokenizer().save_pretrained(tmp_path / "model")
+    command = ["quantize", str(tmp_path / "model"), "--grid", "lattice", "--format", "compressed-tensors"]
+    sizes = ["--windows", "4", "--window", "16", "--evaluation-windows", "2"]
+    assert cli.run([*command, *sizes, "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "no layer before model.layers.0.self_attn.q_proj takes them" in told
+    assert "geoquant, int4 or dense" in told
+    assert not (tmp_path / "run").exists()
+
+
 def test_folds_are_found_where_embeddings_have_columns_of_zeros():
     """As those of a quantized model may; what enters a block is of no concern."""
     model = build("llama")

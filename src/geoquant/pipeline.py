@@ -36,7 +36,7 @@ from geoquant.plan.estimate import Cost, cost
 from geoquant.plan.uniform import Plan, check_choices, uniform_plan
 from geoquant.privacy.scores import SplitScores
 from geoquant.progress import Progress, silent
-from geoquant.recipe import Recipe, checked, located
+from geoquant.recipe import PACKED, Recipe, checked, located
 from geoquant.report.build import write_report
 from geoquant.results import load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, remove_empty, write_json
@@ -147,6 +147,14 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
     grids = {site.name: site.grid for site in plan.sites if site.name in streamed}
     choices = {"keep": recipe.keep, "foldable": recipe.foldable, "verify": recipe.verify, "tokenizer": loaded.tokenizer}
     notes = tuple(note for name in recipe.formats for note in check(name, loaded.model, grids, **choices))
+    if recipe.grid == "lattice" and (packed := [name for name in recipe.formats if name in PACKED]):
+        folds = find_folds(loaded.model, repeated(blocks), texts.calibration.tokens[:1, :8], pages)
+        for stage in (stage for block in repeated(blocks) for stage in block.stages):
+            if stage.name not in folds:
+                raise UserError(
+                    f"format {packed[0]} needs column steps that fold away; no layer before {stage.name} takes them",
+                    fix="use the formats geoquant, int4 or dense",
+                )
     return loaded, blocks, texts, plan, notes + alone
 
 

@@ -116,14 +116,14 @@ def int8_twin(
         if channels is None or fold.module in used:
             raise UserError(
                 f"the column steps of {stage.name} cannot be folded into the layer before it",
-                fix="use --to geoquant or --to dense"
+                fix="use --to int4, geoquant or dense"
                 + ("" if fold is None else "; runs with --foldable have this form"),
             )
         used.add(fold.module)
         try:
             replaced |= scaled_parameters(model.get_submodule(fold.module), fold.module, channels)
         except ValueError as error:
-            raise UserError(str(error), fix="use --to geoquant or --to dense") from None
+            raise UserError(str(error), fix="use --to int4, geoquant or dense") from None
         if fold.module in sites:
             scales[fold.module] = channels
         elif fold.linear:
