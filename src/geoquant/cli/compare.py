@@ -14,7 +14,21 @@ from geoquant.errors import UserError
 
 __all__ = ["compare"]
 
-SETTINGS = ("method", "bits", "group_size", "symmetric", "keep", "metric", "order")
+SETTINGS = (
+    "grid",
+    "rate",
+    "embeddings",
+    "method",
+    "bits",
+    "group_size",
+    "symmetric",
+    "keep",
+    "metric",
+    "order",
+    "target",
+)
+BOX_ONLY, LATTICE_ONLY = ("bits", "group_size", "symmetric", "keep"), ("rate", "embeddings")
+SETTINGS += ("sequential", "calibration", "windows")
 
 
 def compare(
@@ -58,12 +72,10 @@ def show(reports: dict[str, dict]) -> None:
     for report in originals.values():
         headers.append(f"{report['model'].get('name')} (original)")
         columns.append(metrics(report, "original"))
-    differing = [
-        name for name in SETTINGS if len({str((r.get("recipe") or {}).get(name)) for r in reports.values()}) > 1
-    ]
+    differing = [name for name in SETTINGS if len({setting(report, name) for report in reports.values()}) > 1]
     for run, report in reports.items():
         headers.append(run)
-        settings = {name.replace("_", " "): str((report.get("recipe") or {}).get(name)) for name in differing}
+        settings = {name.replace("_", " "): setting(report, name) for name in differing}
         columns.append(settings | metrics(report, "quantized"))
     order = [*(name.replace("_", " ") for name in differing), *columns[-1]]
     columns = [{label: column.get(label, "–") for label in [*order, *column]} for column in columns]
@@ -71,6 +83,17 @@ def show(reports: dict[str, dict]) -> None:
     texts = {(report["quality"].get("text"), report["quality"].get("windows")) for report in reports.values()}
     if len(texts) > 1:
         print("note: these runs measured perplexity on different texts; their perplexities cannot be compared")
+
+
+def setting(report: dict, name: str) -> str:
+    """What the run was given, or a dash where its grid has no such thing."""
+    recipe = report.get("recipe") or {}
+    idle = {"lattice": BOX_ONLY, "box": LATTICE_ONLY}.get(recipe.get("grid"), ())
+    if name in idle:
+        return "–"
+    if name == "method" and recipe.get("keep") and recipe.get("grid") != "lattice":
+        return "dqc"  # what keeps columns
+    return str(recipe.get(name))
 
 
 def original_key(report: dict) -> str:

@@ -61,6 +61,7 @@ def find_site(name: str, sites: list[dict]) -> dict:
     ends = {".".join(full.split(".")[-depth:]): full for full in reversed(names)}
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     close = close or [ends[end] for end in difflib.get_close_matches(name, ends, n=1, cutoff=0.6)]
+    close = close or [full for full in names if name in full]
     hint = f"did you mean {close[0]!r}?" if close else "see all: geoquant explain RUN"
     raise UserError(f"unknown site {name!r}", fix=hint)
 
