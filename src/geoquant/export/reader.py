@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from geoquant._hook import withdraw
 from geoquant.errors import UserError, unknown_name
 from geoquant.export.int4 import INT4_VERSION, METHOD, PackedMatrix, blank, check_matrix, packed_module
 from geoquant.export.packed import CACHED, pack, ranges
@@ -174,6 +175,9 @@ class TiedHead(nn.Module):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         y = self.tied[0].project(x)
         return y if self.bias is None else y + self.bias
+
+
+withdraw()  # of what stood for this reader while it could not be imported
 
 
 @register_quantization_config(METHOD)
