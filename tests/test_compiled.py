@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 from transformers.quantizers import auto
@@ -15,6 +16,7 @@ from transformers.quantizers import auto
 import geoquant
 from geoquant import _hook
 from geoquant.errors import UserError
+from geoquant.lattice import kernel
 
 
 def test_without_a_place_for_a_cache_functions_are_compiled_anew(tmp_path):
@@ -65,3 +67,15 @@ def test_a_reader_that_failed_for_a_circle_of_imports_is_found_later():
 
 def test_here_the_reader_is_registered():
     assert auto.AUTO_QUANTIZER_MAPPING["geoquant"].__module__ == _hook.READER
+
+
+@pytest.mark.parametrize("call", [kernel._cheaper, kernel._cheaper.py_func])
+def test_a_code_that_is_no_index_has_the_price_of_the_largest(call):
+    """Such codes read memory that is not the table's."""
+    one, saved = np.float32(1.0), np.array([[9, 9, 5]], dtype=np.float32)
+    for number in (np.nan, np.inf, -np.inf, 2.0**63, -(2.0**63), 1e30):
+        code = np.float32(number)
+        assert np.array_equal(call(code, code, one, saved, 0), code, equal_nan=True)
+    assert call(one, one, one, saved, 0) == 0.0
+    for cost, found in ((4.9, 6.0), (5.1, 7.0)):
+        assert call(np.float32(7.0), np.float32(7.0), np.float32(cost), saved, 0) == found

@@ -99,7 +99,8 @@ def _cheaper(code, centre, cost, saved, kind):  # pragma: no cover (compiled)
     side = np.float32(1.0) if code > 0 else np.float32(-1.0)
     grows = np.float32(1.0) + np.float32(2.0) * (centre - code) * side
     kind = min(max(kind, 0), saved.shape[0] - 1)
-    price = saved[kind, min(np.int64(abs(code)), saved.shape[1] - 1)]
+    # Compared before it becomes an integer, and in this order: what is no number, or too large for one, is the limit.
+    price = saved[kind, np.int64(min(np.float32(saved.shape[1] - 1), abs(code)))]
     return code - side * np.float32((code != 0) & (cost * grows < price))
 
 
