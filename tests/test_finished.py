@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from geoquant import pipeline
+from geoquant.cli.options import RecipeFlags
+from geoquant.cli.quantize import interrupted_recipe
 from geoquant.data.text import builtin_text
 from geoquant.errors import UserError
 from geoquant.export.verify import VerifyResult
+from geoquant.manifest import check_same_recipe
 from geoquant.pipeline import export, quantize
 from geoquant.plan import estimate
 from geoquant.recipe import Recipe
-from geoquant.runs import file_hash
+from geoquant.runs import file_hash, write_json
 
 PASSING = ("created", "command", "timings", "peak_memory_bytes", "solver")
 
@@ -161,3 +164,21 @@ def test_an_export_that_was_found_wrong_is_written_and_verified_again(done, run,
     after = made(run)
     again = {path.parts[0] for path in before if after[path][0] != before[path][0]}
     assert again & {"model", "dense"} == {"model"}
+
+
+@pytest.mark.parametrize(("gone", "new"), [("rate", {}), ("seed", {}), ("formats", {"format": "dense"})])
+@pytest.mark.parametrize("grid", ["box", "lattice"])
+def test_every_reader_of_a_manifest_tells_another_version_first(grid, gone, new, tmp_path):
+    """Options that nobody gave were complained of instead."""
+    written = Recipe(model="m", grid=grid).model_dump(mode="json")
+    recipe = {name: value for name, value in written.items() if name != gone} | new
+    write_json(tmp_path / "manifest.json", {"recipe": recipe, "hashes": {}, "status": "done"})
+    differs = ", ".join(sorted([gone, *new]))
+    said = f"another version of geoquant, whose options were others; got a recipe that differs in {differs}; go on"
+    for read in (
+        lambda: interrupted_recipe(tmp_path, RecipeFlags(seed=1)),
+        lambda: export(tmp_path, "dense"),
+        lambda: check_same_recipe(tmp_path, Recipe(model="m", grid=grid)),
+    ):
+        with pytest.raises(UserError, match=said):
+            read()

@@ -24,6 +24,7 @@ from geoquant.pipeline import export, quantize
 from geoquant.plan import estimate
 from geoquant.recipe import checked
 from geoquant.results import StageFiles
+from geoquant.runs import read_tensors, write_tensors
 
 
 def quantized(place, tied):
@@ -239,6 +240,63 @@ def test_a_site_without_its_columns_is_named(run, tmp_path):
         UserError, match=r"layer \S+k_proj of \S+ is damaged: its entry .* says nothing of 'nowhere'; copy"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
+
+
+def damaged_config(folder, **changes):
+    """The config of a folder with other entries in its `quantization_config`."""
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config |= changes
+    return config
+
+
+@pytest.mark.parametrize("columns", [["model.embed_tokens"], {}, None, 3])
+def test_columns_of_another_type_are_one_line(columns, run):
+    sites = json.loads((run / "coded" / "config.json").read_text())["quantization_config"]["sites"]
+    sites["model.layers.0.self_attn.k_proj"]["columns"] = columns
+    with pytest.raises(UserError, match=r"^layer \S+k_proj of \S+ is damaged: its entry in config.json says TypeError"):
+        AutoModelForCausalLM.from_pretrained(run / "coded", config=damaged_config(run / "coded", sites=sites))
+
+
+@pytest.mark.parametrize("folder", ["coded", "int4"])
+@pytest.mark.parametrize(
+    "tied",
+    [
+        *(None, 0, [], {}, ["lm_head"], 3),
+        *({"lm_head": name} for name in ("model.layers.0.mlp.down_proj", "model.norm", "", None, ["x"])),
+        {"lm_head": "model.embed_tokens", "model.norm": "model.embed_tokens"},
+    ],
+)
+def test_ties_that_are_not_the_models_are_refused(tied, folder, run):
+    """Some of them loaded, and computed something else."""
+    with pytest.raises(UserError, match=r"^config\.json of \S+ does not describe this model: .*; copy the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(run / folder, config=damaged_config(run / folder, tied=tied))
+
+
+def test_an_untied_head_cannot_be_tied(untied):
+    config = damaged_config(untied / "int4", tied={"lm_head": "model.embed_tokens"})
+    with pytest.raises(UserError, match=r'it ties \{"lm_head": "model.embed_tokens"\}, the model \{\}; copy'):
+        AutoModelForCausalLM.from_pretrained(untied / "int4", config=config)
+
+
+def test_steps_that_no_byte_holds_are_one_line_and_fit_into_the_formats_it_names(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("coded", "int4"))
+    for path in (tmp_path / "run" / "sites").iterdir():
+        tensors, metadata = read_tensors(path)
+        tensors["row_exponents"][0] -= 300
+        tensors["column_exponents"][0] += 300
+        write_tensors(path, tensors, metadata)
+    said = r"^the steps of \S+ differ too much .*; got a factor of 2\^[\d.]+; wanted less .*; use --format int4 or"
+    with pytest.raises(UserError, match=said):
+        export(tmp_path / "run", "geoquant", verify=False)
+    models = []
+    for name in ("int4", "dense"):
+        entry = export(tmp_path / "run", name, verify=False)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / entry["path"]))
+    packed, dense = models
+    for name, weight in solved(tmp_path / "run", dense).items():
+        if name != "lm_head":
+            assert torch.equal(dense.get_submodule(name).weight, weight)
+            assert torch.equal(packed.get_submodule(name).dequantize(), weight)
 
 
 def test_an_unknown_runtime_is_one_line(run):

@@ -7,14 +7,13 @@ for, and the reader is registered right after that module has run.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-__all__ = ["install"]
+__all__ = ["install", "withdraw"]
 
-WATCHED, READER = "transformers.quantizers.auto", "geoquant.export.reader"
+WATCHED, READER, METHOD = "transformers.quantizers.auto", "geoquant.export.reader", "geoquant"
 
 
 class _Watcher:
@@ -38,10 +37,43 @@ class _Watcher:
         return spec
 
 
+class _Absent:
+    """Stands for the reader that could not be imported; whoever loads a file of ours is told why."""
+
+    @classmethod
+    def from_dict(cls, settings: dict, **options: object) -> object:
+        """What transformers calls first. The import is tried again: it may have failed for a circle of imports."""
+        from geoquant.errors import UserError
+
+        try:
+            import_module(READER)
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"the reader of the format geoquant cannot be imported ({said})", fix="run: geoquant doctor"
+            ) from error
+        return mappings()[0][METHOD].from_dict(settings, **options)
+
+
 def register() -> None:
-    """Import the reader, which registers itself; without the coder's library other models must still load."""
-    with suppress(ImportError):
+    """Import the reader, which registers itself; whatever is the matter with that, other models must still load."""
+    try:
         import_module(READER)
+    except Exception:
+        for mapping in mappings():
+            mapping[METHOD] = _Absent
+
+
+def withdraw() -> None:
+    """Take back what stands for the reader, or what one that failed half-way left."""
+    for mapping in mappings():
+        mapping.pop(METHOD, None)
+
+
+def mappings() -> tuple[dict, dict]:
+    """Where transformers looks up a format."""
+    auto = sys.modules[WATCHED]
+    return auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING
 
 
 def install() -> None:

@@ -12,7 +12,7 @@ from geoquant.errors import UserError
 from geoquant.measure import Texts
 from geoquant.model.load import Loaded, identity, locate
 from geoquant.recipe import Recipe, checked, located
-from geoquant.runs import read_json, write_json
+from geoquant.runs import read_json, recorded_recipe, write_json
 
 __all__ = ["check_same_model", "check_same_recipe", "finish_manifest", "versions", "write_manifest"]
 
@@ -67,18 +67,9 @@ def write_manifest(
 
 
 def check_same_recipe(run: Path, recipe: Recipe) -> None:
-    """Raise UserError when the run was started with another recipe, or by a version that knew other options: what it
-    did is not what today's default of such an option says.
-    """
-    written = read_json(run / "manifest.json", recipe=dict)["recipe"]
-    if other := sorted(written.keys() ^ Recipe.model_fields.keys()):
-        raise UserError(
-            f"the run in {run} was started by another version of geoquant, whose options were others",
-            got=f"a recipe that differs in {', '.join(other)}",
-            fix="go on with that version, or choose a new folder",
-        )
+    """Raise UserError when the run was started with another recipe, or by a version that knew other options."""
     # Runs of old wrote paths as they were typed: they may go on where those still lead to the same place.
-    started = located(checked(written))
+    started = located(checked(recorded_recipe(run)))
     for name in Recipe.model_fields:
         before, now = getattr(started, name), getattr(recipe, name)
         if before != now and name not in FREE:

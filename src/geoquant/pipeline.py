@@ -39,7 +39,7 @@ from geoquant.progress import Progress, silent
 from geoquant.recipe import PACKED, Recipe, checked, located
 from geoquant.report.build import write_report
 from geoquant.results import load_stage, save_stage, stage_path
-from geoquant.runs import claim_output, read_json, remove_empty, write_json
+from geoquant.runs import claim_output, read_json, recorded_recipe, remove_empty, write_json
 from geoquant.solve import install, restore, solve_model, solve_vocabulary
 from geoquant.steps import look_back, rows_of, step_of
 
@@ -273,7 +273,7 @@ def raise_failure(exports: list[dict]) -> None:
 def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress = silent) -> dict:
     """Write a finished run in one more format; nothing is solved again."""
     run = Path(run)
-    recipe = checked(read_json(run / "manifest.json", recipe=dict)["recipe"])
+    recipe = checked(recorded_recipe(run))
     report = read_json(run / "report.json", exports=list, warnings=list)
     loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
     check_same_model(run, loaded)

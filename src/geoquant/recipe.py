@@ -5,6 +5,7 @@ A recipe says nothing about *how* a step is done; it is the command line written
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -78,8 +79,10 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _follow_the_grid(cls, values: dict) -> dict:
+    def _follow_the_grid(cls, values: object) -> object:
         """Without a grid the lattice, unless something of a box is asked for. Either has a method and a format."""
+        if not isinstance(values, Mapping):
+            return values  # pydantic says what is wrong with it
         grid = values["grid"] if "grid" in values else _grid_of(values)
         refuse_strangers({"grid": grid, **values})
         own = {"method": "babai", "formats": ("compressed-tensors",)} if grid == "box" else {}
@@ -256,7 +259,7 @@ def recipe_toml(recipe: Recipe) -> str:
             return repr(value)
         if isinstance(value, list | tuple):
             return "[" + ", ".join(literal(item) for item in value) + "]"
-        text = str(value).replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{text}"'
+        # JSON's strings are TOML's, but for one character that JSON leaves as it is.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
     return "".join(f"{key} = {literal(value)}\n" for key, value in recipe.model_dump().items() if value is not None)

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from geoquant.errors import UserError
+from geoquant.recipe import Recipe
 
 __all__ = [
     "atomic_directory",
@@ -42,6 +43,7 @@ __all__ = [
     "read_json",
     "read_metadata",
     "read_tensors",
+    "recorded_recipe",
     "remove_empty",
     "write_json",
     "write_tensors",
@@ -146,6 +148,22 @@ def read_json(path: Path, **entries: type) -> dict:
             what = "lacks" if name not in value else "holds something else as"
             raise UserError(f"{path} is damaged: it {what} {name!r}", fix=mend)
     return value
+
+
+def recorded_recipe(run: Path) -> dict:
+    """What the run's manifest holds of its recipe: all options that this version knows, and no others.
+
+    Raises UserError where another version wrote it: what the run did is not what today's default of an option that it
+    did not know says.
+    """
+    recipe = read_json(run / "manifest.json", recipe=dict)["recipe"]
+    if other := sorted(recipe.keys() ^ Recipe.model_fields.keys()):
+        raise UserError(
+            f"the run in {run} was started by another version of geoquant, whose options were others",
+            got=f"a recipe that differs in {', '.join(other)}",
+            fix="go on with that version, or choose a new folder",
+        )
+    return recipe
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -56,8 +56,8 @@ def interrupted_recipe(out: Path, flags: RecipeFlags) -> Recipe:
     """The recipe that the interrupted run in `out` wrote down, with the flags given now. Raises UserError."""
     from geoquant.errors import UserError
     from geoquant.recipe import overruled
-    from geoquant.runs import read_json
+    from geoquant.runs import recorded_recipe
 
     if not os.path.exists(out / "manifest.json"):  # not Path.exists(): it raises on a name that is too long
         raise UserError(f"nothing to resume in {out}", wanted="the folder of an interrupted run", fix="give a MODEL")
-    return overruled(read_json(out / "manifest.json", recipe=dict)["recipe"], flags.given())
+    return overruled(recorded_recipe(out), flags.given())

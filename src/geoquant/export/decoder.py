@@ -13,8 +13,9 @@ A test compares this decoder and constriction's on random tables.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from geoquant.compiled import compiled
 
 __all__ = ["decode_streams"]
 
@@ -30,7 +31,7 @@ UPPER, LOWER, ONE = np.uint64(PRECISION + SYMBOL), np.uint64(SYMBOL), np.uint64(
 MASK, LAST = np.uint64((1 << PRECISION) - 1), np.uint64((1 << SYMBOL) - 1)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def decode_streams(
     words, escapes, streams, rectangles, rows, columns, slots, intervals, starts, reaches, codes
 ):  # pragma: no cover (compiled)
@@ -88,13 +89,13 @@ def decode_streams(
                 lane[field], lanes[busy, field] = lanes[busy, field], lane[field]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def area(rectangle):  # pragma: no cover (compiled)
     """Codes of a rectangle."""
     return (rectangle[2] - rectangle[1]) * (rectangle[4] - rectangle[3])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def fill(words, lane):  # pragma: no cover (compiled)
     """The first state of a stream."""
     state = np.uint64(0)
@@ -104,7 +105,7 @@ def fill(words, lane):  # pragma: no cover (compiled)
     return state
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def step(state, words, word, first, slots, intervals):  # pragma: no cover (compiled)
     """One symbol: the next state, the next word, the symbol."""
     point = state & MASK
@@ -118,7 +119,7 @@ def step(state, words, word, first, slots, intervals):  # pragma: no cover (comp
     return (more if taken else state), word - np.uint64(taken), np.uint16(interval & LAST)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def lane_of(index, rectangles, slots, intervals, starts, lanes, states, symbols):  # pragma: no cover (compiled)
     """What `step` needs of a lane, and where its symbols go."""
     lane = lanes[index]
@@ -133,7 +134,7 @@ def lane_of(index, rectangles, slots, intervals, starts, lanes, states, symbols)
     )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def run_one(words, rectangles, slots, intervals, starts, lanes, states, symbols, steps):  # pragma: no cover (compiled)
     """Decode some symbols of the first lane."""
     s, w, f, k, i, o = lane_of(0, rectangles, slots, intervals, starts, lanes, states, symbols)
@@ -142,7 +143,7 @@ def run_one(words, rectangles, slots, intervals, starts, lanes, states, symbols,
     states[0], lanes[0, WORD] = s, w
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def run_all(words, rectangles, slots, intervals, starts, lanes, states, symbols, steps):  # pragma: no cover (compiled)
     """Decode some symbols of every lane; lanes are variables, so that they stay in registers."""
     s0, w0, f0, k0, i0, o0 = lane_of(0, rectangles, slots, intervals, starts, lanes, states, symbols)
@@ -158,7 +159,7 @@ def run_all(words, rectangles, slots, intervals, starts, lanes, states, symbols,
     lanes[0, WORD], lanes[1, WORD], lanes[2, WORD], lanes[3, WORD] = w0, w1, w2, w3
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def place(symbols, rectangle, escapes, lane, rows, columns, reaches, codes):  # pragma: no cover (compiled)
     """Write the codes of a rectangle, whose symbols are the last ones; whether there are enough escapes."""
     reach, width = reaches[rectangle[0]], rectangle[4] - rectangle[3]

@@ -11,13 +11,14 @@ sparse list, its columns, and what is added to the largest or smallest code that
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from geoquant.compiled import compiled
 
 __all__ = ["dot", "dots", "weights"]
 
 
-@numba.njit(cache=True)
+@compiled()
 def floats(bits):  # pragma: no cover (compiled)
     """float32 of bfloat16 bits."""
     wide = np.empty(len(bits), np.int32)
@@ -29,7 +30,7 @@ def floats(bits):  # pragma: no cover (compiled)
 # Numbers are cast after every operation below: else the loops are compiled for integers of 64 bits.
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def weights(
     dense, nibbles, pointers, places, excess, row_steps, column_steps, least, most, first, last, out, rounded
 ):  # pragma: no cover (compiled)
@@ -65,7 +66,7 @@ def weights(
                 narrow[j] = np.int16(np.int32(near >> np.int32(16)))
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def dot(
     x, dense, nibbles, pointers, places, excess, row_steps, column_steps, first, last, out
 ):  # pragma: no cover (compiled)
@@ -94,7 +95,7 @@ def dot(
         out[i] = total * a[i]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def dots(
     x, dense, nibbles, pointers, places, excess, row_steps, column_steps, first, last, out
 ):  # pragma: no cover (compiled)

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geoquant.errors import UserError
 from geoquant.export.coder import Tables, encode, make_tables
 from geoquant.export.int4 import METHOD
 from geoquant.export.matrices import Matrix
 from geoquant.export.weights import ExportResult, write_coded
 from geoquant.lattice.rate import CLASSES, Spread, class_histograms, spread_of
+from geoquant.lattice.unboxed import PER_OCTAVE
 from geoquant.methods.problem import LatticeSolution
 from geoquant.model.walk import Block, Stage
 
@@ -80,14 +82,14 @@ def stage_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one stage, and (in `sites`) what config.json says of its sites."""
     spread, shared = spread_of(solution.codes), stage.sites[0].name
-    steps, base = byte_steps(solution.column_exponents)
+    steps, base = byte_steps(shared, solution.column_exponents)
     yield f"{shared}.column_steps", steps
     yield f"{shared}.column_classes", spread.columns
     start = 0
     for site in stage.sites:
         stop = start + site.shape[0]
         part = spread.part(start, stop)
-        row_steps, row_base = byte_steps(solution.row_exponents[start:stop])
+        row_steps, row_base = byte_steps(site.name, solution.row_exponents[start:stop])
         words, escapes, streams = site_streams(solution.codes[start:stop], part, tables, models)
         stored = {
             "words": words,
@@ -138,11 +140,19 @@ def stored_matrix(stored: Mapping[str, Tensor], entry: Mapping) -> Matrix:
     return Matrix(words.view(np.uint32), *rest)
 
 
-def byte_steps(exponents: Tensor) -> tuple[Tensor, int]:
-    """Exponents as bytes above a base."""
+def byte_steps(name: str, exponents: Tensor) -> tuple[Tensor, int]:
+    """Exponents of a site as bytes above a base.
+
+    Raises UserError where a byte cannot hold them: steps of one vector that differ by 2^32 come of broken weights.
+    """
     base = int(exponents.min())
-    if int(exponents.max()) - base > 255:  # steps of one vector that differ by 2^32: no damped metric gives them
-        raise ValueError("steps span more than a byte of exponents")
+    if (span := int(exponents.max()) - base) > 255:
+        raise UserError(
+            f"the steps of {name} differ too much for the format geoquant",
+            got=f"a factor of 2^{span / PER_OCTAVE:g}",
+            wanted="less than 2^32",
+            fix="use --format int4 or dense",
+        )
     return (exponents - base).to(torch.uint8), base
 
 

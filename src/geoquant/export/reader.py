@@ -7,7 +7,8 @@ the embedding's matrix. Registered with transformers when geoquant has been impo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import json
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,9 +19,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from geoquant._hook import withdraw
 from geoquant.errors import UserError, unknown_name
 from geoquant.export.int4 import INT4_VERSION, METHOD, PackedMatrix, blank, check_matrix, packed_module
 from geoquant.export.packed import CACHED, pack, ranges
+from geoquant.export.weights import tied_heads
 from geoquant.lattice.rate import CLASSES
 from geoquant.lattice.unboxed import steps_of
 
@@ -45,6 +48,8 @@ class Coded(nn.Module):
         super().__init__()
         self.rows, self.columns = entry["shape"]
         words, escapes, streams = entry["sizes"]
+        if not isinstance(entry["columns"], str):
+            raise TypeError(f"columns: {entry['columns']!r}")
         self.entry, self.dtype = entry, dtype
         shapes = {
             "words": ((words,), torch.int32),
@@ -176,6 +181,9 @@ class TiedHead(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+withdraw()  # of what stood for this reader while it could not be imported
+
+
 @register_quantization_config(METHOD)
 class GeoQuantConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint in the format `geoquant` or `int4`.
@@ -221,6 +229,7 @@ class GeoQuantizer(HfQuantizer):
     ) -> None:
         settings = self.quantization_config
         try:
+            check_tied(model, settings.sites, settings.tied)
             for name, entry in settings.sites.items():
                 self.replace_site(model, name, entry)
             for name, source in settings.tied.items():
@@ -334,6 +343,13 @@ def batches(sizes: dict[str, int], most: int) -> list[list[str]]:
 def damaged(name: str, model: nn.Module, error: object) -> UserError:
     """A layer that is not what was written."""
     return UserError(f"layer {name} of {model.name_or_path} is damaged: {error}", fix="copy the checkpoint again")
+
+
+def check_tied(model: nn.Module, sites: Collection[str], tied: Mapping[str, str]) -> None:
+    """Raise ValueError where the tied heads are not those of the model: they would multiply with another matrix."""
+    ties, wanted = tied_heads(model, {*sites, *tied.values()}), tied_heads(model, sites)
+    if any(ties.get(name) != source for name, source in tied.items()) or not wanted.keys() <= tied.keys():
+        raise ValueError(f"it ties {json.dumps(tied)}, the model {json.dumps(wanted)}")
 
 
 def check_stored(model: nn.Module, files: Iterable[str], owners: Collection[str]) -> None:

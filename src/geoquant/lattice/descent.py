@@ -11,12 +11,12 @@ is better in every single code, not the closest point: in GPTQ's box also known 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from geoquant.compiled import compiled
 from geoquant.lattice.priced import Prices
 
 __all__ = ["descend"]
@@ -104,7 +104,7 @@ def descend(
     return codes.to(device), total
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _panel(
     inside, codes, steps, metric, curvature, sizes, lowest, highest, bits, row_class, column_class
 ):  # pragma: no cover (compiled)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from geoquant.compiled import compiled
 
 __all__ = ["SUB", "best_symmetric", "boxed_panel", "panel"]
 
@@ -12,7 +13,7 @@ TOGETHER = 2  # blocks of rows that take turns
 SUB = 4  # rows whose errors move the later ones together
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def panel(
     centres, work, codes, steps, shares, feedback, starts, sizes, row_costs, column_costs, saved, row_kind, column_kind
 ):  # pragma: no cover (compiled)
@@ -92,17 +93,18 @@ def panel(
                     left[i] -= found[i] * step
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _cheaper(code, centre, cost, saved, kind):  # pragma: no cover (compiled)
     """The code, or the next one towards zero; without a branch that nobody can predict."""
     side = np.float32(1.0) if code > 0 else np.float32(-1.0)
     grows = np.float32(1.0) + np.float32(2.0) * (centre - code) * side
     kind = min(max(kind, 0), saved.shape[0] - 1)
-    price = saved[kind, min(np.int64(abs(code)), saved.shape[1] - 1)]
+    # Compared before it becomes an integer, and in this order: what is no number, or too large for one, is the limit.
+    price = saved[kind, np.int64(min(np.float32(saved.shape[1] - 1), abs(code)))]
     return code - side * np.float32((code != 0) & (cost * grows < price))
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _gather(own, work, shares, j, first, last):  # pragma: no cover (compiled)
     """Add to `own` its shares of the errors of the columns before j, four columns at a time."""
     whole = j - j % 4
@@ -122,7 +124,7 @@ def _gather(own, work, shares, j, first, last):  # pragma: no cover (compiled)
             own[i] += share * errors[i]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def boxed_panel(
     work, unboxed, errors, scales, zeros, pivots, factor, start, stop, lowest, highest, top, bottom
 ):  # pragma: no cover (compiled)
@@ -163,7 +165,7 @@ def boxed_panel(
                     later[i] -= share * error[i]
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def best_symmetric(weight, importance, shares, lowest, highest, scales, top, bottom):  # pragma: no cover (compiled)
     """The search of `grid.search_scales` on a symmetric grid; writes `scales`, (rows,), from `top` to `bottom`.
 

@@ -20,12 +20,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from geoquant.compiled import compiled
 from geoquant.lattice.rate import CLASSES, REACH, Spread, spread_of
 from geoquant.lattice.rows import RowMetric
 from geoquant.lattice.unboxed import Tariff, unboxed_babai
@@ -88,7 +88,7 @@ def priced_babai(
     return unboxed_babai(*given, known, tariff).to(weight.device)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _count(codes, row_class, column_class, counts):  # pragma: no cover (compiled)
     """Add up how often the codes of each class have each size; those beyond the last count nowhere."""
     last = counts.shape[1] - 1

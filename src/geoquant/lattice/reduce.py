@@ -8,11 +8,12 @@ and only signed permutations map a box of codes to a box. Steps `s_j = D / r_j` 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from geoquant.compiled import compiled
 
 __all__ = ["headroom", "lll"]
 
@@ -37,7 +38,7 @@ def lll(basis: Float[Tensor, "n n"], delta: float = DELTA) -> tuple[Float[Tensor
     return torch.from_numpy(reduced), torch.from_numpy(transform), int(swaps)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _lll(r, t, delta):  # pragma: no cover (compiled)
     """In place; returns the number of swaps."""
     n, k, swaps = r.shape[0], 1, 0
