@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -177,6 +179,31 @@ def test_rows_that_feel_each_other_are_the_textbook_s_kronecker_lattice(rows, si
     expected = textbook_babai(vector, torch.kron(metric, whole), places, steps, wide).view(columns, count).T
     agree = (found.double() == expected).double().mean().item()
     assert agree == 1.0 if dtype == torch.float64 else agree > 0.99
+
+
+@pytest.mark.parametrize("method", ["lattice", "lattice-priced"])
+def test_codes_that_leave_32_bits_are_told(method):
+    """A row takes over the errors of those before it, counted in its own step: one of 1e20 beside others of one."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(200, 40, generator=generator), torch.randn(12, 40, generator=generator)
+    weight[0] *= 1e20
+    _, rows, _ = correlated([12], 12, seed=1, floor=0.01, keep=0.9)
+    problem_ = Problem(weight, inputs.T @ inputs, tokens=200, step=0.2, rows=rows)
+    with pytest.raises(NotPositiveDefinite, match="leave 32 bits"):
+        METHODS[method](problem_)
+
+
+def test_threads_do_not_follow_into_a_forked_child():
+    """A pool made before the fork would wait for ever."""
+    program = (
+        "import os, torch; torch.set_num_threads(2)\n"
+        "from geoquant.lattice.threads import in_parts\n"
+        "in_parts(lambda own: None, 4)\n"
+        "child = os.fork()\n"
+        "if not child: in_parts(lambda own: None, 4); os._exit(0)\n"
+        "os.waitpid(child, 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("rows", [[64] * 5, [64, 37, 64], [9, 6], [3, 3, 1], [1] * 40])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -27,3 +28,6 @@ def in_parts(run: Callable[[slice], None], count: int) -> None:
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="geoquant")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not follow into a child

@@ -17,7 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geoquant.lattice.basis import heldout_prices, metric_factor, permuted, sample_stride, triangular_inverse
+from geoquant.lattice.basis import (
+    NotPositiveDefinite,
+    heldout_prices,
+    metric_factor,
+    permuted,
+    sample_stride,
+    triangular_inverse,
+)
 from geoquant.lattice.order import column_order
 from geoquant.lattice.rows import RowMetric
 from geoquant.lattice.unboxed import ROWS, exponents, narrow, steps_of, unboxed_babai
@@ -87,11 +94,22 @@ def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]],
     codes = search(
         Posed(weight, metric, damping, basis, order, row_steps, steps_of(columns), known, price, problem.step)
     )
+    if outside(codes):
+        raise NotPositiveDefinite("a row is so much larger than those it shares a block with that codes leave 32 bits")
     expected, worst = row_steps.square(), row_steps.square()
     if known is not None:
         expected, worst = known.error_squares(row_steps)
     spread = torch.stack([expected, worst * (2 * reach) ** 2])
     return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5, spread)
+
+
+def outside(codes: Int[Tensor, "out in"]) -> bool:
+    """Whether a code met the end of its type, where a larger one would have been cut off."""
+    if codes.dtype != torch.int32 or not codes.numel():
+        return False
+    limits = torch.iinfo(torch.int32)
+    least, most = codes.aminmax()
+    return bool(least == limits.min or most == limits.max)
 
 
 def tied(lengths: Tensor, ties: Tensor | None) -> Tensor:
