@@ -149,13 +149,18 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
     notes = tuple(note for name in recipe.formats for note in check(name, loaded.model, grids, **choices))
     if recipe.grid == "lattice" and (packed := [name for name in recipe.formats if name in PACKED]):
         folds = find_folds(loaded.model, repeated(blocks), texts.calibration.tokens[:1, :8], pages)
-        for stage in (stage for block in repeated(blocks) for stage in block.stages):
-            if stage.name not in folds:
-                raise UserError(
-                    f"format {packed[0]} needs column steps that fold away; no layer before {stage.name} takes them",
-                    fix="use the formats geoquant, int4 or dense",
-                )
+        check_folds(packed[0], folds, blocks)
     return loaded, blocks, texts, plan, notes + alone
+
+
+def check_folds(format: str, folds: dict[str, Fold], blocks: tuple[Block, ...]) -> None:
+    """Refuse a format of fixed width where column steps have no place to go."""
+    for stage in (stage for block in repeated(blocks) for stage in block.stages):
+        if stage.name not in folds:
+            raise UserError(
+                f"format {format} needs column steps that fold away; no layer before {stage.name} takes them",
+                fix="use the formats geoquant, int4 or dense",
+            )
 
 
 def left_alone(loaded: Loaded, blocks: tuple[Block, ...]) -> tuple[str, ...]:
