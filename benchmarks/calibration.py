@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from figures import literal
+from paired import changes
 
 
 def timed(function: Callable[[], object]) -> dict[str, float]:
@@ -106,8 +106,7 @@ def main() -> None:
     for name, spent in passes.items():
         print(f"| bare {name} | {spent['wall']:.0f} | {spent['cpu']:.0f} | {spent['wall'] / unit['wall']:.2f} | |")
     for arm in arguments.arm:
-        own = {name: literal(value) for name, _, value in (part.partition("=") for part in arm.split(","))}
-        found = measured({"recipe": base | own})
+        found = measured({"recipe": base | changes(arm)})
         whole, parts = found["whole"], ", ".join(f"{name} {spent:.0f}" for name, spent in found["parts"].items())
         ratio = whole["wall"] / unit["wall"]
         print(f"| {arm} | {whole['wall']:.0f} | {whole['cpu']:.0f} | {ratio:.2f} | {parts} |", flush=True)

@@ -14,21 +14,9 @@ from geoquant.errors import UserError
 
 __all__ = ["compare"]
 
-SETTINGS = (
-    "grid",
-    "rate",
-    "embeddings",
-    "method",
-    "bits",
-    "group_size",
-    "symmetric",
-    "keep",
-    "metric",
-    "order",
-    "target",
-)
 BOX_ONLY, LATTICE_ONLY = ("bits", "group_size", "symmetric", "keep"), ("rate", "embeddings")
-SETTINGS += ("sequential", "calibration", "windows")
+ALWAYS = ("metric", "order", "target", "sequential", "calibration", "windows")
+SETTINGS = ("grid", *LATTICE_ONLY, "method", *BOX_ONLY, *ALWAYS)
 
 
 def compare(
