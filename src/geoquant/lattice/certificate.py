@@ -71,7 +71,8 @@ def error_energies(
 ) -> list[float]:
     """`tr(D A D^T)` of a matrix of rows, whole or in parts, under each metric: one product `D^T D` serves them all."""
     gram = sum(part.T @ part for part in ((rows,) if isinstance(rows, Tensor) else rows))
-    return [(gram * metric).sum(dtype=torch.float64).item() for metric in metrics]
+    # Row by row in single precision, which is many times faster, and only the rows in double.
+    return [(gram * metric).sum(1).sum(dtype=torch.float64).item() for metric in metrics]
 
 
 def squared_steps(

@@ -7,12 +7,14 @@ and its column's: one static distribution per class is then within a few thousan
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
+
+from geoquant.compiled import compiled
 
 __all__ = [
     "CLASSES",
@@ -70,23 +72,29 @@ def spread_of(codes: Integer[Tensor, "out in"], rounds: int = 3) -> Spread:
 
 
 def class_histograms(codes: Integer[Tensor, "out in"], spread: Spread) -> Int[Tensor, "classes symbols"]:
-    """Counts of the values -REACH..REACH by class, and in the last column of those beyond."""
-    symbols = 2 * REACH + 2
-    counts = torch.zeros(CLASSES * symbols, dtype=torch.int64, device=codes.device)
-    step = max(1, PART // max(1, codes.shape[1]))
-    for start in range(0, len(codes), step):  # indices take eight bytes a code
-        values = codes[start : start + step].long()
-        values = torch.where(values.abs() <= REACH, values + REACH, 2 * REACH + 1)
-        index = spread.part(start, start + step).classes().mul_(symbols).add_(values)
-        counts += torch.bincount(index.flatten(), minlength=len(counts))
-    return counts.view(CLASSES, symbols)
+    """Counts of the values -REACH..REACH by class, and in the last column of those beyond; on the CPU."""
+    counts = torch.zeros(CLASSES, 2 * REACH + 2, dtype=torch.int64)
+    _count(*(x.cpu().contiguous().numpy() for x in (codes, spread.rows, spread.columns)), counts.numpy())
+    return counts
+
+
+@compiled()
+def _count(codes, row_class, column_class, counts):  # pragma: no cover (compiled)
+    """Add every code to the count of its class and value."""
+    reach = (counts.shape[1] - 2) // 2
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            value = np.int64(codes[i, j])
+            symbol = value + reach if -reach <= value <= reach else 2 * reach + 1
+            counts[min(max(np.int64(row_class[i]) + column_class[j], 0), counts.shape[0] - 1), symbol] += 1
 
 
 def entropy_bits(histograms: Int[Tensor, "classes symbols"]) -> float:
     """Bits of all counted codes under their class's empirical distribution."""
-    counts = histograms.double()
-    totals = counts.sum(1, keepdim=True)
-    return torch.special.xlogy(counts, totals / counts.clamp_min(1)).sum().item() / math.log(2)
+    totals = histograms.sum(1, keepdim=True).expand_as(histograms)
+    seen = histograms > 0  # few of the values of a class
+    counts = histograms[seen].double()
+    return (counts * (totals[seen] / counts).log2()).sum().item()
 
 
 def site_bits(codes: Integer[Tensor, "out in"], spread: Spread, share: float = 1.0) -> float:
