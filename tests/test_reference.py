@@ -17,7 +17,7 @@ from geoquant.pipeline import quantize
 from geoquant.plan import estimate
 from geoquant.recipe import checked
 from oracles.models import block_outputs, build, site_inputs, tokens_for
-from test_solve import run
+from test_solve import batches_of, run
 
 WINDOWS, LENGTH = 6, 12
 
@@ -29,7 +29,7 @@ def test_it_sees_the_model_as_it_was(name, compute):
     model, tokens = build(name), tokens_for(WINDOWS, LENGTH)
     untouched, blocks = build(name), walk(model, tokens[:1])
     stream = open_stream(model, tokens, compute)
-    reference = Reference(list(stream.batches), compute)
+    reference = Reference(dict(enumerate(stream.batches)), compute)
     stages = [stage.name for block in blocks for stage in block.stages]
     inputs = site_inputs(untouched, stages, tokens)
     outputs = block_outputs(untouched, [block.name for block in blocks], tokens)
@@ -41,13 +41,13 @@ def test_it_sees_the_model_as_it_was(name, compute):
                 site.name.removeprefix(f"{block.name}.") for later in block.stages[place:] for site in later.sites
             )
             site = stage.name.removeprefix(f"{block.name}.")
-            found = torch.cat(reference.inputs(site, waiting, keep=len(stage.sites) == 1))
+            found = torch.cat(list(reference.inputs(site, waiting, keep=len(stage.sites) == 1).values()))
             expected = inputs[stage.name]
             assert (found.float() - expected).norm() < tolerance * expected.norm(), stage.name
             for part in stage.sites:
                 write_weight(model.get_submodule(part.name), torch.randn(part.shape))
         reference.leave()
-        difference = torch.cat(reference.batches) - outputs[block.name]
+        difference = torch.cat(list(reference.batches.values())) - outputs[block.name]
         assert difference.norm() < tolerance * outputs[block.name].norm()
 
 
@@ -56,7 +56,7 @@ def test_with_full_precision_inputs_the_target_is_the_weights(metric):
     """No drift at all, not even in the last bit."""
     model, tokens = build("llama"), tokens_for(8, LENGTH)
     expected, _ = run(model, tokens, metric=metric, sequential="off")
-    solved, results = run(model, tokens, metric=metric, sequential="off", reference=open_stream(model, tokens).batches)
+    solved, results = run(model, tokens, metric=metric, sequential="off", reference=batches_of(model, tokens))
     for result in results:
         assert not result.moments.drift.any()
         assert not result.moments.heldout_drift.any()
@@ -80,7 +80,7 @@ def test_block_outputs_come_closer_to_full_precision(name):
             found.append([((outputs[at] - truth[at]).norm() / truth[at].norm()).item() for at in names])
         return found
 
-    plain, aimed = errors(), errors(reference=open_stream(model, tokens).batches)
+    plain, aimed = errors(), errors(reference=batches_of(model, tokens))
     for before, after in zip(plain, aimed):
         assert after[0] < before[0]
         assert all(new < 0.93 * old for old, new in zip(before[1:], after[1:])), (before, after)
@@ -89,7 +89,7 @@ def test_block_outputs_come_closer_to_full_precision(name):
 def test_a_broken_metric_leaves_the_weights_as_target():
     model, tokens = build("llama"), tokens_for(8, LENGTH)
     model.model.layers[1].post_attention_layernorm.weight.data[3] = torch.nan
-    _, results = run(model, tokens, reference=open_stream(model, tokens).batches)
+    _, results = run(model, tokens, reference=batches_of(model, tokens))
     broken = [result for result in results if result.warning]
     assert broken
     assert all(torch.equal(result.target.weight, result.original) for result in broken)

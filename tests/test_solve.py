@@ -15,7 +15,7 @@ from geoquant.methods.target import output_target
 from geoquant.model.walk import find_blocks, walk
 from geoquant.observe.gradient import token_energies
 from geoquant.observe.moments import clipped_weights
-from geoquant.observe.stream import open_stream
+from geoquant.observe.stream import open_stream, spread
 from geoquant.solve import heldout_start, install, restore, solve_model
 from oracles.models import build, gradient_energies, moments_by_hand, site_inputs, tokens_for
 
@@ -60,7 +60,7 @@ def weight_of(model, name):
 
 
 def sums_of(moments):
-    return moments.hessian, moments.drift, moments.heldout, moments.heldout_drift
+    return moments.followed, moments.drift, moments.heldout_followed, moments.heldout_drift
 
 
 def token_weights(model, result, inputs, tokens, metric):
@@ -73,13 +73,21 @@ def token_weights(model, result, inputs, tokens, metric):
     return torch.cat([clipped_weights(part.square().sum(1)) for part in inputs.split(2 * LENGTH)])
 
 
-@pytest.mark.parametrize("outputs", [False, True])
+def batches_of(model, tokens, share=1.0):
+    """What enters the first block, by batch, of a share of the batches."""
+    batches = open_stream(model, tokens).batches
+    return {index: batches[index] for index in spread(len(batches), share)}
+
+
+@pytest.mark.parametrize("outputs", [0, 1, 0.4])
 @pytest.mark.parametrize("sequential", ["site", "block", "off"])
 @pytest.mark.parametrize(("name", "metric"), [("llama", "plain"), ("gpt2", "clipped"), ("gemma3", "gradient")])
 def test_every_stage_sees_what_a_run_from_scratch_sees(name, metric, sequential, outputs):
     """Moments of each stage, re-observed on the whole model with exactly the stages before it quantized."""
     model, tokens = build(name), tokens_for(WINDOWS, LENGTH)
-    reference = open_stream(model, tokens).batches if outputs else None
+    reference = batches_of(model, tokens, outputs) if outputs else None
+    # Tokens whose inputs in full precision are known.
+    followed = torch.tensor([row // 2 in (reference or ()) for row in range(WINDOWS)]).repeat_interleave(LENGTH)
     solved, results = run(model, tokens, metric=metric, sequential=sequential, reference=reference)
     replay, pending, border = copy.deepcopy(model), [], (WINDOWS - 1) * LENGTH
     stages = [stage for block in walk(model, tokens[:1]) for stage in block.stages]
@@ -102,14 +110,18 @@ def test_every_stage_sees_what_a_run_from_scratch_sees(name, metric, sequential,
         target = original
         if outputs:
             exact = site_inputs(model, [result.stage.name], tokens)[result.stage.name].double()
-            drift = (exact - inputs) * weights[:, None].double()
-            for found, part in (
-                (result.moments.drift, slice(0, border)),
-                (result.moments.heldout_drift, slice(border, None)),
+            own = weights * followed
+            drift, moments = (exact - inputs) * own[:, None].double(), result.moments
+            for found, metric_found, part in (
+                (moments.drift, moments.followed, slice(0, border)),
+                (moments.heldout_drift, moments.heldout_followed, slice(border, None)),
             ):
                 expected = drift[part].T @ inputs[part].double()
                 scale = expected.abs().max().item()
                 torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=5e-3 * scale + 1e-4)
+                expected = moments_by_hand(inputs[part], own[part])
+                tolerance = 2e-3 * expected.diagonal().max().item()
+                torch.testing.assert_close(metric_found.double(), expected, rtol=2e-3, atol=tolerance)
             target = output_target(original, *sums_of(result.moments)).weight
         assert torch.equal(result.target.weight if outputs else result.original, target)
         again = METHODS["babai"](Problem(target, result.moments.hessian, result.moments.heldout, **SETTINGS))
@@ -159,7 +171,7 @@ def test_resuming_gives_the_same_bits(sequential, metric, outputs):
     model, tokens = build("llama"), tokens_for(6, LENGTH)
     options = {"metric": metric, "sequential": sequential, "method": "dqc"}
     if outputs:
-        options["reference"] = open_stream(model, tokens).batches
+        options["reference"] = batches_of(model, tokens)
     whole, results = run(model, tokens, **options)
     for stop in (1, 5, len(results)):
         known = {result.stage: result.solution for result in results[:stop]}
@@ -205,7 +217,7 @@ def test_tokens_without_a_gradient_are_weighted_by_their_size():
 def test_a_lean_run_holds_one_block_and_ends_the_same(sequential, outputs):
     """Solved blocks leave memory until the end; then all of them are back, to the same bits."""
     model, tokens = build("llama"), tokens_for(6, LENGTH)
-    reference = open_stream(model, tokens).batches if outputs else None
+    reference = batches_of(model, tokens) if outputs else None
     whole, _ = run(model, tokens, sequential=sequential, reference=reference)
     lean, known, held = copy.deepcopy(model), {}, []
     blocks = walk(lean, tokens[:1])

@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from geoquant import reporting
 from geoquant.data.records import Split, load_split
@@ -31,7 +32,7 @@ from geoquant.model.vocabulary import ends, repeated, vocabulary
 from geoquant.model.walk import Block, Stage, untouched_parameters, walk
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import check_head
-from geoquant.observe.stream import open_stream
+from geoquant.observe.stream import Stream, open_stream, spread
 from geoquant.plan.estimate import Cost, cost
 from geoquant.plan.uniform import Plan, check_choices, uniform_plan
 from geoquant.privacy.scores import SplitScores
@@ -233,7 +234,7 @@ def solve(
         sequential=recipe.sequential,
         compute=compute,
         moments_dtype=getattr(torch, recipe.moments),
-        reference=list(stream.batches) if recipe.follows_drift else None,
+        reference=followed(recipe, stream),
         pages=pages,
         lean=True,
         progress=progress,
@@ -242,6 +243,13 @@ def solve(
     if stages := ends(blocks):
         solve_vocabulary(model, stages, curvature.vocabulary, settings, progress=progress, **kept)
     restore(model, repeated(blocks), kept["finished"])
+
+
+def followed(recipe: Recipe, stream: Stream) -> dict[int, Tensor] | None:
+    """The batches whose full-precision inputs are observed beside the others, where targets are outputs."""
+    if not recipe.follows_drift:
+        return None
+    return {index: stream.batches[index] for index in spread(len(stream.batches), recipe.reference_share)}
 
 
 def verified(run: Path, entry: dict, progress: Progress) -> dict:

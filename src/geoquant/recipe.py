@@ -51,6 +51,7 @@ class Recipe(BaseModel):
     static_scales: bool = False
     sequential: Literal["off", "block", "site"] = "site"
     target: Literal["weights", "outputs"] = "outputs"
+    reference_share: float = Field(default=1.0, gt=0.0, le=1.0)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     moments: Literal["float32", "float64"] = "float32"
     # calibration: None means the text every Python carries

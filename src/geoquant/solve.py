@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ def solve_model(
     sequential: str,
     compute: torch.dtype,
     moments_dtype: torch.dtype = torch.float32,
-    reference: Sequence[Float[Tensor, "b l h"]] | None = None,
+    reference: dict[int, Float[Tensor, "b l h"]] | None = None,
     finished: Callable[[Stage], Solution | None] = lambda stage: None,
     pages: Pages = UNMAPPED,
     lean: bool = False,
@@ -75,8 +75,8 @@ def solve_model(
     settings:   stage -> (method name, keyword arguments of `Problem` besides weight and moments).
     sequential: `site` (each stage sees the quantized stages before it), `block` (the quantized blocks before),
                 `off` (full-precision inputs throughout).
-    reference:  what the full-precision model hands to the first block, batch by batch: its outputs become the target.
-                None: its weights are.
+    reference:  what the full-precision model hands to the first block, by batch: its outputs become the target, as far
+                as some of the batches show them. None: its weights are.
     finished:   a stage's solution from an interrupted run, or None.
     done:       called with each new result, before its weights are put into the model.
     pages:      the model's mapped weights, released as they are replaced.
@@ -92,7 +92,7 @@ def solve_model(
     # A weight that two blocks share must stay for the second.
     uses = Counter(id(parameter) for module in modules for parameter in module.parameters())
     lean = lean and max(uses.values()) == 1
-    exact = None if reference is None else Reference(list(reference), compute)
+    exact = None if reference is None else Reference(dict(reference), compute)
     held_from = heldout_start(sum(len(batch) for batch in batches))
 
     stages = {block.name: block.stages for block in blocks}
@@ -230,9 +230,12 @@ def _observe(
     held_from: int,
     compute: torch.dtype,
     dtype: torch.dtype,
-    twins: list[Float[Tensor, "tokens in"] | None] | None,
+    twins: dict[int, Float[Tensor, "tokens in"]] | None,
 ) -> Moments:
-    """Moments of one stage's input over all batches; with `twins`, its inputs in full precision, their drift too."""
+    """Moments of one stage's input over all batches, and the drift of those whose inputs in full precision are known.
+
+    twins: these inputs by batch.
+    """
     size, length = passes.batches[0].shape[:2]
     device = passes.batches[0].device
     accumulator = Accumulator(stage.columns, dtype=dtype, device=device, compute=compute, drift=twins is not None)
@@ -246,7 +249,7 @@ def _observe(
             if weights.isnan().any():  # a batch without gradients
                 weights = clipped_weights(squared_norms(x))
                 weights /= weights.mean()
-        twin = twins[index] if twins else None
+        twin = twins.get(index) if twins else None
         # An expert may be handed other tokens by the quantized model: then nothing is known of their drift.
         if twin is not None and not len(twin) == len(x) == size * length:
             twin = None
@@ -269,7 +272,8 @@ def _observe(
 def _target(original: Float[Tensor, "out in"], moments: Moments, damping: float | None) -> Target:
     """The outputs' target; the weights themselves where the metric cannot be factorised."""
     try:
-        return output_target(original, moments.hessian, moments.drift, moments.heldout, moments.heldout_drift, damping)
+        known = moments.followed, moments.drift, moments.heldout_followed, moments.heldout_drift
+        return output_target(original, *known, damping)
     except NotPositiveDefinite:
         return Target(original, 0.0)
 

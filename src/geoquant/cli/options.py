@@ -126,6 +126,10 @@ class RecipeFlags:
         float | None,
         option("Share of the windows whose tokens are weighted by their gradient (default 0.25).", group=SOLVER),
     ] = None
+    reference_share: Annotated[
+        float | None,
+        option("Share of the windows that show a site what it should compute (default 1).", group=SOLVER),
+    ] = None
     row_block: Annotated[
         int | None, option("Rows of the lattice that are rounded one after another (default 64).", group=SOLVER), WHOLE
     ] = None

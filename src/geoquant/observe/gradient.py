@@ -24,7 +24,7 @@ from geoquant.model.walk import Block, Stage, find_blocks
 from geoquant.observe.attention import ProductAttention
 from geoquant.observe.compute import cast_call, pure_copy
 from geoquant.observe.moments import Accumulator
-from geoquant.observe.stream import BlockCall, Stream, hooks, run_block
+from geoquant.observe.stream import BlockCall, Stream, hooks, run_block, spread
 from geoquant.observe.vocabulary import VocabularyMoments, VocabularyWatch
 from geoquant.progress import Progress, silent
 
@@ -163,12 +163,6 @@ def _add_blocks(total: Float[Tensor, "blocks size size"], g: Float[Tensor, "toke
 
 def _accumulator(stage: Stage, device: torch.device, compute: torch.dtype) -> Accumulator:
     return Accumulator(stage.columns, dtype=torch.float32, device=device, compute=compute)
-
-
-def spread(count: int, share: float) -> list[int]:
-    """A `share` of 0..count-1, at least one: evenly spread and ending with the last, which is held out later."""
-    wanted = min(count, max(1, round(share * count)))
-    return [(index + 1) * count // wanted - 1 for index in range(wanted)]
 
 
 @torch.no_grad()

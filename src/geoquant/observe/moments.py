@@ -44,8 +44,9 @@ class MassiveTokens:
 class Moments:
     """`hessian` and `heldout` (in, in) float32 sums over disjoint tokens, their token counts, massive tokens.
 
-    drift, heldout_drift: where it was observed, `sum_t w_t (x_fp_t - x_t) x_t^T` over the same tokens, x_fp their
-    inputs in the full-precision model.
+    drift, heldout_drift: where it was observed, `sum_t w_t (x_fp_t - x_t) x_t^T`, x_fp their inputs in the
+    full-precision model, over the tokens for which these are known. followed, heldout_followed: the part of `hessian`
+    and `heldout` that is due to them.
     """
 
     hessian: Float[Tensor, "in in"]
@@ -55,6 +56,8 @@ class Moments:
     massive: MassiveTokens
     drift: Float[Tensor, "in in"] | None = None
     heldout_drift: Float[Tensor, "in in"] | None = None
+    followed: Float[Tensor, "in in"] | None = None
+    heldout_followed: Float[Tensor, "in in"] | None = None
 
 
 def clipped_weights(energy: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
@@ -88,14 +91,20 @@ class Accumulator:
         compute: torch.dtype = torch.float32,
         drift: bool = False,
     ):
-        def sums() -> dict[bool, Tensor]:
-            return {held: torch.zeros(columns, columns, dtype=dtype, device=device) for held in (False, True)}
-
-        self.sums = sums()
+        self.columns, self.dtype, self.device, self.follows = columns, dtype, device, drift
         self.rounded = compute == torch.bfloat16 and dtype == torch.float32
-        self.drifts = sums() if drift else None
+        # By whether a token is held out and, of moments, whether its input in the full-precision model is known. Made
+        # when the first one comes: the largest matrices of a run.
+        self.sums: dict[tuple[bool, bool], Tensor] = {}
+        self.drifts: dict[bool, Tensor] = {}
         self.counts = {False: 0, True: 0}
         self.energies: list[Tensor] = []
+
+    def _of(self, sums: dict, key: object) -> Tensor:
+        """The sum of this kind, from zero when it is asked for the first time."""
+        if key not in sums:
+            sums[key] = torch.zeros(self.columns, self.columns, dtype=self.dtype, device=self.device)
+        return sums[key]
 
     def add(
         self,
@@ -109,7 +118,7 @@ class Accumulator:
 
         exact: the same tokens' inputs in the full-precision model; None: without drift.
         """
-        total = self.sums[held]
+        total = self._of(self.sums, (held, exact is not None))
         self.energies.append(squared_norms(x).cpu())
         x = x.to(total.dtype)
         if weights is not None:
@@ -118,10 +127,11 @@ class Accumulator:
         if exact is not None:
             drift = exact.to(total.dtype)
             drift = drift - x if weights is None else (drift * roots).sub_(x)
+            added = self._of(self.drifts, held)
             if self.rounded:  # unlike the metric it need not stay positive: the product of a batch may be rounded too
-                self.drifts[held] += drift.to(torch.bfloat16).T.contiguous() @ x.to(torch.bfloat16)
+                added += drift.to(torch.bfloat16).T.contiguous() @ x.to(torch.bfloat16)
             else:
-                self.drifts[held].addmm_(drift.T, x)
+                added.addmm_(drift.T, x)
         with rounded_products(self.rounded):
             tile = max(96, -(-x.shape[1] // TILES))
             for start in range(0, x.shape[1], tile):
@@ -133,17 +143,24 @@ class Accumulator:
     def finish(self) -> Moments:
         for total in self.sums.values():
             total.triu_().add_(torch.triu(total, 1).T)
-        held = self.sums[True].float() if self.counts[True] else None
-        drift = heldout_drift = None
-        if self.drifts is not None:
-            drift, heldout_drift = self.drifts[False].float(), self.drifts[True].float() if self.counts[True] else None
+        sums = {False: self._whole(False), True: self._whole(True) if self.counts[True] else None}
+        known: dict[str, Tensor | None] = {}
+        if self.follows:
+            for held, prefix in ((False, ""), (True, "heldout_")):
+                if sums[held] is not None:
+                    known[f"{prefix}drift"] = self._of(self.drifts, held).float()
+                    known[f"{prefix}followed"] = self._of(self.sums, (held, True)).float()
         if not self.energies:  # an expert that no token reached
-            return Moments(self.sums[False].float(), held, 0, 0, MassiveTokens(0.0, 0.0), drift, heldout_drift)
+            return Moments(sums[False], sums[True], 0, 0, MassiveTokens(0.0, 0.0), **known)
         energy = torch.cat(self.energies)
         top = max(1, len(energy) // 1000)
         massive = MassiveTokens(
             largest=(energy.max() / energy.median().clamp_min(1e-30)).item(),
             top_share=(energy.topk(top).values.sum() / energy.sum().clamp_min(1e-30)).item(),
         )
-        counts = self.counts[False], self.counts[True]
-        return Moments(self.sums[False].float(), held, *counts, massive, drift, heldout_drift)
+        return Moments(sums[False], sums[True], self.counts[False], self.counts[True], massive, **known)
+
+    def _whole(self, held: bool) -> Float[Tensor, "in in"]:
+        if (held, False) in self.sums and (held, True) in self.sums:
+            return (self.sums[held, False] + self.sums[held, True]).float()
+        return self._of(self.sums, (held, (held, True) in self.sums)).float()

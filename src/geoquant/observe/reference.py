@@ -20,34 +20,35 @@ __all__ = ["Reference"]
 
 @dataclass
 class Reference:
-    """Hidden states that enter the next block in full precision. For each block: `enter` before any of its weights
-    changes, `inputs` of its stages in the order of the walk, `leave`.
+    """Hidden states that enter the next block in full precision, by the number of their batch. For each block: `enter`
+    before any of its weights changes, `inputs` of its stages in the order of the walk, `leave`.
     """
 
-    batches: list[Float[Tensor, "b l h"]]
+    batches: dict[int, Float[Tensor, "b l h"]]
     compute: torch.dtype
     work: nn.Module | None = field(default=None, init=False)
     passes: Replay | None = field(default=None, init=False)
 
     def enter(self, block: nn.Module, call: BlockCall) -> None:
         """Hold on to the block's weights as they are."""
-        self.work, self.passes = standing_copy(block, self.compute), Replay(call, self.batches)
+        self.work, self.passes = standing_copy(block, self.compute), Replay(call, list(self.batches.values()))
 
-    def inputs(self, site: str, waiting: frozenset[str], *, keep: bool) -> list[Float[Tensor, "tokens in"] | None]:
-        """The inputs of `site` (its name inside the block) per batch; None where a batch does not reach it.
+    def inputs(self, site: str, waiting: frozenset[str], *, keep: bool) -> dict[int, Float[Tensor, "tokens in"]]:
+        """The inputs of `site` (its name inside the block) by batch, of those that reach it.
 
         waiting, keep: as in `Replay`.
         """
-        found: list[Tensor | None] = [None] * len(self.batches)
+        found: dict[int, Tensor] = {}
+        names = list(self.batches)
         self.passes.waiting = waiting
-        with autocast(self.batches[0].device, self.compute):
-            self.passes.observe(self.work, site, found.__setitem__, keep=keep)
+        with autocast(self.passes.batches[0].device, self.compute):
+            self.passes.observe(self.work, site, lambda place, x: found.update({names[place]: x}), keep=keep)
         return found
 
     def leave(self) -> None:
         """On to the next block."""
         self.passes.waiting = frozenset()
-        with autocast(self.batches[0].device, self.compute):
-            for index, hidden in enumerate(self.passes.outputs(self.work)):
+        with autocast(self.passes.batches[0].device, self.compute):
+            for index, hidden in zip(self.batches, self.passes.outputs(self.work)):
                 self.batches[index] = hidden.float()
         self.work = self.passes = None

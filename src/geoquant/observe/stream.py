@@ -18,7 +18,7 @@ from geoquant.model.paging import UNMAPPED, Pages
 from geoquant.model.walk import find_blocks
 from geoquant.observe.compute import BlockCall, autocast
 
-__all__ = ["BlockCall", "Stop", "Stream", "hooks", "open_stream", "run_block"]
+__all__ = ["BlockCall", "Stop", "Stream", "hooks", "open_stream", "run_block", "spread"]
 
 
 class Stop(Exception):
@@ -36,6 +36,12 @@ class Stream:
 def batch_size(windows: int, limit: int = 2) -> int:
     """The largest divisor of `windows` up to `limit`: the captured arguments fit one batch size only."""
     return max(size for size in range(1, min(limit, windows) + 1) if windows % size == 0)
+
+
+def spread(count: int, share: float) -> list[int]:
+    """A `share` of 0..count-1, at least one: evenly spread and ending with the last, which is held out later."""
+    wanted = min(count, max(1, round(share * count)))
+    return [(index + 1) * count // wanted - 1 for index in range(wanted)]
 
 
 @contextmanager

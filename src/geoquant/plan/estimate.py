@@ -81,7 +81,7 @@ def cost(loaded: Loaded, blocks: tuple[Block, ...], shape: tuple[int, int], reci
     # Per block: one pass over its stages, each starting where the last one stopped; a second one for the outputs
     # where they are not those of the observed weights.
     passes = 1 if recipe.sequential == "site" else 2
-    outputs = recipe.follows_drift
+    outputs = recipe.reference_share if recipe.follows_drift else 0
     passes += outputs  # the full-precision model, beside the quantized one
     differentiated = recipe.gradient_share if recipe.metric == "gradient" else 0
     passes += 3 * differentiated  # forward, recomputation, backward to the inputs
@@ -90,14 +90,14 @@ def cost(loaded: Loaded, blocks: tuple[Block, ...], shape: tuple[int, int], reci
     stages = [stage for block in blocks for stage in block.stages]
     # Moments are symmetric and the drift is not; its target takes a few products of a solve each.
     moments = sum(2 * tokens * stage.columns**2 * (0.6 + outputs) for stage in stages)
-    products = 1 + 12 * outputs
+    products = 1 + 12 * bool(outputs)
     solve = sum(products * stage.rows * stage.columns**2 + 10 * stage.columns**3 for stage in stages)
     largest = max(stages, key=lambda stage: stage.columns * (stage.rows + 6 * stage.columns))
     hidden = model.config.get_text_config().hidden_size
     stored = sum(parameter.nbytes for parameter in model.parameters())
     working = 4 * (3 * largest.rows * largest.columns + 12 * largest.columns**2) + 4 * 2 * tokens * hidden
     if outputs:
-        working += 4 * (tokens * (hidden + largest.columns) + 2 * largest.columns**2)
+        working += 4 * (outputs * tokens * (hidden + largest.columns) + 4 * largest.columns**2)
     compute = compute_dtype(recipe.compute, model.device)
     runtime = 400 << 20  # Python, torch and transformers themselves
     return Cost(
