@@ -90,6 +90,18 @@ def run_of(workplace):
     return play
 
 
+def test_an_original_that_is_worse_than_guessing_is_doubted(workplace, run_of, tmp_path):
+    _, recipe = workplace
+    sane = run_of(next(iter(CASES)))[0]
+    assert not any("worse than guessing" in warning for warning in sane["warnings"])
+    model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+    model.lm_head.weight.data.mul_(200)
+    model.save_pretrained(tmp_path / "loud")
+    make_tokenizer().save_pretrained(tmp_path / "loud")
+    report = quantize(recipe.model_copy(update={"model": str(tmp_path / "loud"), "formats": ()}), tmp_path / "run")
+    assert any("worse than guessing" in warning for warning in report["warnings"])
+
+
 def tokens_of(path: Path, start: int = 0, count: int = WINDOWS) -> torch.Tensor:
     """Windows by the protocol, with the byte tokenizer's numbering written out: one token a byte, no BOS."""
     ids = make_tokenizer()(path.read_text(), add_special_tokens=False).input_ids

@@ -25,6 +25,7 @@ __all__ = [
     "Quality",
     "Texts",
     "builtin_tail",
+    "doubts",
     "measure_original",
     "measure_quantized",
     "prepare_texts",
@@ -128,6 +129,19 @@ def measure_quantized(
     _check_finite(result, "the quantized model", "use more bits, a larger --damping, or --metric clipped")
     write_json(path, {"perplexity": result.to_dict(), "divergence": asdict(found)})
     return Quality(result, found)
+
+
+def doubts(before: Quality, vocabulary: int) -> tuple[str, ...]:
+    """A warning where the original predicts the text far worse than somebody who guesses among `vocabulary` tokens; one
+    that was never trained is a little worse.
+    """
+    found = before.perplexity.perplexity
+    if found <= 2 * vocabulary:
+        return ()
+    return (
+        f"the original itself predicts the text worse than guessing: perplexity {found:.3g} with {vocabulary} tokens; "
+        "is it the right tokenizer, text and model?",
+    )
 
 
 def _check_finite(result: Perplexity, subject: str, fix: str) -> None:

@@ -19,6 +19,7 @@ from geoquant.finished import earlier_exports, finished_report
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
     Texts,
+    doubts,
     measure_original,
     measure_quantized,
     prepare_texts,
@@ -86,6 +87,7 @@ def quantize(
 
     with clock("measure the original"):
         before = measure_original(run, loaded.model, texts.evaluation, progress)
+        notes += doubts(before, loaded.model.config.get_text_config().vocab_size)
         original = score(run, "original", loaded, split, progress)
     stages = [stage for block in blocks for stage in block.stages]
     missing = [stage for stage in stages if not stage_path(run, stage).exists()]
