@@ -26,9 +26,10 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from geoquant.compiled import compiled
+from geoquant.lattice.beside import Tariff
 from geoquant.lattice.rate import CLASSES, REACH, Spread, spread_of
 from geoquant.lattice.rows import RowMetric
-from geoquant.lattice.unboxed import Tariff, unboxed_babai
+from geoquant.lattice.unboxed import unboxed_babai
 
 __all__ = ["FINE", "Prices", "priced_babai", "prices_of"]
 
@@ -81,7 +82,7 @@ def priced_babai(
     """
     bits = prices.bits.cpu().float()
     saved = mu * torch.diff(bits, dim=1, prepend=bits[:, :1], append=bits[:, -1:])
-    classes = (x.cpu().long() for x in (prices.spread.rows, prices.spread.columns))
+    classes = (x.cpu().float() for x in (prices.spread.rows, prices.spread.columns))
     tariff = Tariff(row_costs.cpu().float(), column_costs.cpu().float(), saved.contiguous(), *classes)
     known = None if rows is None else replace(rows, factor=rows.factor.cpu())
     given = (x.cpu() for x in (weight, basis.float(), order, row_steps, column_steps))
