@@ -1,7 +1,7 @@
 """Babai's recursion on the unbounded lattice, compiled: a chunk of the rows at a time, small enough for the caches.
 
 What `unboxed.unboxed_babai` computes, for the CPU in single precision. A chunk is made of groups of blocks side by
-side, as `lanes` wants them, one group or more for each thread. How blocks are grouped changes no code.
+side, as `lanes` wants them, which torch's threads share. How blocks are grouped changes no code.
 """
 
 from __future__ import annotations
@@ -127,14 +127,14 @@ def smallest(codes: Tensor) -> torch.dtype:
 
 
 def _chunks(sizes: tuple[int, ...], height: int, threads: int) -> Iterator[Groups]:
-    """As few chunks as can be, of like numbers of blocks: a group for every thread at least, and not too few rows.
+    """As few chunks as can be, of like numbers of blocks; each of at most ROWS rows, or one group, for every thread.
 
     sizes: rows of each block. height: slots of each block.
     """
     starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     blocks = LANES * threads * max(1, ROWS // (height * LANES))  # of a chunk, at most
     for mine in _evenly(range(len(sizes)), -(-len(sizes) // blocks)):
-        groups = _evenly(mine, min(len(mine), max(threads, -(-len(mine) // LANES))))
+        groups = _evenly(mine, -(-len(mine) // LANES))  # no more for more threads: empty lanes cost products
         rows = np.full((len(groups), height, LANES), -1, dtype=np.int64)
         for group, own in enumerate(groups):
             for lane, block in enumerate(own):
