@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.quantizers import auto
 
 import geoquant
 from geoquant import _hook
 from geoquant.errors import UserError
-from geoquant.lattice import kernel
+from geoquant.lattice import lanes
 
 
 def test_without_a_place_for_a_cache_functions_are_compiled_anew(tmp_path):
@@ -28,11 +31,13 @@ def test_without_a_place_for_a_cache_functions_are_compiled_anew(tmp_path):
     nowhere = {"HOME": "/proc/nope", "XDG_CACHE_HOME": "/proc/nope", "PYTHONPATH": str(tmp_path)}
     settings = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | nowhere
     code = (
-        "import numpy as np; from geoquant.lattice import kernel; one = np.float32(1.0)\n"
-        "print(kernel.__file__, kernel._cheaper(one, one, one, np.full((1, 3), 9, np.float32), 0))"
+        "import numpy as np; from geoquant.lattice import lanes; some = np.arange(lanes.LANES)\n"
+        "codes, ones = np.zeros((lanes.LANES, 1), np.int8), np.ones((1, lanes.LANES), np.float32)\n"
+        "lanes.unpack(ones, some, np.zeros(1, np.int64), codes, 0, lanes.LANES)\n"
+        "print(lanes.__file__, codes.mean())"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, cwd=tmp_path)
-    assert child.stdout.split() == [str(package / "lattice" / "kernel.py"), "0.0"], child.stderr
+    assert child.stdout.split() == [str(package / "lattice" / "lanes.py"), "1.0"], child.stderr
 
 
 def test_a_reader_that_cannot_be_imported_stops_nobody_but_its_own_files(tiny_model_dir, monkeypatch):
@@ -69,13 +74,76 @@ def test_here_the_reader_is_registered():
     assert auto.AUTO_QUANTIZER_MAPPING["geoquant"].__module__ == _hook.READER
 
 
-@pytest.mark.parametrize("call", [kernel._cheaper, kernel._cheaper.py_func])
-def test_a_code_that_is_no_index_has_the_price_of_the_largest(call):
+def rounded(numbers, saved=None, cost=1.0):
+    """Codes of one column of rows that know nothing of each other, at a step of one, and the errors they leave."""
+    slots = lanes.LANES * -(-len(numbers) // lanes.LANES)
+    values = np.resize(np.array(numbers, np.float32), slots)
+    codes, errors, one, none = values[None].copy(), values[None].copy(), np.ones(1, np.float32), np.zeros(1, np.float32)
+    costs = [None] * 6
+    if saved is not None:
+        table = np.array(saved, np.float32)
+        costs = (
+            np.full(slots, cost, np.float32),
+            one,
+            table.reshape(-1),
+            table.shape[1],
+            np.zeros(slots, np.float32),
+            none,
+        )
+    lanes.panel(codes, errors, one, np.zeros((1, 1), np.float32), None, 0, slots, *costs)
+    return codes[0, : len(numbers)], errors[0, : len(numbers)]
+
+
+def test_a_code_that_is_no_index_has_the_price_of_the_largest():
     """Such codes read memory that is not the table's."""
-    one, saved = np.float32(1.0), np.array([[9, 9, 5]], dtype=np.float32)
-    for number in (np.nan, np.inf, -np.inf, 2.0**63, -(2.0**63), 1e30):
-        code = np.float32(number)
-        assert np.array_equal(call(code, code, one, saved, 0), code, equal_nan=True)
-    assert call(one, one, one, saved, 0) == 0.0
+    numbers = [np.nan, np.inf, -np.inf, 2.0**63, -(2.0**63), 1e30, -1e30, 2.0**31]
+    np.testing.assert_array_equal(rounded(numbers, [[9, 9, 0]])[0], np.array(numbers, np.float32))
+    np.testing.assert_array_equal(rounded([1.0, -1.0, 0.0, 2.0], [[9, 9, 0]])[0], [0.0, 0.0, 0.0, 2.0])
     for cost, found in ((4.9, 6.0), (5.1, 7.0)):
-        assert call(np.float32(7.0), np.float32(7.0), np.float32(cost), saved, 0) == found
+        assert rounded([7.0], [[9, 9, 5]], cost)[0] == found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    numbers=st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=40),
+    cost=st.floats(0.125, 10, width=32),
+    reach=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
+def test_a_code_goes_towards_zero_where_that_saves_more_than_it_costs(numbers, cost, reach, seed):
+    saved = np.append(np.random.default_rng(seed).uniform(0, 9, reach), 0).astype(np.float32)
+    codes, errors = rounded(numbers, [saved], cost)
+    for value, code, error in zip(np.float32(numbers), codes, errors):
+        nearest = np.rint(value)
+        nearer = nearest - np.sign(nearest)
+        grows = np.float32(cost) * ((value - nearer) ** 2 - (value - nearest) ** 2)
+        price = saved[min(int(abs(nearest)), reach)]
+        if abs(grows - price) > 1e-5 * price:
+            assert code == (nearer if nearest and grows < price else nearest)
+        assert error == value - code
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32])
+@pytest.mark.parametrize(("out", "columns"), [(1, 1), (5, 16), (40, 50)])
+def test_what_is_packed_is_unpacked(kind, out, columns):
+    """In any slots and on any lines; numbers beyond an integer become its least."""
+    rng, slots = np.random.default_rng(0), 3 * lanes.LANES
+    rows, places = np.full(slots, -1), rng.permutation(columns)
+    rows[rng.permutation(slots)[:out]] = rng.permutation(out)
+    values, steps = rng.integers(-99, 99, (out, columns)).astype(np.float32), 2.0 ** rng.integers(-3, 4, out)
+    work, codes = np.full((columns, slots), np.nan, np.float32), np.zeros((out, columns), kind)
+    lanes.pack(values * steps[:, None].astype(np.float32), steps.astype(np.float32), rows, places, work, 0, slots)
+    assert not work[:, rows < 0].any()
+    lanes.unpack(work, rows, places, codes, 0, slots)
+    np.testing.assert_array_equal(codes, values)
+    if kind == np.int32:
+        work[:] = rng.choice([np.nan, 2.0**31, -(2.0**40), np.inf], work.shape)
+        lanes.unpack(work, rows, places, codes, 0, slots)
+        assert (codes == -(2**31)).all()
+
+
+def test_lanes_are_of_floats_without_gaps():
+    """A vector is read from where the array says its numbers are, whatever they are."""
+    doubles, floats, some = np.zeros((1, lanes.LANES)), np.zeros((1, lanes.LANES), np.float32), np.arange(lanes.LANES)
+    with pytest.raises(numba.TypingError, match="lanes are of float32 without gaps"):
+        lanes.pack(doubles, floats[0], 0 * some, some, floats, 0, lanes.LANES)

@@ -56,19 +56,34 @@ class Spread:
 
 def spread_of(codes: Integer[Tensor, "out in"], rounds: int = 3) -> Spread:
     """Fit `std z_ij ~ rho_i kappa_j` by alternating second moments and round both to classes."""
-    columns = torch.ones(codes.shape[1], device=codes.device)
-    rows = torch.empty(len(codes), device=codes.device)
-    step = max(1, PART // max(1, codes.shape[1]))
+    known, (count, width) = codes.cpu().contiguous().numpy(), codes.shape
+    rows, columns = np.empty(count, np.float32), np.ones(width, np.float32)
     for _ in range(rounds):
-        weights, columns = columns.reciprocal() / len(columns), torch.zeros_like(columns)
-        for start in range(0, len(codes), step):
-            energy = codes[start : start + step].float().square_().add_(1e-3)
-            rows[start : start + step] = found = energy @ weights
-            columns += found.reciprocal() @ energy / len(rows)
-    level = columns.log().mean() / 2
-    row_class = torch.round((rows.log() / 2 + level - LOWEST) / WIDTH)
-    column_class = torch.round((columns.log() / 2 - level) / WIDTH)
-    return Spread(*(index.clamp(-127, 127).to(torch.int8) for index in (row_class, column_class)))
+        weights, columns = 1 / (columns * np.float32(width)), np.zeros_like(columns)
+        _second_moments(known, weights, rows, columns)
+        columns /= np.float32(count)
+    row_level, column_level = (torch.from_numpy(squares).log() / 2 for squares in (rows, columns))
+    level = column_level.mean()
+    row_class = torch.round((row_level + level - LOWEST) / WIDTH)
+    column_class = torch.round((column_level - level) / WIDTH)
+    return Spread(*(index.clamp(-127, 127).to(codes.device, torch.int8) for index in (row_class, column_class)))
+
+
+@compiled(fastmath={"contract", "reassoc"})
+def _second_moments(codes, weights, rows, columns):  # pragma: no cover (compiled)
+    """rows: mean square of each row's codes by the weights of the columns, written. columns: sums of squares by the
+    reciprocals of the rows', added to."""
+    energy = np.empty(len(columns), np.float32)
+    for i in range(len(rows)):
+        own, total = codes[i], np.float32(0.0)
+        for j in range(len(own)):
+            code = np.float32(own[j])
+            energy[j] = code * code + np.float32(1e-3)
+            total += energy[j] * weights[j]
+        rows[i] = total
+        share = np.float32(1.0) / total
+        for j in range(len(own)):
+            columns[j] += share * energy[j]
 
 
 def class_histograms(codes: Integer[Tensor, "out in"], spread: Spread) -> Int[Tensor, "classes symbols"]:

@@ -45,6 +45,23 @@ class RowMetric:
         """Gram-Schmidt lengths of the rows."""
         return self.spread(self.factor.diagonal(dim1=1, dim2=2).reciprocal())
 
+    @property
+    def shares(self) -> Float[Tensor, "blocks size size"]:
+        """`U_ki / U_kk`: how an error of row k moves row i, those after k."""
+        return self.factor / self.factor.diagonal(dim1=1, dim2=2)[:, :, None]
+
+    def by_block(self, values: Float[Tensor, " rows"], fill: float = 0.0) -> Float[Tensor, "blocks size"]:
+        """What `spread` makes one value per row of."""
+        padded = torch.full_like(self.factor[:, 0], fill)
+        for block, part in enumerate(values.split(self.sizes)):
+            padded[block, : len(part)] = part
+        return padded
+
+    def feedback(self, steps: Float[Tensor, " rows"]) -> Float[Tensor, "blocks size size"]:
+        """The shares where each row's error is counted in its own steps."""
+        units = self.by_block(steps, fill=1.0)
+        return self.shares * units[:, :, None] / units[:, None, :]
+
     def error_squares(self, steps: Float[Tensor, " rows"]) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
         """Twelve times the expected and four times the largest squared error of each row in one column.
 
@@ -53,10 +70,7 @@ class RowMetric:
         """
         if self.strangers:
             return steps.square(), steps.square()
-        padded = torch.zeros_like(self.factor[:, 0])
-        for block, part in enumerate(steps.split(self.sizes)):
-            padded[block, : len(part)] = part
-        shares = self.factor / self.factor.diagonal(dim1=1, dim2=2)[:, :, None] * padded[:, :, None]
+        shares = self.shares * self.by_block(steps)[:, :, None]
         return self.spread(shares.square().sum(1)), self.spread(shares.abs().sum(1).square())
 
 

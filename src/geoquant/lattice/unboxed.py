@@ -11,41 +11,18 @@ step off by at most 4.4% costs less than 0.1% of error (the optimum is flat).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import accumulate
-
-import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from geoquant.lattice.kernel import SUB, panel
-from geoquant.lattice.rows import RowMetric, block_sizes
-from geoquant.lattice.threads import in_parts
+from geoquant.lattice.beside import Tariff, side_by_side, smallest
+from geoquant.lattice.rows import RowMetric
 
-__all__ = ["Tariff", "exponents", "narrow", "steps_of", "unboxed_babai"]
+__all__ = ["exponents", "narrow", "steps_of", "unboxed_babai"]
 
 PER_OCTAVE = 8
 PANEL = 64
-STRANGERS = 512  # rows that pass through a panel together where they need not know of each other
 ROWS = 1 << 13
-
-
-@dataclass(frozen=True)
-class Tariff:
-    """What codes cost and squares, as `kernel.panel` wants to know it; columns in their original order, float32 and
-    int64 on the CPU."""
-
-    row_costs: Float[Tensor, " out"]
-    column_costs: Float[Tensor, " in"]
-    saved: Float[Tensor, "classes reach"]
-    row_class: Int[Tensor, " out"]
-    column_class: Int[Tensor, " in"]
-
-    def part(self, rows: slice = slice(None), columns: slice | Tensor = slice(None)) -> Tariff:
-        """Of some rows and columns."""
-        own = self.row_costs[rows], self.column_costs[columns], self.saved
-        return Tariff(*own, self.row_class[rows], self.column_class[columns])
 
 
 def exponents(steps: Float[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -82,69 +59,31 @@ def unboxed_babai(
     other. All rows are solved in units of their own step, so the recursion sees one step per column. Compiled on a CPU
     in float32, torch operations elsewhere. tariff: only where it is compiled.
     """
+    given = (weight, basis, order, row_steps, column_steps)
+    if weight.device.type == "cpu" and basis.dtype == torch.float32:
+        return side_by_side(*given, rows, tariff)
     if len(weight) > ROWS and (rows is None or rows.strangers):  # rows are solved alone: a few thousand at a time
         spans = [slice(start, start + ROWS) for start in range(0, len(weight), ROWS)]
-        given = ((weight[own], basis, order, row_steps[own], column_steps) for own in spans)
-        known = (tariff and tariff.part(own) for own in spans)
-        return torch.cat([unboxed_babai(*part, tariff=own) for part, own in zip(given, known)])
+        return torch.cat([unboxed_babai(weight[own], basis, order, row_steps[own], column_steps) for own in spans])
     # Transposed, so that one column of the layer is one contiguous row of memory. Weights become errors.
     work = weight.T.contiguous().index_select(0, order).to(basis.dtype).div_(row_steps)
     columns, count = work.shape
     steps, lengths = column_steps[order].to(work.dtype), basis.diagonal()
-    feedback, sizes = _feedback(rows, row_steps, work)
+    alone = rows is None or rows.strangers
+    feedback = work.new_empty(0, 1, 1) if alone else rows.feedback(row_steps).to(work.dtype)
+    sizes = (count,) if alone else rows.sizes
     codes = torch.empty(columns, count, dtype=torch.int32, device=weight.device)
-    compiled = work.device.type == "cpu" and work.dtype == torch.float32
     for first in range(0, columns, PANEL):
         part = slice(first, min(first + PANEL, columns))
         shares = basis[: part.stop, part] / lengths[part]
         centres = torch.addmm(work[part], shares[:first].T, work[:first])
-        given = (centres, work[part], steps[part], shares[first:], feedback, sizes)
-        if compiled:
-            codes[order[part]] = _compiled(*given, tariff and tariff.part(columns=order[part]))
-        else:
-            codes[order[part]] = _plain(*given)
+        codes[order[part]] = _plain(centres, work[part], steps[part], shares[first:], feedback, sizes)
     return narrow(codes).T.contiguous()
 
 
 def narrow(codes: Int[Tensor, "out in"]) -> Integer[Tensor, "out in"]:
-    """The smallest integer type that holds the codes."""
-    least, most = codes.aminmax() if codes.numel() else (torch.tensor(0), torch.tensor(0))
-    largest = max(-int(least), int(most))
-    return codes.to(torch.int8 if largest < 128 else torch.int16 if largest < 32768 else torch.int32)
-
-
-def _feedback(
-    rows: RowMetric | None, row_steps: Float[Tensor, " out"], work: Float[Tensor, "in out"]
-) -> tuple[Float[Tensor, "blocks size size"], tuple[int, ...]]:
-    """How a row's error moves those after it, both in units of their steps, filled up to a multiple of SUB rows; and
-    the sizes of the blocks."""
-    count = work.shape[1]
-    if rows is None or rows.strangers:
-        return work.new_empty(0, SUB, SUB), block_sizes([count], STRANGERS)
-    steps = work.new_ones(rows.factor.shape[:2])
-    for block, part in enumerate(row_steps.split(rows.sizes)):
-        steps[block, : len(part)] = part
-    unit = rows.factor / rows.factor.diagonal(dim1=1, dim2=2)[:, :, None]
-    unit = (unit * steps[:, :, None] / steps[:, None, :]).to(work.dtype)
-    more = -unit.shape[1] % SUB
-    return torch.nn.functional.pad(unit, (0, more, 0, more)).contiguous(), rows.sizes
-
-
-def _compiled(
-    centres: Tensor,
-    work: Tensor,
-    steps: Tensor,
-    shares: Tensor,
-    feedback: Tensor,
-    sizes: tuple[int, ...],
-    tariff: Tariff | None,
-) -> Tensor:
-    codes = torch.empty(work.shape, dtype=torch.int32)
-    given = [x.numpy() for x in (centres, work, codes, steps, shares.contiguous())]
-    costs = [None] * 5 if tariff is None else [x.numpy() for x in vars(tariff).values()]
-    factors, starts, counts = feedback.numpy(), np.array([0, *accumulate(sizes[:-1])]), np.array(sizes)
-    in_parts(lambda own: panel(*given, factors[own], starts[own], counts[own], *costs), len(sizes))
-    return codes
+    """The same codes in the smallest integer type that holds them."""
+    return codes.to(smallest(codes))
 
 
 def _plain(
