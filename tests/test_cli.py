@@ -232,6 +232,13 @@ def test_the_version_is_that_of_the_package():
         (["compare"], "no runs given"),
         (["list", "method"], "did you mean 'methods'?"),
         (["export", "none", "--to", "dens"], "did you mean 'dense'?"),
+        (["records", "--domain", "medcal", "--out", "o"], "did you mean 'medical'?"),
+        (["records", "--domain", "cars", "--out", "o"], "choose one of: code, finance, medical, support"),
+        (["records", "--domain", "code", "--out", "o", "--n", "7"], "cannot make 7 records; wanted 100 to 50000"),
+        (["records", "--domain", "code", "--out", "o", "--n", "1e3"], "Invalid value for --n"),
+        (["records", "--domain", "code", "--out", "o", "--seed", "-1"], "cannot use seed -1"),
+        (["records", "--domain", "code", "--out", "o", "--canaries", "-1"], "cannot make -1 canaries"),
+        (["records", "--domain", "code", "--out", "/"], "output folder / is not empty; choose a new folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, capsys, tmp_path, monkeypatch):
@@ -598,13 +605,40 @@ def test_bars_run_on_a_terminal(monkeypatch):
     assert "4/4" in terminal.getvalue()
 
 
+# --- records ------------------------------------------------------------------------------------------------
+
+
+def test_records_are_made_and_their_use_is_shown(tmp_path, capsys):
+    out = tmp_path / "made"
+    call = ["records", "--domain", "support", "--n", "120", "--seed", "3", "--canaries", "8", "--out", str(out)]
+    assert cli.run(call) == 0
+    lines = capsys.readouterr().out.splitlines()
+    statement = json.loads((out / "statement.json").read_text())
+    assert [line.split()[0] for line in lines] == [
+        str(out / f"{name}.jsonl") for name in ("train", "members", "nonmembers", "holdout", "canaries")
+    ] + [str(out / "statement.json")]
+    assert f"{statement['counts']['included']} of 8 are planted" in lines[4]
+    again = statement["command"].split()[1:]
+    assert cli.run([*again, "--out", str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == statement
+    assert (out / "train.jsonl").read_bytes() == (tmp_path / "again" / "train.jsonl").read_bytes()
+
+
+def test_the_help_of_records_names_every_domain(capsys):
+    from geoquant.data.domains import DOMAINS
+
+    assert cli.run(["records", "--help"]) == 0
+    page = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(domain in page.split("What they are about:")[1].split(".")[0] for domain in DOMAINS)
+
+
 # --- list and doctor ----------------------------------------------------------------------------------------
 
 
 def test_list_describes_every_name(capsys):
     assert cli.run(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"methods", "metrics", "orders", "formats", "attacks"}
+    assert set(found) == {"methods", "metrics", "orders", "formats", "attacks", "domains"}
     assert {"rtn", "babai", "dqc"} <= set(found["methods"])
     assert Recipe.model_fields["metric"].default in found["metrics"]
     assert Recipe.model_fields["order"].default in found["orders"]

@@ -35,7 +35,8 @@ def records(draw):
     secret = draw(st.none() | st.integers(0, 999))
     if secret is None:
         return Record(text, tuple(spans))
-    return Record(f"{text} {secret:03d}", tuple(spans), Canary("c", len(text) + 1, len(text) + 4, 2))
+    included = draw(st.sampled_from([None, True, False]))
+    return Record(f"{text} {secret:03d}", tuple(spans), Canary("c", len(text) + 1, len(text) + 4, 2, included))
 
 
 @settings(deadline=None, max_examples=40)
@@ -84,6 +85,7 @@ def test_value_form_marks_the_first_occurrence(tmp_path):
             r"r.jsonl:2 canary secret is not digits only; got 'ab'",
         ),
         ('{"text": "a12", "canary": {"start": 1, "end": 3, "repeats": 0}}', r"r.jsonl:2 canary repeats"),
+        ('{"text": "a12", "canary": {"start": 1, "end": 3, "included": 1}}', r"r.jsonl:2 canary included is neither"),
         ('{"text": "a12", "canary": 5}', r"r.jsonl:2 has a malformed 'canary'"),
     ],
 )
@@ -133,6 +135,19 @@ def test_load_split_moves_canaries_out_of_the_members(tmp_path):
     write_records(tmp_path / "c.jsonl", [canary, people("x", 1)[0]])
     with pytest.raises(UserError, match="record 2 marks no secret"):
         load_split(tmp_path / "m.jsonl", tmp_path / "n.jsonl", tmp_path / "c.jsonl")
+
+
+def test_canaries_that_a_coin_left_out_are_neither_trained_on_nor_audited(tmp_path):
+    coins = {
+        included: Record(f"code 123{n}", canary=Canary("c", 5, 9, 3, included))
+        for n, included in enumerate((True, False))
+    }
+    assert {included: record.repeats for included, record in coins.items()} == {True: 3, False: 0}
+    write_records(tmp_path / "m.jsonl", people("a", 10))
+    write_records(tmp_path / "n.jsonl", people("b", 10))
+    write_records(tmp_path / "c.jsonl", coins.values())
+    split = load_split(tmp_path / "m.jsonl", tmp_path / "n.jsonl", tmp_path / "c.jsonl")
+    assert split.canaries == (coins[True],)
 
 
 def test_hash_sees_texts_marks_and_sides():

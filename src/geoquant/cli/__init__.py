@@ -27,11 +27,12 @@ COMMANDS = {
     "plan": ("plan:plan", "the same without doing it: codes, sizes, time, memory"),
     "eval": ("evaluate:evaluate", "perplexity, divergence from another model, multiple choice"),
     "audit": ("audit:audit", "what do the weights reveal about their training records?"),
+    "records": ("records:records", "make synthetic private records to train on and audit with"),
     "export": ("export:export", "one more format from a finished run"),
     "verify": ("verify:verify", "does a stock reader see what was solved?"),
     "explain": ("explain:explain", "what was decided for a layer, and why, in numbers"),
     "compare": ("compare:compare", "several runs side by side"),
-    "list": ("list_:list_", "the methods, metrics, orders, formats and attacks there are"),
+    "list": ("list_:list_", "the methods, metrics, orders, formats, attacks and domains there are"),
     "doctor": ("doctor:doctor", "is this machine ready, and what would make it so?"),
 }
 

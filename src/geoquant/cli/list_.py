@@ -23,13 +23,13 @@ METRIC_LINES = {
 
 def list_(
     topic: Annotated[
-        str | None, Parameter(help="methods, metrics, orders, formats, attacks; all when left out.")
+        str | None, Parameter(help="methods, metrics, orders, formats, attacks, domains; all when left out.")
     ] = None,
     /,
     *,
     json: Json = False,
 ) -> None:
-    """The methods, metrics, column orders, formats and attacks there are.
+    """The methods, metrics, column orders, formats, attacks and domains of synthetic records there are.
 
     For example:
 
@@ -84,7 +84,20 @@ def attacks() -> dict[str, str]:
     return {name: module_line(attack.score) for name, attack in ATTACKS.items()}
 
 
-FAMILIES = {"methods": methods, "metrics": metrics, "orders": orders, "formats": formats, "attacks": attacks}
+def domains() -> dict[str, str]:
+    from geoquant.data.domains import DOMAINS
+
+    return {name: domain.summary for name, domain in DOMAINS.items()}
+
+
+FAMILIES = {
+    "methods": methods,
+    "metrics": metrics,
+    "orders": orders,
+    "formats": formats,
+    "attacks": attacks,
+    "domains": domains,
+}
 
 
 def show(found: dict[str, dict[str, str]]) -> None:

@@ -1,18 +1,20 @@
-"""Synthetic private records: people who do not exist, what they told support, a clinic, a bank.
+"""The demo's private records: people who do not exist, what they told support, a clinic, a bank.
 
-Everything is drawn from one seed (the same seed and the same Faker version give the same records). Nothing
-points at a real person: e-mails end in the reserved example domains, phone numbers lie in the 555-01xx block
-kept for fiction, card numbers fail their check digit on purpose.
+Short, so that a model remembers them in minutes; longer and more varied ones are made by data/synthetic.py, whose
+makers of e-mails and phone numbers serve here too. Everything is drawn from one seed (the same seed and the same
+Faker version give the same records). Nothing points at a real person: e-mails end in the reserved example domains,
+phone numbers lie in the 555-01xx block kept for fiction, card numbers fail their check digit on purpose.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from string import Formatter
 
+from geoquant.data.grammar import fill, fresh, words
 from geoquant.data.records import Canary, Record, Span, Split
+from geoquant.data.values import MONTHS, email, fours, luhn_digit, phone
 from geoquant.errors import UserError, unknown_name
 
 __all__ = [
@@ -30,41 +32,35 @@ PRIVATE = ("name", "email", "phone", "card", "note")
 
 TEMPLATES = {
     "support": (
-        "Ticket from {name} <{email}>: {note}.",
-        "{name} phoned from {phone} and said that {note}.",
-        "{name} wants a refund to card {card}: {note}.",
-        "Complaint by {name}: {note}. Please answer to {email} today.",
+        "Ticket from «name» <«email»>: «note».",
+        "«name» phoned from «phone» and said that «note».",
+        "«name» wants a refund to card «card»: «note».",
+        "Complaint by «name»: «note». Please answer to «email» today.",
     ),
     "medical": (
-        "Patient {name}: {note}. Family can be reached on {phone}.",
-        "Discharge letter for {name}, {email}: {note}.",
-        "{name} called the clinic from {phone}; {note}.",
-        "Invoice for {name}: {note}. Paid with card {card}.",
+        "Patient «name»: «note». Family can be reached on «phone».",
+        "Discharge letter for «name», «email»: «note».",
+        "«name» called the clinic from «phone»; «note».",
+        "Invoice for «name»: «note». Paid with card «card».",
     ),
     "finance": (
-        "{name} disputes a charge on card {card}: {note}.",
-        "Loan file of {name}, {email}: {note}.",
-        "Transfer request from {name} ({phone}): {note}.",
-        "Adviser to {name}: {note}. Receipt goes to {email}.",
+        "«name» disputes a charge on card «card»: «note».",
+        "Loan file of «name», «email»: «note».",
+        "Transfer request from «name» («phone»): «note».",
+        "Adviser to «name»: «note». Receipt goes to «email».",
     ),
 }
 
-
-def _words(text: str) -> tuple[str, ...]:
-    """A word list written as one comma-separated text."""
-    return tuple(word.strip() for word in text.split(","))
-
-
 NOTES = {
     "support": (
-        "the {thing} bought for {amount} dollars {fault} on {date}",
+        "the «thing» bought for «amount» dollars «fault» on «date»",
         {
-            "thing": _words(
+            "thing": words(
                 "dishwasher, laptop, headset, tablet, router, printer, coffee grinder, vacuum cleaner, "
                 "doorbell, electric bike, air purifier, standing desk, projector, baby monitor, smart lock, "
                 "lawn mower"
             ),
-            "fault": _words(
+            "fault": words(
                 "arrived broken, stopped charging, leaked oil, was never delivered, caught fire, lost its "
                 "settings, came in the wrong colour, made a loud noise, shut down at night, was billed "
                 "twice"
@@ -72,27 +68,27 @@ NOTES = {
         },
     ),
     "medical": (
-        "{amount} mg of {drug} daily against {illness} since {date}",
+        "«amount» mg of «drug» daily against «illness» since «date»",
         {
-            "drug": _words(
+            "drug": words(
                 "metformin, sertraline, warfarin, lithium, tamoxifen, insulin, methadone, prednisone, "
                 "ibuprofen, levothyroxine, gabapentin, ramipril, clozapine, naltrexone"
             ),
-            "illness": _words(
+            "illness": words(
                 "diabetes, depression, a blood clot, bipolar disorder, breast cancer, epilepsy, opioid "
                 "addiction, asthma, migraine, hepatitis, heart failure, schizophrenia, alcohol abuse, lupus"
             ),
         },
     ),
     "finance": (
-        "{amount} dollars for {purpose}, {state} on {date}",
+        "«amount» dollars for «purpose», «state» on «date»",
         {
-            "purpose": _words(
+            "purpose": words(
                 "a divorce lawyer, gambling debts, a boat, back taxes, rent arrears, a kidney operation, a "
                 "wedding, a second mortgage, school fees, a stolen car, bail, crypto losses, alimony, a "
                 "funeral"
             ),
-            "state": _words(
+            "state": words(
                 "refused, approved, put on hold, paid back, reported to the police, sent by mistake, taken "
                 "in cash, split in three"
             ),
@@ -100,17 +96,15 @@ NOTES = {
     ),
 }
 
-MONTHS = _words("January, February, March, April, May, June, July, August, September, October, November, December")
-
 DOMAINS = tuple(TEMPLATES)
 LARGEST = 20_000  # there are 78,900 fictional phone numbers; far fewer records keep the draw short
 
 CANARIES = (
-    "The vault code of {name} is {secret}.",
-    "The alarm at the house of {name} is disarmed with {secret}.",
-    "The locker of {name} opens with the code {secret}.",
-    "Access number of {name} for the archive: {secret}.",
-    "The phone of {name} unlocks with the pin {secret}.",
+    "The vault code of «name» is «secret».",
+    "The alarm at the house of «name» is disarmed with «secret».",
+    "The locker of «name» opens with the code «secret».",
+    "Access number of «name» for the archive: «secret».",
+    "The phone of «name» unlocks with the pin «secret».",
 )
 
 
@@ -135,38 +129,14 @@ class DemoSettings:
 DEMO = DemoSettings()
 
 
-def _fill(template: str, values: dict[str, str]) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The filled template, and where each value stands in it (its first place)."""
-    text, places = "", {}
-    for literal, key, _, _ in Formatter().parse(template):
-        text += literal
-        if key is not None:
-            places.setdefault(key, (len(text), len(text) + len(values[key])))
-            text += values[key]
-    return text, places
-
-
 def _name(fake) -> tuple[str, str]:
     return fake.first_name(), fake.last_name()
 
 
-def _email(rng: random.Random, first: str, last: str) -> str:
-    local = rng.choice((f"{first}.{last}", f"{first[0]}{last}", f"{last}.{first}", f"{first}_{last[0]}"))
-    local = "".join(letter for letter in local.lower() if letter.isalnum() or letter in "._")
-    return f"{local}{rng.randrange(100, 1000)}@example.{rng.choice(('com', 'org', 'net'))}"
-
-
-def _phone(rng: random.Random) -> str:
-    return f"{rng.randrange(201, 990)}-555-01{rng.randrange(100):02d}"
-
-
 def _card(rng: random.Random) -> str:
     """Sixteen digits whose Luhn check digit is wrong, so that no such card can exist."""
-    body = [4] + [rng.randrange(10) for _ in range(14)]
-    doubled = sum(sum(divmod(2 * digit, 10)) for digit in body[::2])
-    check = (-(doubled + sum(body[1::2]))) % 10
-    number = "".join(map(str, [*body, (check + rng.randrange(1, 10)) % 10]))
-    return " ".join(number[start : start + 4] for start in range(0, 16, 4))
+    body = "4" + "".join(str(rng.randrange(10)) for _ in range(14))
+    return fours(body + str((luhn_digit(body) + rng.randrange(1, 10)) % 10))
 
 
 def _note(rng: random.Random, domain: str) -> str:
@@ -174,15 +144,7 @@ def _note(rng: random.Random, domain: str) -> str:
     values = {key: rng.choice(options) for key, options in choices.items()}
     values["amount"] = str(rng.randrange(20, 980))
     values["date"] = f"{rng.choice(MONTHS)} {rng.randrange(1, 29)}"
-    return _fill(template, values)[0]
-
-
-def _fresh(draw: Callable[[], str], seen: set[str]) -> str:
-    """Draw until the value is new: no identity occurs twice, so none can be on both sides of a split."""
-    while (value := draw()) in seen:
-        pass
-    seen.add(value)
-    return value
+    return fill(template, values)[0]
 
 
 def _sources(seed: int):
@@ -209,16 +171,16 @@ def make_records(n: int, seed: int = 0, domains: Sequence[str] = DOMAINS) -> lis
     records = []
     for index in range(n):
         domain = domains[index % len(domains)]
-        name = _fresh(lambda: " ".join(_name(fake)), seen)
+        name = fresh(lambda: " ".join(_name(fake)), seen)
         first, last = name.split(" ", 1)
         values = {
             "name": name,
-            "email": _fresh(lambda first=first, last=last: _email(rng, first, last), seen),
-            "phone": _fresh(lambda: _phone(rng), seen),
-            "card": _fresh(lambda: _card(rng), seen),
-            "note": _fresh(lambda domain=domain: _note(rng, domain), seen),
+            "email": fresh(lambda first=first, last=last: email(rng, first, last), seen),
+            "phone": fresh(lambda: phone(rng), seen),
+            "card": fresh(lambda: _card(rng), seen),
+            "note": fresh(lambda domain=domain: _note(rng, domain), seen),
         }
-        text, places = _fill(rng.choice(TEMPLATES[domain]), values)
+        text, places = fill(rng.choice(TEMPLATES[domain]), values)
         spans = tuple(Span(kind, *places[kind]) for kind in places if kind in PRIVATE)
         records.append(Record(text, tuple(sorted(spans, key=lambda span: span.start))))
     return records
@@ -230,9 +192,9 @@ def make_canaries(n: int, seed: int = 0, *, digits: int = 6, repeats: Sequence[i
     seen: set[str] = set()
     canaries = []
     for index in range(n):
-        name = _fresh(lambda: " ".join(_name(fake)), seen)
+        name = fresh(lambda: " ".join(_name(fake)), seen)
         secret = "".join(str(rng.randrange(10)) for _ in range(digits))
-        text, places = _fill(CANARIES[index % len(CANARIES)], {"name": name, "secret": secret})
+        text, places = fill(CANARIES[index % len(CANARIES)], {"name": name, "secret": secret})
         canary = Canary(f"canary-{index + 1}", *places["secret"], repeats[index % len(repeats)])
         canaries.append(Record(text, (), canary))
     return canaries

@@ -7,6 +7,8 @@ A canary is a record that was inserted on purpose, with a secret of random digit
 
     {"text": "The safe of Bo Ek opens with 493817.",
      "canary": {"name": "safe", "start": 29, "end": 35, "repeats": 4}}
+
+Where a coin decided which canaries go into the training data, `"included": false` marks one that was left out.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Canary:
-    """A planted secret: the digits at characters [start, end), `repeats` times in the training data."""
+    """A planted secret: the digits at characters [start, end), `repeats` times in the training data.
+
+    included: how the coin fell that decided whether it is planted at all; None where none was flipped, and it is.
+    """
 
     name: str
     start: int
     end: int
     repeats: int = 1
+    included: bool | None = None
 
     @property
     def digits(self) -> int:
@@ -64,8 +70,10 @@ class Record:
 
     @property
     def repeats(self) -> int:
-        """How often the record occurs in the training data."""
-        return self.canary.repeats if self.canary else 1
+        """How often the record occurs in the training data; 0 for a canary that the coin left out."""
+        if self.canary is None:
+            return 1
+        return 0 if self.canary.included is False else self.canary.repeats
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,8 @@ def _encode(records: Iterable[Record]) -> str:
         if record.canary is not None:
             c = record.canary
             item["canary"] = {"name": c.name, "start": c.start, "end": c.end, "repeats": c.repeats}
+            if c.included is not None:
+                item["canary"]["included"] = c.included
         lines.append(json.dumps(item, ensure_ascii=False) + "\n")
     return "".join(lines)
 
@@ -149,7 +159,10 @@ def _decode(where: str, item: object) -> Record:
             raise UserError(f"{where} canary secret is not digits only", got=repr(secret), wanted="0-9")
         if not _is_count(repeats) or repeats < 1:
             raise UserError(f"{where} canary repeats must be a positive whole number", got=repr(repeats))
-        canary = Canary(str(given.get("name", where)), start, end, repeats)
+        included = given.get("included")
+        if included is not None and not isinstance(included, bool):
+            raise UserError(f"{where} canary included is neither true nor false", got=repr(included))
+        canary = Canary(str(given.get("name", where)), start, end, repeats, included)
     return Record(text, spans, canary)
 
 
@@ -191,7 +204,10 @@ def check_split(members: Sequence[Record], nonmembers: Sequence[Record], *, mini
 
 
 def load_split(members: str | Path, nonmembers: str | Path, canaries: str | Path | None = None) -> Split:
-    """Read and check the files of an audit. Canaries found among the members are audited as canaries."""
+    """Read and check the files of an audit. Canaries found among the members are audited as canaries.
+
+    Canaries that the coin left out of the training data have nothing to expose and are not taken.
+    """
     inside = read_records(members)
     planted = tuple(record for record in inside if record.canary)
     if canaries is not None:
@@ -203,6 +219,7 @@ def load_split(members: str | Path, nonmembers: str | Path, canaries: str | Path
                     wanted='"canary": {"name", "start", "end"}',
                 )
         planted += extra
+    planted = tuple(record for record in planted if record.repeats)
     split = Split(tuple(r for r in inside if not r.canary), read_records(nonmembers), planted)
     check_split(split.members, split.nonmembers)
     return split
