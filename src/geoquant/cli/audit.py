@@ -69,7 +69,8 @@ def show(found: dict) -> None:
             f"({number(gate['ci'][0], 2)} – {number(gate['ci'][1], 2)}); {number(gate['alarm'], 2)} would be an alarm"
         )
     # Without lines between the columns eight of them fit into 80 characters.
-    table = Table(title="membership attacks", title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="membership attacks", title_justify="left", title_style="bold")
+    table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
     rates = list(dict.fromkeys(rate for attack in found["attacks"] for rate in attack["tpr_at_fpr"]))
     tested = any(attack.get("p_holm") is not None for attack in found["attacks"])
     caught = (f"{'' if place else 'TPR '}{100 * float(rate):g}%" for place, rate in enumerate(rates))
