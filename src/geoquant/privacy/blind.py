@@ -50,7 +50,7 @@ class BlindResult:
     """How well texts alone tell the sides apart.
 
     auc, ci: of the best classifier, named by `view`, out of fold; the interval is DeLong's, which takes the folds'
-    scores as independent. Being the best of three, a clean split reaches a little more than 0.5: judge it by p and alarm.
+    scores as independent. The best of three is a little over 0.5 on a clean split: judge by p and alarm.
     p: of "the records were dealt to the two sides at random", one-sided, by permutation.
     alarm: the smallest AUC that would have been an alarm here; a difference that reaches less goes unnoticed.
     """
