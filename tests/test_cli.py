@@ -21,7 +21,7 @@ import pytest
 
 import geoquant
 from geoquant import cli
-from geoquant.cli import doctor, explain, screen, verify
+from geoquant.cli import audit, doctor, explain, screen, verify
 from geoquant.cli.options import RecipeFlags
 from geoquant.cli.plan import alike
 from geoquant.cli.screen import Lines, duration, plain_value
@@ -458,6 +458,53 @@ def test_the_last_line_is_the_report(asked, finished, capsys):
 
 def test_a_report_without_leakage_has_no_leakage_rows():
     assert list(metrics(REPORT | {"privacy": None}, "original"))[-1] == "perplexity"
+
+
+def audited() -> dict:
+    """What `audit` finds: two models, p-values, a clean gate."""
+    rates = {
+        "0.1": {"tpr": 1.0, "ci": [0.4, 1.0]},
+        "0.01": {"tpr": 0.5, "ci": [0.4, 0.6]},
+        "0.001": {"tpr": None, "ci": None, "needed": 1000},
+    }
+    attacks = [
+        {"name": name, "subject": subject, "auc": auc, "ci": [auc - 0.1, auc], "p_holm": p, "tpr_at_fpr": rates}
+        for name, subject, auc, p in (("reference", "base", 0.51, 0.8), ("loss", "original", 0.9, 1e-9))
+    ]
+    change = {"attack": "loss", "from": "base", "to": "original", "difference": 0.39, "ci": [0.3, 0.48]}
+    gate = {"valid": True, "auc": 0.488, "ci": [0.43, 0.54], "alarm": 0.593}
+    verdict = [
+        {"subject": "base", "attack": "loss", "separates": False, "level": 0.05},
+        {"subject": "original", "attack": "loss", "separates": True, "level": 0.05},
+    ]
+    found = {"attacks": attacks, "comparisons": [change | {"p_holm": 3e-9}], "gate": gate, "verdict": verdict}
+    return found | {"no_verdict": None, "extraction": [], "exposure": [], "warnings": ["200 is few"]}
+
+
+def test_the_audit_says_what_was_tested_and_promises_nothing(capsys):
+    audit.show(audited())
+    text = capsys.readouterr().out
+    assert "records: without any model, AUC 0.49 (0.43 – 0.54); 0.59 would be an alarm" in text
+    assert "reference to this model: AUC of loss +0.390 (+0.300 – +0.480), p < 0.0001" in text
+    assert "reference: no attack tried tells members apart at level 0.05; others may" in text
+    assert "this model: members are told apart (attack loss)" in text
+    row = next(line for line in text.splitlines() if "this model" in line and "0.900" in line)
+    assert row.split()[-5:] == ["<", "0.0001", "100.0%", "50.0%", "–"]
+    assert text.splitlines()[-1].startswith("no formal guarantee")
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines() if "0.9" in line or "interval" in line)
+
+
+def test_the_audit_refuses_a_verdict_first(capsys):
+    found = audited() | {"no_verdict": "told apart by their words alone", "verdict": None}
+    for entry in (*found["attacks"], *found["comparisons"]):
+        entry["p_holm"] = None
+    audit.show(found)
+    text = capsys.readouterr().out
+    assert text.startswith("NO VERDICT: told apart by their words alone\n")
+    assert "members are told apart" not in text
+    assert "< 0.0001" not in text
+    gated = REPORT | {"privacy": REPORT["privacy"] | {"no_verdict": "they differ", "gate": {"auc": 0.777}}}
+    assert metrics(gated, "quantized")["verdict on leakage"] == "none: blind AUC 0.78"
 
 
 def test_explain_finds_a_site_by_the_end_of_its_name():

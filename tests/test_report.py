@@ -17,7 +17,7 @@ from geoquant.errors import UserError
 from geoquant.report import check_schema, figures, headline, render, write_report
 from geoquant.report.build import fingerprint
 from geoquant.report.profiles import profile_panels
-from geoquant.report.words import attack_label
+from geoquant.report.words import attack_label, p_value
 
 VOID = {"meta", "input", "br", "img", "hr", "link", "col", "wbr"}
 PARTS = (
@@ -600,6 +600,60 @@ def test_untested_attacks_are_listed(page: str, report: dict) -> None:
     text = read(render(few)).text
     assert "finer than 40 non-members can resolve. Pass at least 100" in text
     assert "below 2.50%" in text
+
+
+@pytest.fixture
+def audited(report: dict) -> dict:
+    """The sample with the keys that came later: p-values, three rates, gate, comparisons, verdict."""
+    told = copy.deepcopy(report)
+    privacy = told["privacy"]
+    for attack in privacy["attacks"]:
+        low, high = attack["ci"]
+        p = 0.0321 if attack["subject"] == "quantized" else 0.4
+        attack |= {"ci_delong": [low - 0.001, high], "p": p / 3, "p_holm": p}
+        attack["tpr_at_fpr"]["0.001"] = {"tpr": None, "ci": None, "fpr_ci": [0.0001, 0.0183], "needed": 1000}
+    change = {"attack": "loss", "from": "original", "to": "quantized", "difference": -0.0271, "ci": [-0.0402, -0.014]}
+    privacy["comparisons"] = [change | {"z": -4.1, "p": 2e-5, "p_holm": 6e-5}]
+    size = {"n_members": 200, "n_nonmembers": 199}
+    gate = {"valid": True, "auc": 0.487, "ci": [0.43, 0.544], "p": 0.71, "level": 0.01, "alarm": 0.593, "view": "words"}
+    privacy["gate"] = gate | size
+    privacy["verdict"] = [{"subject": "quantized", "attack": "reference", "separates": True, "level": 0.05}]
+    privacy |= {"no_verdict": None, "near_duplicates": {"threshold": 0.7, "pairs": 0, "nonmembers": 0, "first": []}}
+    return told
+
+
+def test_tests_and_comparisons_are_shown(audited: dict) -> None:
+    text = read(render(audited)).text
+    assert "tells them apart with AUC 0.49 (0.43 to 0.54); 0.59 would have been an alarm" in text
+    assert "0.032" in text  # p of the attacks on the quantized model
+    assert "Loss Original Quantized −0.0271 −0.040 to −0.014 < 0.0001" in text
+    assert "TPR at 0.1% FPR" in text.replace("0.100%", "0.1%")
+    assert "separates members (AUC 0.98)" in text
+    assert "No verdict" not in text
+    assert "nothing here checks" not in text
+    for attack in audited["privacy"]["attacks"]:
+        attack["p_holm"] = 0.2
+    assert "no attack tried separates members beyond chance (strongest" in read(render(audited)).text
+
+
+def test_records_that_differ_get_no_verdict(audited: dict) -> None:
+    privacy = audited["privacy"]
+    privacy["gate"] |= {"valid": False, "auc": 0.781}
+    privacy |= {"verdict": None, "no_verdict": "members and non-members can be told apart by their words alone"}
+    for entry in (*privacy["attacks"], *privacy["comparisons"]):
+        entry |= {"p": None, "p_holm": None}
+    text = read(render(audited)).text
+    assert "No verdict is given. members and non-members can be told apart by their words alone." in text
+    assert "no verdict on leakage, for the records differ without any model (blind AUC 0.78)." in text
+    assert "no verdict, the records differ" in text
+    assert "separates members" not in text
+    assert "means that the attack tells members apart" not in text
+
+
+def test_p_values_in_words() -> None:
+    assert [p_value(p) for p in (None, 0.0, 5e-5, 0.00043, 0.0321, 0.5, 1.0)] == [
+        "–", "< 0.0001", "< 0.0001", "0.0004", "0.032", "0.50", "1.0",
+    ]  # fmt: skip
 
 
 def test_write_report(tmp_path, report: dict) -> None:

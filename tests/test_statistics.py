@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
+from scipy.stats import binom, kstest, norm
 from sklearn.metrics import roc_auc_score
 
-from geoquant.privacy.statistics import auc, auc_interval, clopper_pearson, roc_points, tpr_at_fpr
+from geoquant.privacy.statistics import (
+    auc,
+    auc_interval,
+    chance_p,
+    clopper_pearson,
+    holm,
+    needed,
+    realised_fpr,
+    roc_points,
+    tpr_at_fpr,
+)
 
 samples = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12).map(np.array)
 
@@ -59,6 +69,75 @@ def test_clopper_pearson_inverts_the_binomial_tails(k, n):
     else:
         assert high == 1
     assert clopper_pearson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.5, 0.9])
+def test_clopper_pearson_covers_at_least_as_often_as_it_says(rate):
+    rng = np.random.default_rng(4)
+    found = [clopper_pearson(int(k), 60) for k in rng.binomial(60, rate, 2000)]
+    assert np.mean([low <= rate <= high for low, high in found]) >= 0.945  # 95% less a standard error of 2000
+
+
+def test_how_many_nonmembers_a_rate_needs():
+    assert [needed(rate) for rate in (0.1, 0.01, 0.001, 0.29)] == [10, 100, 1000, 4]
+    for rate in (0.1, 0.01, 0.001):
+        assert int(rate * needed(rate) + 1e-9) == 1  # one may be accused; with one record less, none
+        assert int(rate * (needed(rate) - 1) + 1e-9) == 0
+
+
+@pytest.mark.parametrize(("fpr", "m"), [(0.1, 50), (0.01, 100), (0.01, 1000)])
+def test_the_true_rate_of_the_threshold_lies_where_it_is_said_to(fpr, m):
+    """The threshold that tpr_at_fpr takes, against the known distribution of the scores."""
+    rng = np.random.default_rng(8)
+    low, high = realised_fpr(fpr, m)
+    rates = [norm.sf(np.sort(rng.normal(size=m))[::-1][int(fpr * m)]) for _ in range(2000)]
+    assert abs(np.mean([low <= rate <= high for rate in rates]) - 0.95) < 0.015
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.4, 0.8])
+def test_the_p_value_of_chance_is_that_of_relabeling(shift):
+    rng = np.random.default_rng(10)
+    members, nonmembers = rng.normal(shift, 1, 25).round(1), rng.normal(0, 1, 35).round(1)
+    pool, far = np.concatenate([members, nonmembers]), abs(auc(members, nonmembers) - 0.5)
+    relabeled = [rng.permutation(60) for _ in range(4000)]
+    slow = np.mean([abs(auc(pool[order[:25]], pool[order[25:]]) - 0.5) >= far - 1e-12 for order in relabeled])
+    assert chance_p(members, nonmembers) == pytest.approx(slow, abs=0.02)
+
+
+def test_equal_scores_are_no_evidence():
+    assert chance_p(np.zeros(12), np.zeros(15)) == 1.0
+
+
+def test_the_p_value_of_chance_is_uniform_under_chance():
+    rng = np.random.default_rng(9)
+    p = [chance_p(rng.normal(size=50), rng.normal(size=70)) for _ in range(1000)]
+    assert kstest(p, "uniform").pvalue > 0.01
+
+
+def test_holm_by_hand():
+    """Four tests: 0.01 * 4, 0.02 * 3, then 0.03 * 2 and 0.04 * 1, which may not fall below 0.06."""
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.3, 0.9, 0.5]) == pytest.approx([0.9, 1.0, 1.0])
+    assert holm([]) == []
+    assert holm([0.2]) == [0.2]
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_holm_keeps_the_order_and_never_lowers(p):
+    corrected = holm(p)
+    assert all(a >= b for a, b in zip(corrected, p, strict=True))
+    assert max(corrected) <= 1
+    ordered = [corrected[i] for i in np.argsort(p, kind="stable")]
+    assert ordered == sorted(ordered)
+    # Rejecting what is at most a gives the step-down procedure: stop at the first p above a / (tests left).
+    for level in (0.01, 0.05, 0.5):
+        count = 0
+        for left, value in zip(range(len(p), 0, -1), sorted(p), strict=True):
+            if left * value > level:
+                break
+            count += 1
+        assert sum(value <= level for value in corrected) == count
 
 
 def test_bootstrap_is_seeded_and_matches_explicit_resampling():

@@ -21,6 +21,7 @@ from geoquant.model.vocabulary import head_weight
 from geoquant.privacy.audit import audit as run_attacks
 from geoquant.privacy.audit import merge
 from geoquant.privacy.scores import SplitScores, score_split
+from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
 from geoquant.recipe import checked
 
@@ -124,13 +125,17 @@ def audit(
 
 
 def attack(split: Split, subjects: dict[str, SplitScores | None], seed: int) -> dict:
-    """The audit of each model state on the same records; the base, where given, calibrates the others' attacks."""
+    """The audit of each model state on the same records; the base, where given, calibrates the others' attacks.
+
+    subjects: in the order base, original, quantized; each is compared with the one before it.
+    """
     base = subjects.get("base")
-    return merge(
+    audits = [
         run_attacks(subject, scores, None if subject == "base" else base, split, seed=seed)
         for subject, scores in subjects.items()
         if scores is not None
-    ).to_dict()
+    ]
+    return merge(audits, check_sides(split, seed=seed)).to_dict()
 
 
 def check_context(loaded: Loaded, window: int) -> None:

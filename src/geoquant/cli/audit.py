@@ -30,7 +30,8 @@ def audit(
 ) -> None:
     """Membership attacks with intervals, extraction of marked spans, exposure of canaries.
 
-    Both files must come from the same source, or the attack measures the difference between the files.
+    Both files must come from the same source, or the attack measures the difference between the files: where texts
+    alone tell them apart, no verdict is given.
 
     For example:
 
@@ -54,12 +55,26 @@ def audit(
 
 
 def show(found: dict) -> None:
-    """One row per attack, then extraction and exposure of every model that was looked at."""
+    """Whether the records allow a verdict, one row per attack, changes, extraction and exposure of every model."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from geoquant.report.words import p_value
+
+    if refusal := found.get("no_verdict"):
+        print(f"NO VERDICT: {refusal}")
+    elif gate := found.get("gate"):
+        print(
+            f"records: without any model, AUC {number(gate['auc'], 2)} "
+            f"({number(gate['ci'][0], 2)} – {number(gate['ci'][1], 2)}); {number(gate['alarm'], 2)} would be an alarm"
+        )
+    # Without lines between the columns eight of them fit into 80 characters.
     table = Table(title="membership attacks", title_justify="left", title_style="bold")
+    table.box, table.padding = SIMPLE_HEAD, (0, 1, 0, 0)
     rates = list(dict.fromkeys(rate for attack in found["attacks"] for rate in attack["tpr_at_fpr"]))
-    for header in ("attack", "model", "AUC", "interval", *(f"TPR at {100 * float(r):g}% FPR" for r in rates)):
+    tested = any(attack.get("p_holm") is not None for attack in found["attacks"])
+    caught = (f"{'' if place else 'TPR '}{100 * float(rate):g}%" for place, rate in enumerate(rates))
+    for header in ("attack", "model", "AUC", "interval", *(("p",) if tested else ()), *caught):
         table.add_column(header, justify="left" if header in ("attack", "model") else "right")
     for attack in found["attacks"]:
         low, high = attack.get("ci") or (None, None)
@@ -67,18 +82,46 @@ def show(found: dict) -> None:
             attack["name"],
             NAMES.get(attack["subject"], attack["subject"]),
             number(attack["auc"], 3),
-            f"{number(low, 3)} – {number(high, 3)}",
+            f"{number(low, 3)}–{number(high, 3)}",
+            *((p_value(attack.get("p_holm")),) if tested else ()),
             *(percent(rate_value(attack["tpr_at_fpr"].get(rate))) for rate in rates),
         )
     stdout_console().print(table)
+    if tested:
+        print("p: of both sides scoring alike, corrected over attacks; TPR: at these false positive rates")
+    show_changes(found.get("comparisons") or [])
     for subject in dict.fromkeys(attack["subject"] for attack in found["attacks"]):
         seen = {"extracted": extraction(found, subject), "exposure": exposure(found, subject)}
         for label, value in seen.items():
             if value is not None:
                 print(f"{NAMES.get(subject, subject)}: {label} {value}")
+    for verdict in found.get("verdict") or []:
+        print(f"{NAMES.get(verdict['subject'], verdict['subject'])}: {sentence(verdict)}")
     for warning in found.get("warnings") or []:
         print(f"warning: {warning}")
     print("no formal guarantee: these are the attacks that were run, not all that exist")
+
+
+def show_changes(comparisons: list[dict]) -> None:
+    """The attack whose AUC changed most from each model to the next; the others are in --json."""
+    from geoquant.report.words import p_value
+
+    for pair in dict.fromkeys((row["from"], row["to"]) for row in comparisons):
+        rows = [row for row in comparisons if (row["from"], row["to"]) == pair]
+        most = max(rows, key=lambda row: abs(row["difference"]))
+        before, after = (NAMES.get(name, name) for name in pair)
+        print(
+            f"{before} to {after}: AUC of {most['attack']} {most['difference']:+.3f} "
+            f"({most['ci'][0]:+.3f} – {most['ci'][1]:+.3f}), p {p_value(most['p_holm'])}, "
+            f"the largest change of {len(rows)} attack{'s' if len(rows) > 1 else ''}"
+        )
+
+
+def sentence(verdict: dict) -> str:
+    """What the verdict on one model says, no more than was tested."""
+    if verdict["separates"]:
+        return f"members are told apart (attack {verdict['attack']})"
+    return f"no attack tried tells members apart at level {verdict['level']:g}; others may"
 
 
 def rate_value(rate: float | dict | None) -> float | None:

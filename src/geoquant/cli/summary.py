@@ -50,6 +50,8 @@ def metrics(report: dict, subject: str) -> dict[str, str]:
     name = headline_attack(report)
     if name is not None:
         rows |= attack_rows(privacy, name, subject)
+    if privacy.get("no_verdict"):
+        rows["verdict on leakage"] = f"none: blind AUC {number(privacy['gate']['auc'], 2)}"
     rows["private spans extracted"] = extraction(privacy, subject)
     rows["canary exposure (bits)"] = exposure(privacy, subject)
     return {label: value for label, value in rows.items() if value is not None}

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from geoquant.data.jsonl import check_encodable, json_lines, read_utf8
@@ -58,11 +58,15 @@ class Canary:
 
 @dataclass(frozen=True)
 class Record:
-    """One text with its marked private spans, and the planted secret if it is a canary."""
+    """One text with its marked private spans, and the planted secret if it is a canary.
+
+    line: of the file it was read from, counted from 1; no part of what the record is.
+    """
 
     text: str
     fields: tuple[Span, ...] = ()
     canary: Canary | None = None
+    line: int | None = field(default=None, compare=False)
 
     def value(self, span: Span | Canary) -> str:
         """The characters of one span of this record."""
@@ -173,7 +177,10 @@ def read_records(path: str | Path) -> tuple[Record, ...]:
     """
     path = Path(path)
     raw = read_utf8(path, "records", "a .jsonl file of records")
-    records = tuple(_decode(where, item) for where, item in json_lines(path, raw, "one JSON object a line"))
+    records = tuple(
+        replace(_decode(where, item), line=int(where.rpartition(":")[2]))
+        for where, item in json_lines(path, raw, "one JSON object a line")
+    )
     if not records:
         raise UserError(f"{path} holds no records", wanted='{"text": "..."} on every line')
     return records

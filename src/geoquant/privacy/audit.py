@@ -3,7 +3,9 @@
 Measured, against the records that were given:
 - **attacks** decide for each record whether it was trained on. AUC 0.5 is guessing; TPR at 1% FPR is the
   share of members found while accusing one non-member in a hundred. Non-members must come from the members'
-  distribution: otherwise the attack measures the difference of the two files, not memory.
+  distribution: otherwise the attack measures the difference of the two files, not memory. Where a baseline that
+  sees no model tells the files apart (privacy/blind.py), p-values and verdict are withheld.
+- **comparisons**: how each attack's AUC changes from model to model, paired by record.
 - **extraction**: marked private spans written out verbatim by greedy decoding from their true prefix.
 - **exposure**: bits by which planted secrets stand out.
 
@@ -15,48 +17,82 @@ attacks, on these records, found little.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
 
 from geoquant.data.records import Split
 from geoquant.errors import UserError
 from geoquant.privacy.attacks import ATTACKS
+from geoquant.privacy.comparison import Comparison, compare_subjects
+from geoquant.privacy.delong import delong_interval
+from geoquant.privacy.evidence import gather
 from geoquant.privacy.exposure import Exposure, exposure
 from geoquant.privacy.extraction import Extraction, extraction
 from geoquant.privacy.scores import SplitScores
-from geoquant.privacy.statistics import auc, auc_interval, roc_points, tpr_at_fpr
+from geoquant.privacy.statistics import auc, auc_interval, chance_p, holm, needed, realised_fpr, roc_points, tpr_at_fpr
+from geoquant.privacy.validity import SplitCheck
 
-__all__ = ["AttackResult", "Audit", "audit", "merge"]
+__all__ = ["AttackResult", "Audit", "Caught", "audit", "merge"]
 
-FALSE_POSITIVE_RATES = (0.01,)
+FALSE_POSITIVE_RATES = (0.1, 0.01, 0.001)
+LEVEL = 0.05  # of the verdict, after Holm's correction over the attacks on one model
+COARSE = 5  # times the non-members a rate needs; below, how far the threshold may be off is said
+
+
+@dataclass(frozen=True)
+class Caught:
+    """Share of members found at one false positive rate.
+
+    tpr, ci: None where the non-members are fewer than `needed`. fpr_ci: where the threshold's true rate lies.
+    """
+
+    tpr: float | None
+    ci: tuple[float, float] | None
+    fpr_ci: tuple[float, float]
+    needed: int
 
 
 @dataclass(frozen=True)
 class AttackResult:
-    """One attack on one model. `tpr_at_fpr` maps the rate, as text, to the TPR and its interval."""
+    """One attack on one model. `tpr_at_fpr` is keyed by the rate, as text.
+
+    ci: by bootstrap; ci_delong: by DeLong's variance. p: two-sided, of "both sides score alike"; p_holm: corrected
+    over the attacks on this model. scores: of members and of non-members, for comparisons; not in the report.
+    """
 
     name: str
     subject: str
     auc: float
     ci: tuple[float, float]
-    tpr_at_fpr: dict[str, tuple[float, tuple[float, float]]]
+    ci_delong: tuple[float, float]
+    p: float
+    p_holm: float
+    tpr_at_fpr: dict[str, Caught]
     roc: tuple[list[float], list[float]]
+    scores: tuple[np.ndarray, np.ndarray] = field(repr=False, compare=False)
 
-    def to_dict(self) -> dict:
-        """The entry of report.json."""
-        rates = {fpr: {"tpr": tpr, "ci": list(ci)} for fpr, (tpr, ci) in self.tpr_at_fpr.items()}
+    def to_dict(self, verdict: bool = True) -> dict:
+        """The entry of report.json; without p-values where no verdict may be given."""
         return {
             "name": self.name,
             "subject": self.subject,
             "auc": self.auc,
             "ci": list(self.ci),
-            "tpr_at_fpr": rates,
+            "ci_delong": list(self.ci_delong),
+            "p": self.p if verdict else None,
+            "p_holm": self.p_holm if verdict else None,
+            "tpr_at_fpr": {rate: _plain(asdict(caught)) for rate, caught in self.tpr_at_fpr.items()},
             "roc": {"fpr": self.roc[0], "tpr": self.roc[1]},
         }
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What one or several subjects (base, original, quantized) reveal; extraction and exposure by subject."""
+    """What one or several subjects (base, original, quantized) reveal; extraction and exposure by subject.
+
+    check: whether the records may be used for that; None where nobody looked.
+    """
 
     attacks: tuple[AttackResult, ...]
     extraction: tuple[tuple[str, Extraction], ...]
@@ -64,7 +100,29 @@ class Audit:
     n_members: int
     n_nonmembers: int
     warnings: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    check: SplitCheck | None = None
     guarantee: None = None
+
+    @property
+    def refusal(self) -> str | None:
+        """Why these records allow no verdict, or None."""
+        return self.check and self.check.refusal
+
+    def verdict(self) -> list[dict] | None:
+        """For each subject the strongest attack and whether it separates members at LEVEL; None where refused.
+
+        That no attack separates them says nothing about attacks that were not run.
+        """
+        if self.refusal:
+            return None
+        found = []
+        for subject in dict.fromkeys(attack.subject for attack in self.attacks):
+            tried = [attack for attack in self.attacks if attack.subject == subject]
+            best = max(tried, key=lambda attack: (attack.p_holm <= LEVEL, abs(attack.auc - 0.5)))
+            separates = best.p_holm <= LEVEL
+            found.append({"subject": subject, "attack": best.name, "separates": separates, "level": LEVEL})
+        return found
 
     def attack(self, name: str, subject: str) -> AttackResult | None:
         """The result of one attack on one subject."""
@@ -76,8 +134,13 @@ class Audit:
 
     def to_dict(self) -> dict:
         """The `privacy` part of report.json: numbers, texts and lists only."""
+        allowed = self.refusal is None
         return {
-            "attacks": [attack.to_dict() for attack in self.attacks],
+            "attacks": [attack.to_dict(allowed) for attack in self.attacks],
+            "comparisons": [part.to_dict(allowed) for part in self.comparisons],
+            "verdict": self.verdict(),
+            "no_verdict": self.refusal,
+            **(self.check.to_dict() if self.check else {"gate": None, "near_duplicates": None}),
             "extraction": [{"subject": subject, **_plain(asdict(part))} for subject, part in self.extraction],
             "exposure": [
                 {
@@ -116,26 +179,34 @@ def audit(subject: str, target: SplitScores, reference: SplitScores | None, spli
             got=f"scores of {sizes[0]} + {sizes[1]} records",
             wanted=f"{len(split.members)} + {len(split.nonmembers)}",
         )
-    attacks = []
-    for name, attack in ATTACKS.items():
-        if attack.needs_reference and reference is None:
-            continue
-        members = attack.score(target.members, reference and reference.members)
-        nonmembers = attack.score(target.nonmembers, reference and reference.nonmembers)
-        attacks.append(
-            AttackResult(
-                name,
-                subject,
-                auc(members, nonmembers),
-                auc_interval(members, nonmembers, seed=seed),
-                {f"{rate:g}": tpr_at_fpr(members, nonmembers, rate) for rate in FALSE_POSITIVE_RATES},
-                roc_points(members, nonmembers),
-            )
+    inside = gather(split.members, target.members, reference and reference.members)
+    outside = gather(split.nonmembers, target.nonmembers, reference and reference.nonmembers)
+    scores = {
+        name: (attack.score(inside), attack.score(outside))
+        for name, attack in ATTACKS.items()
+        if attack.possible(inside)
+    }
+    p = {name: chance_p(*sides) for name, sides in scores.items()}
+    corrected = dict(zip(p, holm(list(p.values())), strict=True))
+    attacks = tuple(
+        AttackResult(
+            name,
+            subject,
+            auc(*sides),
+            auc_interval(*sides, seed=seed),
+            delong_interval(*sides),
+            p[name],
+            corrected[name],
+            {f"{rate:g}": _caught(*sides, rate) for rate in FALSE_POSITIVE_RATES},
+            roc_points(*sides),
+            sides,
         )
+        for name, sides in scores.items()
+    )
     spans = extraction(target.members, target.nonmembers, split.members, split.nonmembers)
     secrets = exposure(target.canaries, split.canaries, target.decoys) if target.canaries else None
     return Audit(
-        tuple(attacks),
+        attacks,
         tuple((subject, part) for part in spans),
         ((subject, secrets),) if secrets else (),
         *sizes,
@@ -143,15 +214,27 @@ def audit(subject: str, target: SplitScores, reference: SplitScores | None, spli
     )
 
 
+def _caught(members: np.ndarray, nonmembers: np.ndarray, rate: float) -> Caught:
+    count, least = len(nonmembers), needed(rate)
+    tpr, ci = tpr_at_fpr(members, nonmembers, rate) if count >= least else (None, None)
+    return Caught(tpr, ci, realised_fpr(rate, count), least)
+
+
 def _warnings(split: Split, spans: tuple[Extraction, ...], secrets: Exposure | None) -> tuple[str, ...]:
     """What these records cannot resolve, in words for the report."""
-    count = len(split.nonmembers)
-    found = [
-        f"TPR at {rate:.0%} FPR is read at zero false positives: {count} non-members cannot resolve "
-        f"{rate:.0%} (at least {round(1 / rate)} are needed)"
-        for rate in FALSE_POSITIVE_RATES
-        if count * rate < 1
-    ]
+    count, found = len(split.nonmembers), []
+    if beyond := [rate for rate in FALSE_POSITIVE_RATES if count < needed(rate)]:
+        rates, least = (" and ".join(texts) for texts in zip(*((f"{100 * r:g}%", str(needed(r))) for r in beyond)))
+        found.append(
+            f"{count} non-members cannot resolve {rates} FPR (at least {least} are needed): no TPR is given there"
+        )
+    for rate in FALSE_POSITIVE_RATES:
+        if needed(rate) <= count < COARSE * needed(rate):
+            low, high = realised_fpr(rate, count)
+            found.append(
+                f"the threshold of {100 * rate:g}% FPR is set by {count * rate:.0f} of {count} non-members: its true "
+                f"rate is anywhere from {100 * low:.2g}% to {100 * high:.2g}%"
+            )
     if not spans:
         found.append("no marked private spans: extraction was not measured")
     if not split.canaries:
@@ -163,8 +246,8 @@ def _warnings(split: Split, spans: tuple[Extraction, ...], secrets: Exposure | N
     return tuple(found)
 
 
-def merge(audits: Iterable[Audit]) -> Audit:
-    """One audit of several subjects from audits of the same split."""
+def merge(audits: Iterable[Audit], check: SplitCheck | None = None) -> Audit:
+    """One audit of several subjects from audits of the same split, each compared with the one before it."""
     audits = list(audits)
     if len({(a.n_members, a.n_nonmembers) for a in audits}) != 1:
         raise UserError("audits of different records cannot be put together")
@@ -174,5 +257,7 @@ def merge(audits: Iterable[Audit]) -> Audit:
         tuple(part for a in audits for part in a.exposure),
         audits[0].n_members,
         audits[0].n_nonmembers,
-        warnings=tuple(dict.fromkeys(text for a in audits for text in a.warnings)),
+        warnings=tuple(dict.fromkeys(text for a in audits for text in a.warnings)) + (check.warnings if check else ()),
+        comparisons=compare_subjects([a.attacks for a in audits]),
+        check=check,
     )

@@ -5,11 +5,24 @@ Both samples are taken as independent draws; intervals are about the records, no
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import beta, rankdata
+from scipy.stats import beta, mannwhitneyu, rankdata
 
-__all__ = ["auc", "auc_interval", "clopper_pearson", "roc_points", "tpr_at_fpr"]
+__all__ = [
+    "auc",
+    "auc_interval",
+    "chance_p",
+    "clopper_pearson",
+    "holm",
+    "needed",
+    "realised_fpr",
+    "roc_points",
+    "tpr_at_fpr",
+]
 
 RESAMPLE_ELEMENTS = 1 << 23  # counts held at once while resampling
 
@@ -87,6 +100,41 @@ def tpr_at_fpr(
         threshold = np.sort(nonmembers)[::-1][allowed]
         hits = int((members > threshold).sum())
     return hits / len(members), clopper_pearson(hits, len(members))
+
+
+def needed(fpr: float) -> int:
+    """Non-members without which a threshold of this false positive rate does not exist: one may be accused."""
+    return math.ceil(1 / fpr - 1e-9)
+
+
+def realised_fpr(fpr: float, nonmembers: int, level: float = 0.95) -> tuple[float, float]:
+    """Where the true false positive rate of the threshold of `tpr_at_fpr` lies, given how many non-members set it.
+
+    Exact for scores without ties: the share of a distribution above the (k + 1)-th largest of m draws is
+    Beta(k + 1, m - k). With ties the true rate can only be lower.
+    """
+    allowed = min(int(np.floor(fpr * nonmembers + 1e-9)), nonmembers - 1)
+    low, high = beta.ppf([(1 - level) / 2, (1 + level) / 2], allowed + 1, nonmembers - allowed)
+    return float(low), float(high)
+
+
+def chance_p(members: Float[np.ndarray, " n"], nonmembers: Float[np.ndarray, " m"]) -> float:
+    """Two-sided p-value of "both sides score alike" (Mann and Whitney 1947, with its correction for ties)."""
+    if np.ptp(rankdata(np.concatenate([members, nonmembers]))) == 0:
+        return 1.0
+    return float(mannwhitneyu(members, nonmembers, alternative="two-sided").pvalue)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values of k tests, corrected so that with level a the chance of any false alarm among them is at most a.
+
+    The i-th smallest is multiplied by k - i + 1, and none becomes smaller than the one before (Holm 1979); no
+    assumption on how the tests depend on each other.
+    """
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty(len(order))
+    corrected[order] = np.maximum.accumulate(np.arange(len(order), 0, -1) * np.asarray(p, float)[order])
+    return np.minimum(corrected, 1.0).tolist()
 
 
 def roc_points(

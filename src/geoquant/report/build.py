@@ -24,7 +24,16 @@ from markupsafe import Markup, escape
 from geoquant import runs
 from geoquant.report import figures, profiles
 from geoquant.report.schema import check_schema
-from geoquant.report.words import SUBJECTS, attack_label, extraction_total, headline, strongest, untested, weight
+from geoquant.report.words import (
+    SUBJECTS,
+    attack_label,
+    extraction_total,
+    headline,
+    p_value,
+    strongest,
+    untested,
+    weight,
+)
 
 __all__ = ["fingerprint", "render", "write_report"]
 
@@ -249,6 +258,7 @@ def _template() -> Template:
         breakable=breakable,
         code=code,
         tight=tight,
+        p_value=p_value,
     )
     return environment.from_string(_part("template.html.jinja"))
 

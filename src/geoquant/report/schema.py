@@ -38,7 +38,20 @@ _SCHEMA: dict = {
     "privacy": {
         "n_members": int,
         "n_nonmembers": int,
-        "attacks": [{"name": str, "subject": str, "auc": NUMBER, "ci": list, "tpr_at_fpr": dict, "roc": dict}],
+        "attacks": [
+            {"name": str, "subject": str, "auc": NUMBER, "ci": list, "tpr_at_fpr": dict, "roc": dict}
+            | {"ci_delong?": list, "p?": NUMBER, "p_holm?": NUMBER}
+        ],
+        "comparisons?": [
+            dict.fromkeys(("attack", "from", "to"), str)
+            | {"difference": NUMBER, "ci": list}
+            | dict.fromkeys(("z", "p", "p_holm"), NUMBER)
+        ],
+        "verdict?": [{"subject": str, "attack": str, "separates": bool, "level": NUMBER}],
+        "no_verdict?": str,
+        "gate?": {"valid": bool, "ci": list, "view": str, "n_members": int, "n_nonmembers": int}
+        | dict.fromkeys(("auc", "p", "level", "alarm"), NUMBER),
+        "near_duplicates?": {"threshold": NUMBER, "pairs": int, "nonmembers": int, "first": [list]},
         "extraction": [
             {"subject": str, "kind": str, "spans": int, "extracted": int, "rate": NUMBER, "ci": list}
             | {"control_rate": NUMBER}

@@ -11,12 +11,14 @@ __all__ = [
     "count",
     "extraction_total",
     "headline",
+    "p_value",
     "strongest",
     "untested",
     "weight",
 ]
 
 VOCABULARY = ("embedding", "head", "tied")  # kinds of sites, see model/vocabulary
+LEVEL = 0.05  # of the verdict, as in privacy/audit.py
 SUBJECTS = {"base": "Public base", "original": "Original", "quantized": "Quantized"}
 # Key (letters and digits of the name, "+" as "p") -> label, what the attack does, in the words of the page.
 ATTACKS = {
@@ -45,13 +47,15 @@ def _attack_key(name: str) -> str:
 
 
 def strongest(privacy: dict | None, subject: str = "quantized") -> dict | None:
-    """The attack on `subject` whose AUC is farthest from chance, in either direction."""
+    """The attack on `subject` whose AUC is farthest from chance, in either direction; one that separates, if any."""
     found = [a for a in (privacy or {}).get("attacks") or [] if a["subject"] == subject and a["auc"] is not None]
-    return max(found, key=lambda attack: abs(attack["auc"] - 0.5), default=None)
+    return max(found, key=lambda attack: (_side(attack) != 0, abs(attack["auc"] - 0.5)), default=None)
 
 
 def _side(attack: dict | None) -> int:
-    """+1 or -1 where the interval lies above or below chance, 0 where it holds 0.5 or is missing."""
+    """+1 or -1 where the attack separates members, by its corrected p-value if there is one, else by its interval."""
+    if (attack or {}).get("p_holm") is not None:
+        return 0 if attack["p_holm"] > LEVEL else (attack["auc"] > 0.5) - (attack["auc"] < 0.5)
     bounds = (attack or {}).get("ci") or (None, None)
     if None in bounds:
         return 0
@@ -71,12 +75,16 @@ def _leak_clause(privacy: dict | None) -> str:
     attack = strongest(privacy)
     if attack is None:
         return "no membership attack was run"
+    if privacy.get("no_verdict"):
+        blind = figures.plain_number(privacy["gate"]["auc"], 2)
+        return f"no verdict on leakage, for the records differ without any model (blind AUC {blind})"
     label, auc = attack_label(attack["name"])[0], figures.plain_number(attack["auc"], 2)
     label = label if label.isupper() or not label[:1].isupper() or "-K" in label else label[:1].lower() + label[1:]
     before = [a for a in privacy["attacks"] if a["name"] == attack["name"] and a["subject"] == "original"]
     side = _side(attack)
     if side == 0:
-        return f"no attack tried separates members beyond its interval (strongest: {label}, AUC {auc})"
+        doubt = "chance" if attack.get("p_holm") is not None else "its interval"
+        return f"no attack tried separates members beyond {doubt} (strongest: {label}, AUC {auc})"
     still = "still " if before and _side(before[0]) == side else ""
     if side < 0:
         return f"the {label} attack {still}separates members, with the sign reversed (AUC {auc})"
@@ -99,6 +107,13 @@ def headline(report: dict) -> str:
 def weight(sites: list[dict]) -> str:
     """What bits are counted per: a weight of a linear layer, or of an embedding too where that was solved."""
     return "coded weight" if any(site.get("kind") in VOCABULARY for site in sites) else "linear weight"
+
+
+def p_value(value: float | None) -> str:
+    """0.03, 0.0004, < 0.0001, or a dash."""
+    if value is None:
+        return figures.NONE
+    return "< 0.0001" if value < 1e-4 else figures.number(value, 1 if value < 0.01 else 2)
 
 
 def count(value: float | None) -> str:

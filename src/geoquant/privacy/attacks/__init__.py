@@ -1,9 +1,9 @@
 """Membership attacks: one file each, one contract.
 
-    score(target: RecordScores, reference: RecordScores | None) -> (n,) array, higher = more likely a member
+    score(evidence: Evidence) -> (n,) array, higher = more likely a member
 
-`reference` holds the scores of the same records under a model that never saw them (the public base). A record
-without scored tokens gets the score -inf: nothing speaks for it.
+An attack says which parts of the evidence it cannot do without (see privacy/evidence.py). A record without scored
+tokens gets the score -inf: nothing speaks for it.
 """
 
 from __future__ import annotations
@@ -13,22 +13,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geoquant.privacy.attacks import loss, min_k, reference
-from geoquant.privacy.scores import RecordScores
+from geoquant.privacy.attacks import loss, min_k, min_k_plus_plus, reference, zlib_ratio
+from geoquant.privacy.evidence import Evidence
 
 __all__ = ["ATTACKS", "Attack"]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """A membership score and whether it cannot do without the scores of a reference model."""
+    """A membership score, and the fields of the evidence beyond the target's scores that it needs."""
 
-    score: Callable[[RecordScores, RecordScores | None], np.ndarray]
-    needs_reference: bool = False
+    score: Callable[[Evidence], np.ndarray]
+    needs: tuple[str, ...] = ()
+
+    def possible(self, evidence: Evidence) -> bool:
+        """Whether all that it needs was gathered."""
+        return all(getattr(evidence, name) is not None for name in self.needs)
 
 
 ATTACKS = {
     "loss": Attack(loss.score),
-    "reference": Attack(reference.score, needs_reference=True),
+    "reference": Attack(reference.score, needs=("reference",)),
+    "zlib": Attack(zlib_ratio.score, needs=("zlib_bytes",)),
     "min-k": Attack(min_k.score),
+    "min-k++": Attack(min_k_plus_plus.score),
 }

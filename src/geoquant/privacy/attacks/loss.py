@@ -11,12 +11,13 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
-from geoquant.privacy.scores import RecordScores
+from geoquant.privacy.evidence import Evidence
 
 __all__ = ["score"]
 
 
-def score(target: RecordScores, reference: RecordScores | None = None) -> Float[np.ndarray, " n"]:
+def score(evidence: Evidence) -> Float[np.ndarray, " n"]:
     """Mean log-probability of the true tokens of each record."""
+    target = evidence.target
     lengths = target.lengths
     return np.where(lengths > 0, target.record_sums(target.log_prob) / np.maximum(lengths, 1), -np.inf)

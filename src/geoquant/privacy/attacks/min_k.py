@@ -10,19 +10,25 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from geoquant.privacy.evidence import Evidence
 from geoquant.privacy.scores import RecordScores
 
-__all__ = ["score"]
+__all__ = ["lowest_mean", "score"]
 
 SHARE = 0.2
 
 
-def score(target: RecordScores, reference: RecordScores | None = None) -> Float[np.ndarray, " n"]:
+def score(evidence: Evidence) -> Float[np.ndarray, " n"]:
     """Mean log-probability of each record's least likely 20% of tokens."""
-    # Records in order, tokens within a record from least to most likely: one sort for all.
-    owner = np.repeat(np.arange(len(target)), target.lengths)
-    values = target.log_prob[np.lexsort((target.log_prob, owner))]
-    taken = np.maximum(1, (SHARE * target.lengths + 1e-9).astype(np.int64))
-    place = np.arange(len(values)) - np.repeat(target.splits[:-1], target.lengths)
-    sums = target.record_sums(np.where(place < np.repeat(taken, target.lengths), values, 0.0))
-    return np.where(target.lengths > 0, sums / taken, -np.inf)
+    return lowest_mean(evidence.target, evidence.target.log_prob)
+
+
+def lowest_mean(scores: RecordScores, values: Float[np.ndarray, " tokens"]) -> Float[np.ndarray, " n"]:
+    """Mean of the lowest 20% (at least one) of a per-token quantity in each record; -inf where there is no token."""
+    # Records in order, tokens within a record from lowest to highest: one sort for all.
+    owner = np.repeat(np.arange(len(scores)), scores.lengths)
+    values = values[np.lexsort((values, owner))]
+    taken = np.maximum(1, (SHARE * scores.lengths + 1e-9).astype(np.int64))
+    place = np.arange(len(values)) - np.repeat(scores.splits[:-1], scores.lengths)
+    sums = scores.record_sums(np.where(place < np.repeat(taken, scores.lengths), values, 0.0))
+    return np.where(scores.lengths > 0, sums / taken, -np.inf)

@@ -14,16 +14,17 @@ import numpy as np
 from jaxtyping import Float
 
 from geoquant.errors import UserError
-from geoquant.privacy.scores import RecordScores
+from geoquant.privacy.evidence import Evidence
 
 __all__ = ["score"]
 
 
-def score(target: RecordScores, reference: RecordScores | None) -> Float[np.ndarray, " n"]:
+def score(evidence: Evidence) -> Float[np.ndarray, " n"]:
     """Mean log-likelihood ratio per token of each record.
 
     Raises UserError without a reference, or when the two models do not cut the records into the same tokens.
     """
+    target, reference = evidence.target, evidence.reference
     if reference is None:
         raise UserError("the reference attack needs a reference model", fix="add --reference MODEL (the public base)")
     same = np.array_equal(target.splits, reference.splits) and np.array_equal(target.ends, reference.ends)
