@@ -20,20 +20,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from geoquant.compiled import compiled
 from geoquant.lattice.beside import Tariff
-from geoquant.lattice.rate import CLASSES, REACH, Spread, spread_of
+from geoquant.lattice.rate import Spread, counted, spread_of
 from geoquant.lattice.rows import RowMetric
 from geoquant.lattice.unboxed import unboxed_babai
 
 __all__ = ["FINE", "Prices", "priced_babai", "prices_of"]
 
-TABLES = 4  # of counters
 FINE = 2 * math.log(2) / 12  # price of a bit, in squared steps, on a fine lattice
 
 
@@ -53,11 +50,10 @@ def prices_of(codes: Int[Tensor, "out in"]) -> Prices:
     non-decreasing; of a class without codes all are equal.
     """
     spread = spread_of(codes)
-    largest = max(abs(int(code)) for code in codes.aminmax()) if codes.numel() else 0
-    counts = np.zeros((TABLES, CLASSES, min(largest + 1, REACH) + 2), dtype=np.int64)
-    given = (codes, spread.rows, spread.columns)
-    _count(*(tensor.cpu().contiguous().numpy() for tensor in given), counts)
-    sizes = torch.from_numpy(counts.sum(0)[:, :-1]).double()
+    counts = counted(codes, spread)[:, :-1].double()
+    reach = counts.shape[1] // 2
+    sizes = torch.nn.functional.pad(counts[:, reach:], (0, 1))
+    sizes[:, 1:-1] += counts[:, :reach].flip(1)
     sizes[:, 1:] /= 2  # both signs
     seen = int(torch.nonzero(sizes.sum(0)).max()) if sizes.any() else 0
     sizes = sizes[:, : seen + 2] + 0.5
@@ -89,18 +85,3 @@ def priced_babai(
     known = None if rows is None else replace(rows, factor=rows.factor.cpu())
     given = (x.cpu() for x in (weight, basis.float(), order, row_steps, column_steps))
     return unboxed_babai(*given, known, tariff).to(weight.device)
-
-
-@compiled()
-def _count(codes, row_class, column_class, counts):  # pragma: no cover (compiled)
-    """Add up how often the codes of each class have each size, the last of which is for all beyond; over all tables."""
-    _, classes, sizes = counts.shape
-    flat, places = counts.reshape(-1), np.empty(codes.shape[1], np.int32)
-    for i in range(codes.shape[0]):
-        own, base = codes[i], np.int32(row_class[i])
-        for j in range(len(own)):
-            kind = min(max(base + np.int32(column_class[j]), 0), classes - 1)
-            # Most codes are of few sizes, and a counter just written is slow to read: the next code has another table.
-            places[j] = (j % TABLES * classes + kind) * sizes + min(abs(np.int64(own[j])), sizes - 1)
-        for j in range(len(own)):
-            flat[np.uint32(places[j])] += 1

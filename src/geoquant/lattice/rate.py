@@ -23,6 +23,7 @@ __all__ = [
     "Spread",
     "class_histograms",
     "code_bits",
+    "counted",
     "entropy_bits",
     "site_bits",
     "spread_of",
@@ -34,7 +35,7 @@ LOWEST = -3.0
 CLASSES = 48
 REACH = 1023  # values beyond are counted as escapes
 ESCAPE_BITS = 32
-PART = 1 << 20  # codes counted at a time
+TABLES = 4  # of counters
 SIDE_BITS = 16  # one byte for a step, one for a class
 
 
@@ -88,20 +89,37 @@ def _second_moments(codes, weights, rows, columns):  # pragma: no cover (compile
 
 def class_histograms(codes: Integer[Tensor, "out in"], spread: Spread) -> Int[Tensor, "classes symbols"]:
     """Counts of the values -REACH..REACH by class, and in the last column of those beyond; on the CPU."""
-    counts = torch.zeros(CLASSES, 2 * REACH + 2, dtype=torch.int64)
-    _count(*(x.cpu().contiguous().numpy() for x in (codes, spread.rows, spread.columns)), counts.numpy())
+    known = counted(codes, spread)
+    reach = known.shape[1] // 2 - 1
+    counts = known.new_zeros(CLASSES, 2 * REACH + 2)
+    counts[:, REACH - reach : REACH + reach + 1] = known[:, :-1]
+    counts[:, -1] = known[:, -1]
     return counts
+
+
+def counted(codes: Integer[Tensor, "out in"], spread: Spread) -> Int[Tensor, "classes symbols"]:
+    """The same of the values -r..r, r the size of the largest code or REACH: most sites have few."""
+    largest = max(abs(int(code)) for code in codes.aminmax()) if codes.numel() else 0
+    counts = np.zeros((TABLES, CLASSES, 2 * min(largest, REACH) + 2), dtype=np.int64)
+    _count(*(x.cpu().contiguous().numpy() for x in (codes, spread.rows, spread.columns)), counts)
+    return torch.from_numpy(counts.sum(0))
 
 
 @compiled()
 def _count(codes, row_class, column_class, counts):  # pragma: no cover (compiled)
-    """Add every code to the count of its class and value."""
-    reach = (counts.shape[1] - 2) // 2
+    """Add every code to the count of its class and value, in any of the tables."""
+    _, classes, symbols = counts.shape
+    reach = symbols // 2 - 1
+    flat, places = counts.reshape(-1), np.empty(codes.shape[1], np.int32)
     for i in range(codes.shape[0]):
-        for j in range(codes.shape[1]):
-            value = np.int64(codes[i, j])
-            symbol = value + reach if -reach <= value <= reach else 2 * reach + 1
-            counts[min(max(np.int64(row_class[i]) + column_class[j], 0), counts.shape[0] - 1), symbol] += 1
+        own, base = codes[i], np.int32(row_class[i])
+        for j in range(len(own)):
+            kind, value = min(max(base + np.int32(column_class[j]), 0), classes - 1), np.int64(own[j])
+            symbol = value + reach if -reach <= value <= reach else symbols - 1
+            # Most codes have few values, and a counter just written is slow to read: the next code has another table.
+            places[j] = (j % TABLES * classes + kind) * symbols + symbol
+        for j in range(len(own)):
+            flat[np.uint32(places[j])] += 1
 
 
 def entropy_bits(histograms: Int[Tensor, "classes symbols"]) -> float:
