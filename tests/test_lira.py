@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from membership_toy import toy
 from scipy.stats import norm
 
 from geoquant.errors import UserError
 from geoquant.privacy.attacks.lira import halves, logit, offline, online
 from geoquant.privacy.statistics import auc
+from membership_toy import toy
 
 
 def split_auc(scores, member) -> float:

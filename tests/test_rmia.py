@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from membership_toy import toy
 
 from geoquant.errors import UserError
 from geoquant.privacy.attacks.rmia import fit_slope, log_ratio, score
 from geoquant.privacy.statistics import auc
+from membership_toy import toy
 
 
 def naive(target, reference, z_target, z_reference, outside, gamma, slope):
