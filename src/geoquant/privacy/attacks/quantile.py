@@ -14,6 +14,8 @@ and Bassett 1978), solved as a linear programme. What is not linear in the featu
 **Nothing is fitted to what it is used on.** Members and non-members alike are dealt into folds; a record of fold
 j is measured by the quantiles fitted on the non-members of all other folds. Non-members measured by a fit that
 saw them would look lower than they are, and members would seem to stand out where nothing was learned.
+What is left: unseen records exceed a fitted quantile a little more often than its level says, members and
+non-members alike (three coefficients on 320 records: 5.5% for 5%, 10.4% for 10%). Compare the sides, not 0.
 """
 
 from __future__ import annotations
