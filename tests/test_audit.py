@@ -56,7 +56,7 @@ def test_the_report_is_the_contract_and_plain_json(report, measured):
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert set(data) == {
         "attacks", "extraction", "exposure", "guarantee", "n_members", "n_nonmembers", "warnings", "comparisons",
-        "verdict", "no_verdict", "gate", "near_duplicates",
+        "verdict", "no_verdict", "gate", "near_duplicates", "one_run",
     }  # fmt: skip
     assert data["guarantee"] is None
     assert (data["n_members"], data["n_nonmembers"]) == (12, 12)

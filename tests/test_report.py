@@ -473,6 +473,9 @@ def test_optional_details_are_shown(report: dict) -> None:
     more["privacy"]["exposure"][0]["canaries"][0]["ci"] = [0.31, 2.94]
     del more["privacy"]["exposure"][1]["canaries"][3]
     more["privacy"]["warnings"] = ["one <canary> could not be scored"]
+    bound = {"epsilon": 1.234, "confidence": 0.95, "delta": 1e-5, "guesses": 40, "correct": 33, "m": 80, "most": 2.9}
+    more["privacy"]["one_run"] = [{"subject": "quantized", **bound, "candidates": 3, "covers": "adjacency: one canary"}]
+    check_schema(more)
     text = read(render(more)).text
     assert "1.4% of 57" in text
     assert "15 of 73 20.5% 12.5% to 31.6% – Exposure" in text
@@ -480,6 +483,10 @@ def test_optional_details_are_shown(report: dict) -> None:
     assert "rank among random values in the same place" in text
     assert "one <canary> could not be scored" in text
     assert "canary-3 8 2.3 – 10.9" in text
+    assert "Lower bounds on epsilon" in text
+    assert "1.23 2.90 1e-05 95.0% 33 of 40 80" in text
+    assert "Adjacency: one canary." in text
+    assert "Lower bounds on epsilon" not in read(render(report)).text
     assert "All fields" in text
     # The row of all fields is the total: it is not added to its parts.
     assert "17 of 73" in text

@@ -95,6 +95,8 @@ def show(found: dict) -> None:
         for label, value in seen.items():
             if value is not None:
                 print(f"{NAMES.get(subject, subject)}: {label} {value}")
+    for bound in found.get("one_run") or []:
+        print(f"{NAMES.get(bound['subject'], bound['subject'])}: {one_run(bound)}")
     for verdict in found.get("verdict") or []:
         print(f"{NAMES.get(verdict['subject'], verdict['subject'])}: {sentence(verdict)}")
     for warning in found.get("warnings") or []:
@@ -115,6 +117,15 @@ def show_changes(comparisons: list[dict]) -> None:
             f"({most['ci'][0]:+.3f} – {most['ci'][1]:+.3f}), p {p_value(most['p_holm'])}, "
             f"the largest change of {len(rows)} attack{'s' if len(rows) > 1 else ''}"
         )
+
+
+def one_run(bound: dict) -> str:
+    """The one-run audit in a line, with what it is about."""
+    return (
+        f"epsilon at least {bound['epsilon']:.2f} at delta {bound['delta']:g} with {100 * bound['confidence']:g}% "
+        f"confidence (one canary in or out; {bound['correct']} of {bound['guesses']} guesses right; {bound['m']} "
+        f"canaries can show {bound['most']:.2f} at most): a lower bound, never an upper one"
+    )
 
 
 def sentence(verdict: dict) -> str:

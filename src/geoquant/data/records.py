@@ -82,17 +82,21 @@ class Record:
 
 @dataclass(frozen=True)
 class Split:
-    """Records a model was trained on, records of the same distribution it never saw, and planted canaries."""
+    """Records a model was trained on, records of the same distribution it never saw, and planted canaries.
+
+    withheld: canaries that a coin left out of the training data.
+    """
 
     members: tuple[Record, ...]
     nonmembers: tuple[Record, ...]
     canaries: tuple[Record, ...] = ()
+    withheld: tuple[Record, ...] = ()
 
     @property
     def sha256(self) -> str:
         """Hash of all texts and marks, in order."""
         digest = hashlib.sha256()
-        for part in (self.members, self.nonmembers, self.canaries):
+        for part in (self.members, self.nonmembers, self.canaries, *([self.withheld] if self.withheld else [])):
             digest.update(_encode(part).encode())
             digest.update(b"\0")
         return digest.hexdigest()
@@ -213,7 +217,7 @@ def check_split(members: Sequence[Record], nonmembers: Sequence[Record], *, mini
 def load_split(members: str | Path, nonmembers: str | Path, canaries: str | Path | None = None) -> Split:
     """Read and check the files of an audit. Canaries found among the members are audited as canaries.
 
-    Canaries that the coin left out of the training data have nothing to expose and are not taken.
+    Those that a coin left out of the training data have nothing to expose: they are kept apart.
     """
     inside = read_records(members)
     planted = tuple(record for record in inside if record.canary)
@@ -226,7 +230,7 @@ def load_split(members: str | Path, nonmembers: str | Path, canaries: str | Path
                     wanted='"canary": {"name", "start", "end"}',
                 )
         planted += extra
-    planted = tuple(record for record in planted if record.repeats)
-    split = Split(tuple(r for r in inside if not r.canary), read_records(nonmembers), planted)
+    planted, withheld = (tuple(r for r in planted if bool(r.repeats) == wanted) for wanted in (True, False))
+    split = Split(tuple(r for r in inside if not r.canary), read_records(nonmembers), planted, withheld)
     check_split(split.members, split.nonmembers)
     return split

@@ -8,6 +8,8 @@ Measured, against the records that were given:
 - **comparisons**: how each attack's AUC changes from model to model, paired by record.
 - **extraction**: marked private spans written out verbatim by greedy decoding from their true prefix.
 - **exposure**: bits by which planted secrets stand out.
+- **one-run audit**: where coins decided which canaries were planted, a lower bound on the epsilon of whatever made the
+  model of them (privacy/one_run.py).
 
 Not measured: stronger attacks (shadow models, sampling, prompts an attacker invents), other records than
 these, paraphrases. The audit never issues a guarantee (`guarantee` is None): low numbers mean that these
@@ -24,11 +26,13 @@ import numpy as np
 from geoquant.data.records import Split
 from geoquant.errors import UserError
 from geoquant.privacy.attacks import ATTACKS
+from geoquant.privacy.coins import audit_coins, most
 from geoquant.privacy.comparison import Comparison, compare_subjects
 from geoquant.privacy.delong import delong_interval
 from geoquant.privacy.evidence import gather
 from geoquant.privacy.exposure import Exposure, exposure
 from geoquant.privacy.extraction import Extraction, extraction
+from geoquant.privacy.one_run import OneRunBound
 from geoquant.privacy.scores import SplitScores
 from geoquant.privacy.statistics import auc, auc_interval, chance_p, holm, needed, realised_fpr, roc_points, tpr_at_fpr
 from geoquant.privacy.validity import SplitCheck
@@ -89,7 +93,7 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class Audit:
-    """What one or several subjects (base, original, quantized) reveal; extraction and exposure by subject.
+    """What one or several subjects (base, original, quantized) reveal; all but the attacks by subject.
 
     check: whether the records may be used for that; None where nobody looked.
     """
@@ -102,6 +106,7 @@ class Audit:
     warnings: tuple[str, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     check: SplitCheck | None = None
+    one_run: tuple[tuple[str, OneRunBound], ...] = ()
     guarantee: None = None
 
     @property
@@ -152,6 +157,7 @@ class Audit:
                 }
                 for subject, part in self.exposure
             ],
+            "one_run": [{"subject": subject, **asdict(bound), "most": most(bound)} for subject, bound in self.one_run],
             "guarantee": self.guarantee,
             "n_members": self.n_members,
             "n_nonmembers": self.n_nonmembers,
@@ -205,12 +211,14 @@ def audit(subject: str, target: SplitScores, reference: SplitScores | None, spli
     )
     spans = extraction(target.members, target.nonmembers, split.members, split.nonmembers)
     secrets = exposure(target.canaries, split.canaries, target.decoys) if target.canaries else None
+    coins = audit_coins(target, reference, split, seed=seed)
     return Audit(
         attacks,
         tuple((subject, part) for part in spans),
         ((subject, secrets),) if secrets else (),
         *sizes,
         warnings=_warnings(split, spans, secrets),
+        one_run=((subject, coins),) if coins else (),
     )
 
 
@@ -260,4 +268,5 @@ def merge(audits: Iterable[Audit], check: SplitCheck | None = None) -> Audit:
         warnings=tuple(dict.fromkeys(text for a in audits for text in a.warnings)) + (check.warnings if check else ()),
         comparisons=compare_subjects([a.attacks for a in audits]),
         check=check,
+        one_run=tuple(part for a in audits for part in a.one_run),
     )

@@ -91,6 +91,7 @@ class SplitScores:
     nonmembers: RecordScores
     canaries: RecordScores | None = None
     decoys: RecordScores | None = None
+    withheld: RecordScores | None = None
 
 
 def digit_tokens(tokenizer) -> Int[Tensor, 10] | None:
@@ -236,7 +237,8 @@ def score_split(
 
     merged = split.canaries and digit_tokens(tokenizer) is None
     others = decoy_records(split.canaries, decoys, seed) if merged else ()
-    return SplitScores(score(split.members), score(split.nonmembers), score(split.canaries), score(others))
+    parts = (split.members, split.nonmembers, split.canaries, others, split.withheld)
+    return SplitScores(*(score(part) for part in parts))
 
 
 def save_scores(path: Path, scores: SplitScores, split: Split) -> None:

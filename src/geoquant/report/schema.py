@@ -60,6 +60,10 @@ _SCHEMA: dict = {
             {"subject": str, "canaries": [{"name": str, "repeats": int, "bits": NUMBER}]}
             | {"mean_bits": NUMBER, "limit_bits": NUMBER, "estimator": str}
         ],
+        "one_run?": [
+            {"subject": str, "guesses": int, "correct": int, "m": int, "covers": str}
+            | dict.fromkeys(("epsilon", "confidence", "delta", "most"), NUMBER)
+        ],
         # The five things without which a guarantee must not be printed.
         "guarantee": {"adjacency": str, "mechanism": str, "epsilon": NUMBER, "delta": NUMBER, "scope": str},
     },
