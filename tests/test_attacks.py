@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from geoquant.data.records import Record
+from geoquant.data.records import Record, Split
 from geoquant.errors import UserError
 from geoquant.privacy.attacks import ATTACKS
 from geoquant.privacy.evidence import Evidence, gather
-from geoquant.privacy.scores import RecordScores, score_records
+from geoquant.privacy.scores import RecordScores, score_records, score_split
 
 
 def made(rng, lengths) -> RecordScores:
@@ -55,7 +55,8 @@ TEXTS = ["", "seventh", "?", "word " * 8, "four", "fives", "thirteen ones"]
 
 @pytest.fixture
 def evidence(target, reference):
-    return gather([Record(text) for text in TEXTS], target, reference)
+    lowered = made(np.random.default_rng(2), [1, 9, 0, 38, 4, 5, 13])  # in lower case texts have other tokens
+    return gather([Record(text) for text in TEXTS], target, reference, lowered)
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -106,6 +107,22 @@ def test_zlib_is_the_mean_over_the_bytes_of_the_scored_text(evidence):
     ]
     np.testing.assert_allclose(ATTACKS["zlib"].score(evidence), wanted, rtol=1e-6)
     assert evidence.zlib_bytes[3] < 40  # eight times the same word
+
+
+def test_lowercase_is_the_ratio_of_two_perplexities_of_plain_forward_passes(tiny_model, tiny_tokenizer):
+    texts = ["Ann Lee called from Paris at NOON.", "no capitals here", "a", "Q"]
+    split = Split(tuple(Record(t) for t in texts), tuple(Record(t) for t in texts))
+    scores = score_split(tiny_model, tiny_tokenizer, split)
+    found = ATTACKS["lowercase"].score(gather(split.members, scores.members, lowered=scores.lowered_members))
+
+    def perplexity(text):
+        ids = torch.tensor(tiny_tokenizer(text, add_special_tokens=False).input_ids)[None]
+        with torch.no_grad():
+            return tiny_model(input_ids=ids, labels=ids).loss.exp().item()
+
+    assert found[0] == pytest.approx(np.log(perplexity(texts[0].lower()) / perplexity(texts[0])), abs=1e-4)
+    assert found[1] == 0.0
+    assert found[2] == found[3] == -np.inf  # nothing is predicted of a single token
 
 
 def test_min_k_plus_plus_is_the_papers_formula_over_the_full_softmax(tiny_model, tiny_tokenizer):

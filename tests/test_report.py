@@ -601,7 +601,7 @@ def test_attack_names_are_recognised() -> None:
 
 
 def test_untested_attacks_are_listed(page: str, report: dict) -> None:
-    assert "not run: Min-K%++, zlib, Neighbourhood, RMIA, LiRA." in read(page).text
+    assert "not run: Min-K%++, zlib, Lowercase, Neighbourhood, RMIA, LiRA." in read(page).text
     few = copy.deepcopy(report)
     few["privacy"]["n_nonmembers"] = 40
     text = read(render(few)).text

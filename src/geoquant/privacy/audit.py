@@ -185,8 +185,8 @@ def audit(subject: str, target: SplitScores, reference: SplitScores | None, spli
             got=f"scores of {sizes[0]} + {sizes[1]} records",
             wanted=f"{len(split.members)} + {len(split.nonmembers)}",
         )
-    inside = gather(split.members, target.members, reference and reference.members)
-    outside = gather(split.nonmembers, target.nonmembers, reference and reference.nonmembers)
+    inside = gather(split.members, target.members, reference and reference.members, target.lowered_members)
+    outside = gather(split.nonmembers, target.nonmembers, reference and reference.nonmembers, target.lowered_nonmembers)
     scores = {
         name: (attack.score(inside), attack.score(outside))
         for name, attack in ATTACKS.items()

@@ -1,7 +1,7 @@
 """All that a membership attack may look at, for the n records of one side of a split.
 
-A new kind of evidence (scores of lowercased texts, of a shadow model) is one more field here and one more name in
-the `needs` of the attack that uses it; no other attack changes.
+A new kind of evidence (scores of a shadow model) is one more field here and one more name in the `needs` of the attack
+that uses it; no other attack changes.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ class Evidence:
     """target: under the audited model; reference: under a model that never saw the records (the public base).
 
     zlib_bytes: of the part of each record's text that was scored, a property of the text and not of the model.
+    lowered: the texts in lower case under the audited model.
     What is None was not gathered.
     """
 
     target: RecordScores
     reference: RecordScores | None = None
     zlib_bytes: Int[np.ndarray, " n"] | None = None
+    lowered: RecordScores | None = None
 
 
-def gather(records: Sequence[Record], target: RecordScores, reference: RecordScores | None = None) -> Evidence:
+def gather(
+    records: Sequence[Record],
+    target: RecordScores,
+    reference: RecordScores | None = None,
+    lowered: RecordScores | None = None,
+) -> Evidence:
     """The evidence about `records`, given their scores in the same order."""
-    return Evidence(target, reference, compressed_bytes(records, target))
+    return Evidence(target, reference, compressed_bytes(records, target), lowered)
 
 
 def compressed_bytes(records: Sequence[Record], scores: RecordScores) -> Int[np.ndarray, " n"]:

@@ -84,7 +84,8 @@ class SplitScores:
     """One model's scores on the two sides of a split and on its canaries.
 
     decoys: the canaries with other random secrets, `len(decoys) / len(canaries)` for each in order; only made
-    where the tokenizer merges digits (see privacy/exposure.py).
+    where the tokenizer merges digits (see privacy/exposure.py). withheld: canaries that coins left out. lowered_*: the
+    texts of the two sides in lower case.
     """
 
     members: RecordScores
@@ -92,6 +93,8 @@ class SplitScores:
     canaries: RecordScores | None = None
     decoys: RecordScores | None = None
     withheld: RecordScores | None = None
+    lowered_members: RecordScores | None = None
+    lowered_nonmembers: RecordScores | None = None
 
 
 def digit_tokens(tokenizer) -> Int[Tensor, 10] | None:
@@ -228,7 +231,9 @@ def score_split(
     seed: int = 0,
     progress: Progress = silent,
 ) -> SplitScores:
-    """Score members, non-members, canaries and, where digits are merged, `decoys` other secrets each."""
+    """Score both sides, as written and in lower case, the canaries, planted and withheld, and, where digits are merged,
+    `decoys` other secrets each.
+    """
 
     def score(records: Sequence[Record]) -> RecordScores | None:
         if not records:
@@ -237,7 +242,8 @@ def score_split(
 
     merged = split.canaries and digit_tokens(tokenizer) is None
     others = decoy_records(split.canaries, decoys, seed) if merged else ()
-    parts = (split.members, split.nonmembers, split.canaries, others, split.withheld)
+    lowered = ([Record(record.text.lower()) for record in side] for side in (split.members, split.nonmembers))
+    parts = (split.members, split.nonmembers, split.canaries, others, split.withheld, *lowered)
     return SplitScores(*(score(part) for part in parts))
 
 

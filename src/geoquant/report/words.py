@@ -30,6 +30,7 @@ ATTACKS = {
     "mink": ("Min-K%", "Mean log-probability of each record's least likely tokens."),
     "minkpp": ("Min-K%++", "Min-K%, each token standardised by the model's own distribution."),
     "zlib": ("zlib", "Loss divided by the compressed length of the record."),
+    "lowercase": ("Lowercase", "Loss against the same record in lower case."),
     "neighbourhood": ("Neighbourhood", "Loss against slightly altered copies of the record."),
     "rmia": ("RMIA", "Pairwise likelihood ratios calibrated by models trained without the record."),
     "lira": ("LiRA", "Likelihood ratio against shadow models trained with and without the record."),

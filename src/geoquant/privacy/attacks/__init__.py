@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geoquant.privacy.attacks import loss, min_k, min_k_plus_plus, reference, zlib_ratio
+from geoquant.privacy.attacks import loss, lowercase, min_k, min_k_plus_plus, reference, zlib_ratio
 from geoquant.privacy.evidence import Evidence
 
 __all__ = ["ATTACKS", "Attack"]
@@ -35,6 +35,7 @@ ATTACKS = {
     "loss": Attack(loss.score),
     "reference": Attack(reference.score, needs=("reference",)),
     "zlib": Attack(zlib_ratio.score, needs=("zlib_bytes",)),
+    "lowercase": Attack(lowercase.score, needs=("lowered",)),
     "min-k": Attack(min_k.score),
     "min-k++": Attack(min_k_plus_plus.score),
 }
