@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from geoquant.data.records import Record, Span
-from geoquant.privacy.extraction import extracted_spans, extraction
-from geoquant.privacy.scores import score_records
+from geoquant.privacy.extraction import SAMPLES, extracted_spans, extraction, samples_needed
+from geoquant.privacy.scores import RecordScores, score_records
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,43 @@ def test_spans_that_cannot_be_measured_are_not_counted(tiny_model, tiny_tokenize
     scores = score_records(tiny_model, tiny_tokenizer, [record])
     assert [kind for _, kind, _ in extracted_spans(scores, [record])] == ["rest"]
     assert extraction(scores, scores, [Record("Ann: x")], [record]) == ()
+
+
+def test_samples_needed_are_those_of_drawing(trained):
+    """Spans drawn again and again by stock sampling: the share of n draws that hold it is the one that was computed."""
+    model, tokenizer = trained
+    inside = [Record(r.text, (Span("tail", 11, 13),)) for r in records()]
+    scores = score_records(model, tokenizer, inside)
+    torch.manual_seed(0)
+    for index, record in enumerate(inside):
+        encoded = tokenizer(record.text, add_special_tokens=False, return_offsets_mapping=True)
+        touching = [i for i, (a, b) in enumerate(encoded.offset_mapping) if a < 13 and b > 11]
+        prefix, wanted = encoded.input_ids[: touching[0]], [encoded.input_ids[i] for i in touching]
+        draws = model.generate(
+            torch.tensor([prefix]).expand(4000, -1),
+            max_new_tokens=len(wanted),
+            min_new_tokens=len(wanted),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            pad_token_id=1,
+        )
+        share = (draws[:, len(prefix) :] == torch.tensor(wanted)).all(1).double().mean().item()
+        p = np.exp(scores.log_prob[scores.covering(index, 11, 13)].astype(np.float64).sum())
+        assert abs(share - p) < 5 * np.sqrt(p * (1 - p) / 4000) + 0.005  # a suppressed end token moves p a little
+
+
+def test_samples_needed_by_hand():
+    values = {0.5: 1.0, 0.9: 1.0, 0.1: np.log(0.5) / np.log(0.9), 1e-3: 692.8, 1e-30: np.log(2) * 1e30}
+    count = len(values)
+    rest, ends = np.full(count, np.nan, np.float32), np.full(count, 3)
+    scores = RecordScores(
+        np.log(np.array(list(values))), rest, rest, np.zeros(count, bool), rest, 0 * ends, ends, np.arange(count + 1)
+    )
+    inside = [Record("abc", (Span("x", 0, 3),))] * count
+    found = samples_needed(scores, inside)
+    assert [n for _, n in found] == pytest.approx(list(values.values()), rel=1e-3)
+    part = extraction(scores, scores, inside, inside)[0]
+    assert part.sampled == part.control_sampled == {"1": 2, "100": 3, "10000": 4}
+    assert tuple(map(int, part.sampled)) == SAMPLES

@@ -6,13 +6,14 @@ Measured, against the records that were given:
   distribution: otherwise the attack measures the difference of the two files, not memory. Where a baseline that
   sees no model tells the files apart (privacy/blind.py), p-values and verdict are withheld.
 - **comparisons**: how each attack's AUC changes from model to model, paired by record.
-- **extraction**: marked private spans written out verbatim by greedy decoding from their true prefix.
+- **extraction**: marked private spans written out verbatim from their true prefix, by greedy decoding and in so many
+  samples.
 - **exposure**: bits by which planted secrets stand out.
 - **one-run audit**: where coins decided which canaries were planted, a lower bound on the epsilon of whatever made the
   model of them (privacy/one_run.py).
 
-Not measured: stronger attacks (shadow models, sampling, prompts an attacker invents), other records than
-these, paraphrases. The audit never issues a guarantee (`guarantee` is None): low numbers mean that these
+Not measured: stronger attacks (shadow models, prompts an attacker invents), other records than these,
+paraphrases. The audit never issues a guarantee (`guarantee` is None): low numbers mean that these
 attacks, on these records, found little.
 """
 

@@ -54,7 +54,7 @@ _SCHEMA: dict = {
         "near_duplicates?": {"threshold": NUMBER, "pairs": int, "nonmembers": int, "first": [list]},
         "extraction": [
             {"subject": str, "kind": str, "spans": int, "extracted": int, "rate": NUMBER, "ci": list}
-            | {"control_rate": NUMBER}
+            | {"control_rate": NUMBER, "sampled?": dict, "control_sampled?": dict}
         ],
         "exposure": [
             {"subject": str, "canaries": [{"name": str, "repeats": int, "bits": NUMBER}]}

@@ -143,7 +143,7 @@ def untested(privacy: dict) -> list[str]:
         f"Rates finer than the sample: {privacy['n_nonmembers']} non-members cannot resolve a false positive "
         f"rate below {figures.percent(1 / max(privacy['n_nonmembers'], 1), 2)}.",
         "Records other than the members given, whoever they concern.",
-        "Extraction by sampling many continuations, paraphrase or adversarial prompts, or of unmarked spans.",
+        "Extraction by paraphrase or adversarial prompts, by sampling at other temperatures, or of unmarked spans.",
         "An attacker who trains on the weights, compares several releases of the model, or uses gradients.",
         "Other doors: properties of the training set as a whole, the calibration text, logs, this report.",
     ]
