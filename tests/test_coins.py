@@ -27,8 +27,7 @@ def measured(tiny_model_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = synthetic_records("support", 100, 1, canaries=CANARIES, digits=6, repeats=(1,))
-    withheld = tuple(record for record in made.canaries if record.canary.included is False)
-    split = Split(made.members[:12], made.nonmembers[:12], made.split.canaries, withheld)
+    split = replace(made.split, members=made.members[:12], nonmembers=made.nonmembers[:12])
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     base = score_split(model, tokenizer, split)

@@ -65,11 +65,12 @@ def test_the_statement_says_what_is_in_the_files(tmp_path):
     assert statement["spans"] == spans
 
 
-def test_an_audit_takes_the_files_and_only_planted_canaries(tmp_path):
+def test_an_audit_takes_the_files_and_keeps_planted_canaries_apart(tmp_path):
     made, _ = write(tmp_path, "code", 100, 0)
     split = load_split(*(tmp_path / f"{name}.jsonl" for name in ("members", "nonmembers", "canaries")))
     assert split == made.split
     assert 0 < len(split.canaries) < len(made.canaries)
+    assert {*split.canaries, *split.withheld} == set(made.canaries)
 
 
 def test_without_canaries_there_is_no_file_of_them(tmp_path):

@@ -155,6 +155,7 @@ def test_any_split_is_one_that_an_audit_takes(domain, n, seed, canaries):
     planted = {r.text: r.canary.repeats for r in found.canaries if r.canary.included}
     assert lines == Counter({r.text: 1 for r in found.members}) + Counter(planted)
     assert found.split.canaries == tuple(r for r in found.canaries if r.canary.included)
+    assert found.split.withheld == tuple(r for r in found.canaries if not r.canary.included)
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

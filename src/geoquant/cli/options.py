@@ -128,7 +128,7 @@ class RecipeFlags:
     ] = None
     reference_share: Annotated[
         float | None,
-        option("Share of the windows that show a site what it should compute (default 1).", group=SOLVER),
+        option("Share of the windows that show a site what it should compute (default 1.0).", group=SOLVER),
     ] = None
     row_block: Annotated[
         int | None, option("Rows of the lattice that are rounded one after another (default 64).", group=SOLVER), WHOLE

@@ -57,8 +57,9 @@ class MadeRecords:
 
     @property
     def split(self) -> Split:
-        """What an audit compares: both sides, and the canaries that were planted."""
-        return Split(self.members, self.nonmembers, tuple(record for record in self.canaries if record.repeats))
+        """What an audit compares: both sides, and the canaries, planted and withheld."""
+        planted, withheld = (tuple(r for r in self.canaries if bool(r.repeats) == wanted) for wanted in (True, False))
+        return Split(self.members, self.nonmembers, planted, withheld)
 
     @property
     def training(self) -> tuple[Record, ...]:
