@@ -49,6 +49,6 @@ class Reference:
         """On to the next block."""
         self.passes.waiting = frozenset()
         with autocast(self.passes.batches[0].device, self.compute):
-            for index, hidden in zip(self.batches, self.passes.outputs(self.work)):
-                self.batches[index] = hidden.float()
+            for place, (index, hidden) in enumerate(zip(self.batches, self.passes.outputs(self.work))):
+                self.batches[index] = self.passes.batches[place] = hidden.float()  # what entered is not needed again
         self.work = self.passes = None
