@@ -70,7 +70,7 @@ OTHERS = {
         "rsync -a --delete /srv/«noun»/ «user»@«host»:/backup/«noun_too»/",
         'for «field» in $(seq «number»); do «verb» "$«field»" || exit «few»; done',
         "test -d /var/lib/«noun» || mkdir -p /var/lib/«noun_too»",
-        "find /tmp/«noun_too» -mtime +«number» -name '*.«field»' -delete",
+        "find /var/cache/«noun_too» -mtime +«number» -name '*.«field»' -delete",
         "echo \"«verb» «noun» on $(date)\" | mail -s '«purpose»' «email»",
         "iptables -A INPUT -s «ip» -p tcp --dport «port» -j ACCEPT",
         "docker run --rm -e «constant»_«few»=«number» «noun»/«noun_too»:«few».«few_too»",
