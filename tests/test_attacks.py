@@ -13,7 +13,8 @@ from geoquant.data.records import Record, Split
 from geoquant.errors import UserError
 from geoquant.privacy.attacks import ATTACKS
 from geoquant.privacy.evidence import Evidence, gather
-from geoquant.privacy.scores import RecordScores, score_records, score_split
+from geoquant.privacy.scores import RecordScores
+from geoquant.privacy.scoring import score_records, score_split
 
 
 def made(rng, lengths) -> RecordScores:

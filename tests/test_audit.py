@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from geoquant import examine
+from geoquant import auditing
 from geoquant.data.private import make_canaries, make_records
 from geoquant.data.records import Record, Split
 from geoquant.errors import UserError
@@ -16,7 +16,7 @@ from geoquant.privacy.attacks import ATTACKS
 from geoquant.privacy.audit import audit, merge
 from geoquant.privacy.delong import paired_difference
 from geoquant.privacy.finetune import finetune
-from geoquant.privacy.scores import score_split
+from geoquant.privacy.scoring import score_split
 from geoquant.privacy.statistics import holm
 from geoquant.privacy.validity import check_sides
 
@@ -56,7 +56,7 @@ def test_the_report_is_the_contract_and_plain_json(report, measured):
     assert json.loads(json.dumps(data, allow_nan=False)) == data
     assert set(data) == {
         "attacks", "extraction", "exposure", "guarantee", "n_members", "n_nonmembers", "warnings", "comparisons",
-        "verdict", "no_verdict", "gate", "near_duplicates", "one_run",
+        "verdict", "no_verdict", "gate", "near_duplicates", "one_run", "prompted", "suffixes", "shadows",
     }  # fmt: skip
     assert data["guarantee"] is None
     assert (data["n_members"], data["n_nonmembers"]) == (12, 12)
@@ -98,11 +98,12 @@ def test_attacks_are_corrected_for_one_another_on_each_model(report):
     for subject in ("base", "original"):
         found = [attack for attack in report.attacks if attack.subject == subject]
         assert [attack.p_holm for attack in found] == pytest.approx(holm([attack.p for attack in found]))
-        assert len(found) == len(ATTACKS) - (subject == "base")
+        assert len(found) == len(ATTACKS) - (subject == "base") + 1  # and the combination
 
 
 def test_models_are_compared_on_the_same_records(report):
-    """All attacks but the one that the base cannot have; training makes each of them stronger, and surely so."""
+    """All attacks but the one that the base cannot have, and the combination, whose scores are fitted to the records;
+    training makes each of them stronger, and surely so."""
     found = report.to_dict()["comparisons"]
     assert [row["attack"] for row in found] == [name for name in ATTACKS if name != "reference"]
     for row in found:
@@ -139,7 +140,7 @@ def test_records_that_differ_without_a_model_get_no_verdict(measured):
 
 def test_good_records_get_one(measured):
     split, base, tuned = measured
-    data = examine.attack(split, {"base": base, "original": tuned, "quantized": None}, 0)
+    data = auditing.attack(split, {"base": base, "original": tuned, "quantized": None}, 0)
     assert data["gate"]["valid"]
     assert data["no_verdict"] is None
     assert [entry["subject"] for entry in data["verdict"]] == ["base", "original"]
@@ -164,7 +165,7 @@ def test_missing_parts_are_said(measured):
     assert any("no canaries" in warning for warning in result.warnings)
     assert result.extraction == ()
     assert result.exposure == ()
-    assert [a.name for a in result.attacks] == [name for name in ATTACKS if name != "reference"]
+    assert [a.name for a in result.attacks] == [*(name for name in ATTACKS if name != "reference"), "combined"]
 
 
 def test_scores_of_other_records_are_refused(measured):

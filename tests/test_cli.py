@@ -85,7 +85,7 @@ REPORT = {
 def library(monkeypatch):
     """Stands in for the modules that do the work: set a function on it, and the commands call that."""
     fake = SimpleNamespace()
-    for name in ("pipeline", "examine"):
+    for name in ("pipeline", "examine", "auditing"):
         monkeypatch.setitem(sys.modules, f"geoquant.{name}", fake)
         monkeypatch.setattr(geoquant, name, fake, raising=False)
     return fake
@@ -239,6 +239,8 @@ def test_the_version_is_that_of_the_package():
         (["records", "--domain", "code", "--out", "o", "--seed", "-1"], "cannot use seed -1"),
         (["records", "--domain", "code", "--out", "o", "--canaries", "-1"], "cannot make -1 canaries"),
         (["records", "--domain", "code", "--out", "/"], "output folder / is not empty; choose a new folder"),
+        (["finetune", "m", "--out", "o"], 'Command "finetune" parameter --records requires an argument.'),
+        (["finetune", "m", "--records", "r", "--out", "o", "--lora", "1.5"], "Invalid value for --lora"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, line, capsys, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from geoquant import examine
+from geoquant import auditing
 from geoquant.cli.audit import show
 from geoquant.data.records import Split, load_split, write_records
 from geoquant.data.synthetic import synthetic_records
@@ -16,7 +16,8 @@ from geoquant.privacy.audit import audit, merge
 from geoquant.privacy.coins import audit_coins, candidates, most, secret_scores
 from geoquant.privacy.finetune import finetune
 from geoquant.privacy.one_run import epsilon_lower_bound
-from geoquant.privacy.scores import RecordScores, SplitScores, load_scores, save_scores, score_split
+from geoquant.privacy.scores import RecordScores, SplitScores, load_scores, save_scores
+from geoquant.privacy.scoring import score_split
 
 CANARIES = 40
 
@@ -150,5 +151,5 @@ def test_the_line_says_what_it_is_about(measured, tiny_model_dir, tmp_path, caps
     ):
         write_records(tmp_path / f"{name}.jsonl", records)
     files = [str(tmp_path / f"{name}.jsonl") for name in ("in", "out")]
-    whole = examine.audit(str(tiny_model_dir), *files, canaries=str(tmp_path / "all.jsonl"))
+    whole = auditing.audit(str(tiny_model_dir), *files, canaries=str(tmp_path / "all.jsonl"))
     assert whole["one_run"][0]["epsilon"] == 0.0

@@ -12,7 +12,7 @@ from geoquant.data.private import DemoSettings
 from geoquant.errors import UserError
 from geoquant.model.load import load
 from geoquant.plan import estimate
-from geoquant.report.build import check_schema
+from geoquant.report.schema import check_schema
 
 TINY = DemoSettings(
     members=12, nonmembers=12, canaries=2, epochs=1, batch=6, public_window=16, public_skip=10, public_count=3

@@ -18,7 +18,7 @@ from geoquant.model.load import load
 from geoquant.pipeline import make_plan, quantize
 from geoquant.plan import estimate
 from geoquant.recipe import BOXED, Recipe
-from geoquant.report.build import check_schema
+from geoquant.report.schema import check_schema
 from gguf_cases import bpe_tokenizer
 
 READER = all(importlib.util.find_spec(name) for name in ("gptqmodel", "optimum"))

@@ -12,9 +12,10 @@ import torch
 
 from geoquant.data.private import decoy_records
 from geoquant.data.records import Canary, Record
+from geoquant.data.text import digit_tokens
 from geoquant.errors import UserError
-from geoquant.privacy.exposure import exact_exposure, exposure
-from geoquant.privacy.scores import digit_tokens, score_records
+from geoquant.privacy.exposure import exact_exposure, exposure, walk_ranks
+from geoquant.privacy.scoring import score_records
 
 
 def canary(secret: str, repeats: int = 1) -> Record:
@@ -64,6 +65,37 @@ def test_a_memorised_secret_is_found_in_few_passes(tiny_model, tiny_tokenizer):
     assert 19 < bound.mean_bits <= exact.bits
     assert bound.canaries[0].repeats == 4
     assert bound.limit_bits == pytest.approx(log2(10**6))
+
+
+def test_ranks_are_exact_where_the_probability_allows_it(tiny_model, tiny_tokenizer):
+    """After half a training: some secrets certain, some likely, some not; every exact value against enumeration."""
+    from geoquant.privacy.finetune import finetune
+
+    records = [canary(secret) for secret in ("493", "118", "905", "226", "771")]
+    finetune(tiny_model, tiny_tokenizer, records, epochs=30, lr=4e-3, batch=5)
+    everything = every_secret(tiny_model, tiny_tokenizer, 3)
+    scores = score_records(tiny_model, tiny_tokenizer, records)
+    walked = walk_ranks(tiny_model, tiny_tokenizer, records, scores)
+    found = exposure(scores, records, walked=walked)
+    assert np.isfinite(walked).any()
+    for record, one in zip(records, found.canaries, strict=True):
+        own = everything[record.value(record.canary)]
+        truth = log2(1000) - log2(1 + sum(value > own for value in everything.values()))
+        if one.exact:
+            assert one.bits == pytest.approx(truth)
+        else:
+            assert np.exp(own) < 1 / 100
+            assert one.bits <= truth + 1e-6
+    likely = max(everything, key=everything.get)
+    assert np.exp(everything[likely]) < 0.51  # the five share what there is: none is certain, so walking was needed
+
+
+def test_half_precision_does_not_lose_the_secret(tiny_model, tiny_tokenizer):
+    """Batches of other sizes round otherwise: the secret's own path must survive every level all the same."""
+    model = tiny_model.bfloat16()
+    for secret in ("042", "777", "910", "385", "118"):
+        found = exact_exposure(model, tiny_tokenizer, canary(secret), budget=10**4)
+        assert 0 <= found.bits <= log2(1000)
 
 
 def test_an_unlikely_secret_exceeds_the_budget(tiny_model, tiny_tokenizer):

@@ -8,7 +8,8 @@ import torch
 
 from geoquant.data.records import Record, Span
 from geoquant.privacy.extraction import SAMPLES, extracted_spans, extraction, samples_needed
-from geoquant.privacy.scores import RecordScores, score_records
+from geoquant.privacy.scores import RecordScores
+from geoquant.privacy.scoring import score_records
 
 
 @pytest.fixture(scope="module")

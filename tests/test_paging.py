@@ -115,6 +115,7 @@ def test_the_peak_of_a_run_is_its_own():
     high = peak_memory_bytes()
     del block
     forget_peak_memory()
-    assert high - peak_memory_bytes() > 150_000_000
+    low = peak_memory_bytes()  # other freed memory may have gone back too: how much, the tests before this one decide
+    assert high - low > 150_000_000
     again = torch.ones(50_000_000)
-    assert peak_memory_bytes() > high - 4 * again.numel() // 4
+    assert peak_memory_bytes() - low > 0.75 * again.nbytes

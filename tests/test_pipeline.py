@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import make_tokenizer, tiny_llama
-from geoquant import cli, examine, pipeline
+from geoquant import auditing, cli, examine, pipeline
 from geoquant.data.private import make_records
 from geoquant.data.records import write_records
 from geoquant.data.text import builtin_text
@@ -28,7 +28,7 @@ from geoquant.export.verify import TOLERANCE
 from geoquant.pipeline import make_plan, quantize
 from geoquant.plan import estimate
 from geoquant.recipe import Recipe
-from geoquant.report.build import check_schema
+from geoquant.report.schema import check_schema
 
 CASES = {
     "2 bits": {"bits": 2},
@@ -742,7 +742,7 @@ def test_eval_refuses_windows_beyond_the_context(workplace):
 
 def test_audit_refuses_a_negative_seed(workplace):
     with pytest.raises(UserError, match=r"option seed: .* got -1; choose a value of at least 0"):
-        examine.audit(workplace[1].model, "in.jsonl", "out.jsonl", seed=-1)
+        auditing.audit(workplace[1].model, "in.jsonl", "out.jsonl", seed=-1)
 
 
 def test_a_bug_before_the_first_result_leaves_no_trace(workplace, tmp_path, monkeypatch):

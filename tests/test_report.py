@@ -15,7 +15,7 @@ import pytest
 
 from geoquant.errors import UserError
 from geoquant.report import check_schema, figures, headline, render, write_report
-from geoquant.report.build import fingerprint
+from geoquant.report.page import fingerprint
 from geoquant.report.profiles import profile_panels
 from geoquant.report.words import attack_label, p_value
 
@@ -601,7 +601,10 @@ def test_attack_names_are_recognised() -> None:
 
 
 def test_untested_attacks_are_listed(page: str, report: dict) -> None:
-    assert "not run: Min-K%++, zlib, Lowercase, Neighbourhood, RMIA, LiRA." in read(page).text
+    assert (
+        "not run: Min-K%++, zlib, Lowercase, Neighbourhood, RMIA, LiRA, Quantile regression, Combined."
+        in read(page).text
+    )
     few = copy.deepcopy(report)
     few["privacy"]["n_nonmembers"] = 40
     text = read(render(few)).text

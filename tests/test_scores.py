@@ -8,19 +8,14 @@ import torch
 
 from geoquant.data.private import make_records
 from geoquant.data.records import Canary, Record, Split
+from geoquant.data.text import digit_tokens
 from geoquant.errors import UserError
-from geoquant.privacy.scores import (
-    SplitScores,
-    digit_tokens,
-    load_scores,
-    save_scores,
-    score_records,
-    score_split,
-)
+from geoquant.privacy.scores import SplitScores, load_scores, save_scores
+from geoquant.privacy.scoring import score_records, score_split
 
 TEXTS = ("Ann Lee called from 201-555-0133.", "é€ ok", "a", "x", "Card 4000 1234, thanks!" * 3)
 RECORDS = [Record(text) for text in TEXTS]
-FIELDS = ("log_prob", "mean", "std", "correct", "digit_mass")
+FIELDS = ("log_prob", "mean", "std", "rank", "digit_mass")
 
 
 def slow(model, tokenizer, text: str, bos: bool) -> dict[str, np.ndarray]:
@@ -41,7 +36,7 @@ def slow(model, tokenizer, text: str, bos: bool) -> dict[str, np.ndarray]:
         "log_prob": p[torch.arange(len(truth)), truth].log().numpy(),
         "mean": mean.numpy(),
         "std": ((p * p.log() ** 2).sum(1) - mean**2).sqrt().numpy(),
-        "correct": (p.argmax(1) == truth).numpy(),
+        "rank": np.array([sorted(range(len(q)), key=lambda z: (-q[z], z)).index(t) for q, t in zip(logits, truth)]),
         "digit_mass": mass.numpy(),
     }
 

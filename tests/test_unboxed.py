@@ -197,7 +197,7 @@ def test_threads_do_not_follow_into_a_forked_child():
     """A pool made before the fork would wait for ever."""
     program = (
         "import os, torch; torch.set_num_threads(2)\n"
-        "from geoquant.lattice.threads import in_parts\n"
+        "from geoquant.threads import in_parts\n"
         "in_parts(lambda own: None, 4)\n"
         "child = os.fork()\n"
         "if not child: in_parts(lambda own: None, 4); os._exit(0)\n"

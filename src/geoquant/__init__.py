@@ -4,6 +4,7 @@
 
     report = geoquant.quantize(geoquant.Recipe(model="MODEL", bits=4), out="RUN")
     loaded = geoquant.load("RUN", quantized=True)  # .model, .tokenizer; kept columns merged in
+    found = geoquant.audit(loaded.model, members, nonmembers, tokenizer=loaded.tokenizer)
 
 Names are imported on first use, so that `import geoquant` costs nothing.
 """
@@ -15,18 +16,20 @@ from typing import TYPE_CHECKING
 from geoquant import _hook
 
 if TYPE_CHECKING:
+    from geoquant.auditing import audit
     from geoquant.errors import UserError
     from geoquant.model.load import load
     from geoquant.pipeline import make_plan, quantize
     from geoquant.recipe import Recipe
 
-__all__ = ["Recipe", "UserError", "__version__", "load", "make_plan", "quantize"]
+__all__ = ["Recipe", "UserError", "__version__", "audit", "load", "make_plan", "quantize"]
 
 __version__ = "0.1.0"
 
 # public name -> (module, name there)
 PUBLIC = {
     "Recipe": ("geoquant.recipe", "Recipe"),
+    "audit": ("geoquant.auditing", "audit"),
     "UserError": ("geoquant.errors", "UserError"),
     "load": ("geoquant.model.load", "load"),
     "make_plan": ("geoquant.pipeline", "make_plan"),

@@ -1,4 +1,4 @@
-"""Measure one model, ours or not: its quality, and what it reveals of given records."""
+"""Measure the quality of one model, ours or not."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from geoquant.data.records import Split, load_split
 from geoquant.data.text import Windows, read_text
 from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
@@ -18,14 +17,9 @@ from geoquant.evaluate.tasks import answer, load_task
 from geoquant.measure import builtin_tail
 from geoquant.model.load import Loaded, load
 from geoquant.model.vocabulary import head_weight
-from geoquant.privacy.audit import audit as run_attacks
-from geoquant.privacy.audit import merge
-from geoquant.privacy.scores import SplitScores, score_split
-from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
-from geoquant.recipe import checked
 
-__all__ = ["attack", "audit", "check_context", "evaluate"]
+__all__ = ["check_context", "evaluate"]
 
 
 def evaluate(
@@ -97,45 +91,6 @@ def check_comparable(loaded: Loaded, text: Windows, known: Windows, rows: int) -
             f"the tokenizers of {loaded.name} and of --reference cut {text.source} into different tokens",
             fix="give the model that it was made from, or leave --reference out",
         )
-
-
-def audit(
-    model: str,
-    members: str,
-    nonmembers: str,
-    *,
-    reference: str | None = None,
-    canaries: str | None = None,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> dict:
-    """What one model (ours or not) reveals of the given records."""
-    checked({"model": model, "seed": seed})
-    split = load_split(members, nonmembers, canaries)
-    subjects: dict[str, SplitScores | None] = {"base": None}
-    if reference is not None:
-        base = load(reference, device=device)
-        subjects["base"] = score_split(base.model, base.tokenizer, split, progress=progress)
-        del base
-        gc.collect()
-    loaded = load(model, device=device, quantized=True)
-    subjects["original"] = score_split(loaded.model, loaded.tokenizer, split, progress=progress)
-    return attack(split, subjects, seed)
-
-
-def attack(split: Split, subjects: dict[str, SplitScores | None], seed: int) -> dict:
-    """The audit of each model state on the same records; the base, where given, calibrates the others' attacks.
-
-    subjects: in the order base, original, quantized; each is compared with the one before it.
-    """
-    base = subjects.get("base")
-    audits = [
-        run_attacks(subject, scores, None if subject == "base" else base, split, seed=seed)
-        for subject, scores in subjects.items()
-        if scores is not None
-    ]
-    return merge(audits, check_sides(split, seed=seed)).to_dict()
 
 
 def check_context(loaded: Loaded, window: int) -> None:

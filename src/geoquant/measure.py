@@ -16,7 +16,8 @@ from geoquant.evaluate import divergence
 from geoquant.evaluate.divergence import Divergence
 from geoquant.evaluate.perplexity import Perplexity
 from geoquant.model.load import load
-from geoquant.privacy.scores import SplitScores, load_scores, save_scores, score_split
+from geoquant.privacy.scores import SplitScores, load_scores, save_scores
+from geoquant.privacy.scoring import score_split
 from geoquant.progress import Progress
 from geoquant.recipe import Recipe
 from geoquant.runs import read_json, write_json

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from geoquant import reporting
+from geoquant.auditing import attack
 from geoquant.data.records import Split, load_split
 from geoquant.errors import UserError
-from geoquant.examine import attack, check_context
+from geoquant.examine import check_context
 from geoquant.export import check, unread
 from geoquant.export.verify import verify, write_expected
 from geoquant.exporting import write_export
@@ -37,6 +38,7 @@ from geoquant.observe.stream import Stream, open_stream, spread
 from geoquant.plan.estimate import Cost, cost
 from geoquant.plan.uniform import Plan, check_choices, uniform_plan
 from geoquant.privacy.scores import SplitScores
+from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
 from geoquant.recipe import PACKED, Recipe, checked, located
 from geoquant.report.build import write_report
@@ -68,6 +70,10 @@ def quantize(
     try:
         with clock("load"):
             split = load_records(recipe)
+            # Before hours of work: whether the records will allow a verdict.
+            check = check_sides(split, seed=recipe.seed) if split else None
+            if check and check.refusal:
+                progress("records", 0, 1, "they allow no verdict on leakage")
             loaded, blocks, texts, plan, notes = prepare(recipe)
             for warning in (changed := write_manifest(run, recipe, loaded, texts, split, command)):
                 progress("resume", 0, 1, warning)
@@ -108,7 +114,7 @@ def quantize(
         del head
         quantized = score(run, "quantized", loaded, split, progress)
         subjects = {"base": base, "original": original, "quantized": quantized}
-        privacy = attack(split, subjects, recipe.seed) if split else None
+        privacy = attack(split, subjects, recipe.seed, check) if split else None
     with clock("export"):
         write_expected(run / "expected.safetensors", loaded.model, texts.evaluation.tokens)
         facts = reporting.model_facts(loaded)
@@ -314,7 +320,8 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
 def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     """What `quantize` would do: sites, sizes, time and memory. Writes nothing."""
     loaded, blocks, texts, plan, notes = prepare(recipe)
-    load_records(recipe)
+    if (split := load_records(recipe)) and (refusal := check_sides(split, seed=recipe.seed).refusal):
+        notes += (f"the audit will give no verdict: {refusal}",)
     spent: Cost = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
     return {
         "model": reporting.model_facts(loaded),

@@ -45,6 +45,7 @@ __all__ = [
     "read_tensors",
     "recorded_recipe",
     "remove_empty",
+    "sweep",
     "write_json",
     "write_tensors",
 ]
@@ -209,11 +210,16 @@ def claim_output(out: Path, *, resume: bool) -> tuple[Path, ...]:
         made = tuple(takewhile(lambda folder: not folder.exists(), (out, *out.parents)))
         with _explained(out):
             out.mkdir(parents=True, exist_ok=True)
-        for leftover in list(out.rglob(PARTIAL + "*")):  # a folder goes before what it holds
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        sweep(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}", fix="choose another --out folder") from None
     return made
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left unfinished."""
+    for leftover in list(folder.rglob(PARTIAL + "*")):  # a folder goes before what it holds
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "eval": ("evaluate:evaluate", "perplexity, divergence from another model, multiple choice"),
     "audit": ("audit:audit", "what do the weights reveal about their training records?"),
     "records": ("records:records", "make synthetic private records to train on and audit with"),
+    "finetune": ("finetune:finetune", "train on records until an attack succeeds, or for some epochs"),
     "export": ("export:export", "one more format from a finished run"),
     "verify": ("verify:verify", "does a stock reader see what was solved?"),
     "explain": ("explain:explain", "what was decided for a layer, and why, in numbers"),
@@ -40,6 +41,8 @@ COMMANDS = {
 RESUME = {
     "quantize": "finished sites are kept: add --resume to the same command to go on",
     "demo": "finished steps are kept: run the same command to go on",
+    "audit": "with --out, the scores of texts that were finished are kept: run the same command to go on",
+    "finetune": "the last hundred steps at most are lost: run the same command to go on",
 }
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from geoquant.cli.options import WHOLE, Device, Json, Model
+from geoquant.cli.options import WHOLE, Device, Json, Model, command_line
 from geoquant.cli.screen import library, output, progress_display, stdout_console
 from geoquant.cli.summary import exposure, extraction, number, percent
 
 __all__ = ["audit"]
 
 # The report compares an original with its quantized twin; here one model is looked at, whatever it is.
-NAMES = {"original": "this model", "base": "reference"}
+NAMES = {"original": "this model", "base": "reference", "against": "the other"}
 
 
 def audit(
@@ -23,8 +24,17 @@ def audit(
     members: Annotated[str, Parameter(help="Records the model was trained on, .jsonl with a text field.")],
     nonmembers: Annotated[str, Parameter(help="Records of the same kind that it never saw, .jsonl.")],
     reference: Annotated[str | None, Parameter(help="Public base model: calibrates the attack.")] = None,
+    against: Annotated[str | None, Parameter(help="Another state of the model, compared record by record.")] = None,
     canaries: Annotated[str | None, Parameter(help="Canaries planted in the training data, .jsonl.")] = None,
-    seed: Annotated[int, Parameter(help="Seed of the bootstrap."), WHOLE] = 0,
+    out: Annotated[Path | None, Parameter(help="Folder for audit.json, audit.html and the scores.")] = None,
+    train_shadows: Annotated[
+        int, Parameter(help="Fine-tunes of the reference on halves of the records; LiRA and RMIA need them."), WHOLE
+    ] = 0,
+    shadow_epochs: Annotated[int, Parameter(help="Epochs of a shadow: as MODEL was trained."), WHOLE] = 3,
+    shadow_lr: Annotated[float, Parameter(help="Peak learning rate of a shadow.")] = 1e-4,
+    shadow_batch: Annotated[int, Parameter(help="Records of one step of a shadow."), WHOLE] = 8,
+    shadow_lora: Annotated[int, Parameter(help="Rank of a shadow's adapters; 0: all weights learn."), WHOLE] = 0,
+    seed: Annotated[int, Parameter(help="Seed of intervals, permutations and shadows."), WHOLE] = 0,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -36,25 +46,32 @@ def audit(
     For example:
 
       geoquant audit MODEL --members in.jsonl --nonmembers out.jsonl
-      geoquant audit RUN/model --members in.jsonl --nonmembers out.jsonl --json
+      geoquant audit TUNED --members in.jsonl --nonmembers out.jsonl --reference BASE --out AUDIT
+      geoquant audit TUNED --members in.jsonl --nonmembers out.jsonl --reference BASE --out AUDIT --train-shadows 8
+      geoquant audit RUN/model --members in.jsonl --nonmembers out.jsonl --against TUNED --json
     """
     with output(json) as result:
         with progress_display() as progress:
-            examine = library("examine", progress)
-            found = examine.audit(
+            auditing = library("auditing", progress)
+            found = auditing.audit(
                 model,
                 members,
                 nonmembers,
                 reference=reference,
+                against=against,
                 canaries=canaries,
+                out=out,
                 seed=seed,
                 device=device,
+                train_shadows=train_shadows,
+                shadow_settings=auditing.ShadowSettings(shadow_epochs, shadow_lr, shadow_batch, shadow_lora, seed),
                 progress=progress,
+                command=command_line(),
             )
-        result(found, lambda: show(found))
+        result(found, lambda: show(found, out))
 
 
-def show(found: dict) -> None:
+def show(found: dict, out: Path | None = None) -> None:
     """Whether the records allow a verdict, one row per attack, changes, extraction and exposure of every model."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -91,10 +108,17 @@ def show(found: dict) -> None:
         print("p: of both sides scoring alike, corrected over attacks; TPR: at these false positive rates")
     show_changes(found.get("comparisons") or [])
     for subject in dict.fromkeys(attack["subject"] for attack in found["attacks"]):
-        seen = {"extracted": extraction(found, subject), "exposure": exposure(found, subject)}
+        seen = {
+            "extracted": extraction(found, subject),
+            "extracted by name": extraction(found, subject, "prompted"),
+            "exposure": exposure(found, subject),
+        }
         for label, value in seen.items():
             if value is not None:
                 print(f"{NAMES.get(subject, subject)}: {label} {value}")
+    if shadows := found.get("shadows"):
+        remembered = ", ".join(number(model["auc"], 2) for model in shadows["models"])
+        print(f"shadow models: AUC on their own halves {remembered}")
     for bound in found.get("one_run") or []:
         print(f"{NAMES.get(bound['subject'], bound['subject'])}: {one_run(bound)}")
     for verdict in found.get("verdict") or []:
@@ -102,6 +126,8 @@ def show(found: dict) -> None:
     for warning in found.get("warnings") or []:
         print(f"warning: {warning}")
     print("no formal guarantee: these are the attacks that were run, not all that exist")
+    if out is not None:
+        print(f"for a reviewer: {out / 'audit.html'}")
 
 
 def show_changes(comparisons: list[dict]) -> None:

@@ -79,9 +79,10 @@ def formats() -> dict[str, str]:
 
 
 def attacks() -> dict[str, str]:
-    from geoquant.privacy.attacks import ATTACKS
+    from geoquant.privacy.attacks import ATTACKS, JOINT, combined
 
-    return {name: module_line(attack.score) for name, attack in ATTACKS.items()}
+    single = {name: module_line(attack.score) for name, attack in (ATTACKS | JOINT).items()}
+    return single | {"combined": module_line(combined.score)}
 
 
 def domains() -> dict[str, str]:

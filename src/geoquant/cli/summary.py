@@ -74,9 +74,9 @@ def attack_rows(privacy: dict, name: str, subject: str) -> dict[str, str]:
     }
 
 
-def extraction(privacy: dict, subject: str) -> str | None:
-    """Share of marked spans that greedy decoding gave back; None where nobody tried."""
-    rows = [row for row in privacy.get("extraction") or [] if row["subject"] == subject]
+def extraction(privacy: dict, subject: str, how: str = "extraction") -> str | None:
+    """Share of marked spans that greedy decoding gave back; None where nobody tried. how: or `prompted`, by name."""
+    rows = [row for row in privacy.get(how) or [] if row["subject"] == subject]
     rows = [row for row in rows if row["kind"].lower() in ("all", "total")] or rows
     spans = sum(row["spans"] for row in rows)
     return f"{percent(sum(row['extracted'] for row in rows) / spans)} of {spans}" if spans else None

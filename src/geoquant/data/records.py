@@ -23,7 +23,17 @@ from geoquant.data.jsonl import check_encodable, json_lines, read_utf8
 from geoquant.errors import UserError
 from geoquant.runs import atomic_write
 
-__all__ = ["Canary", "Record", "Span", "Split", "check_split", "load_split", "read_records", "write_records"]
+__all__ = [
+    "Canary",
+    "Record",
+    "Span",
+    "Split",
+    "as_records",
+    "check_split",
+    "load_split",
+    "read_records",
+    "write_records",
+]
 
 MINIMUM = 10  # records on each side below which an attack's interval says nothing
 
@@ -214,23 +224,45 @@ def check_split(members: Sequence[Record], nonmembers: Sequence[Record], *, mini
             raise UserError(f"too few {side}", got=f"{len(records)} records", wanted=f"at least {minimum}")
 
 
-def load_split(members: str | Path, nonmembers: str | Path, canaries: str | Path | None = None) -> Split:
-    """Read and check the files of an audit. Canaries found among the members are audited as canaries.
+def as_records(given: str | Path | Sequence[str | Record], what: str) -> tuple[Record, ...]:
+    """The records of a file, or of texts and records in memory. `what`: their name in a message.
+
+    Raises UserError as `read_records` does, and for an empty text or sequence.
+    """
+    if isinstance(given, str | Path):
+        return read_records(given)
+    records = tuple(one if isinstance(one, Record) else Record(one) for one in given)
+    if not records:
+        raise UserError(f"no {what}", wanted="a .jsonl file, or texts")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record.text, str) or not record.text.strip():
+            raise UserError(f"{what}: record {number} is no text or an empty one", got=repr(record.text))
+        check_encodable(f"{what}: record {number}", record.text)
+    return records
+
+
+def load_split(
+    members: str | Path | Sequence[str | Record],
+    nonmembers: str | Path | Sequence[str | Record],
+    canaries: str | Path | Sequence[Record] | None = None,
+) -> Split:
+    """Read and check what an audit compares. Canaries found among the members are audited as canaries.
 
     Those that a coin left out of the training data have nothing to expose: they are kept apart.
     """
-    inside = read_records(members)
+    inside = as_records(members, "members")
     planted = tuple(record for record in inside if record.canary)
     if canaries is not None:
-        extra = read_records(canaries)
+        extra = as_records(canaries, "canaries")
         for number, record in enumerate(extra, start=1):
             if record.canary is None:
+                where = canaries if isinstance(canaries, str | Path) else "canaries"
                 raise UserError(
-                    f"{canaries}: record {number} marks no secret",
-                    wanted='"canary": {"name", "start", "end"}',
+                    f"{where}: record {number} marks no secret", wanted='"canary": {"name", "start", "end"}'
                 )
         planted += extra
     planted, withheld = (tuple(r for r in planted if bool(r.repeats) == wanted) for wanted in (True, False))
-    split = Split(tuple(r for r in inside if not r.canary), read_records(nonmembers), planted, withheld)
+    outside = as_records(nonmembers, "non-members")
+    split = Split(tuple(r for r in inside if not r.canary), outside, planted, withheld)
     check_split(split.members, split.nonmembers)
     return split

@@ -17,7 +17,7 @@ from torch import Tensor
 from geoquant.data.jsonl import check_encodable, json_lines, read_utf8
 from geoquant.errors import UserError
 
-__all__ = ["Windows", "adds_bos", "builtin_text", "read_text", "windows"]
+__all__ = ["Windows", "adds_bos", "builtin_text", "digit_tokens", "read_text", "windows"]
 
 SHAPE = '{"text": "..."} on every line'
 
@@ -114,3 +114,12 @@ def _first_tokens(tokenizer, text: str, needed: int | None) -> list[int]:
         if characters >= len(text) or len(ids) >= needed + margin:
             return ids
         characters *= 2
+
+
+def digit_tokens(tokenizer) -> Int[Tensor, 10] | None:
+    """Ids of the tokens 0..9, or None when the tokenizer merges neighbouring digits."""
+    ids = tokenizer("x0918273645", add_special_tokens=False).input_ids[-10:]
+    pieces = [tokenizer.decode([token]).strip() for token in ids]
+    if pieces != list("0918273645"):
+        return None
+    return torch.tensor([ids[pieces.index(digit)] for digit in "0123456789"])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from geoquant.lattice.grid import Grid, search_scales
 from geoquant.lattice.kernel import boxed_panel
-from geoquant.lattice.threads import in_parts
+from geoquant.threads import in_parts
 
 __all__ = ["BoxedCodes", "boxed_babai"]
 

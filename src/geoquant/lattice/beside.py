@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geoquant.lattice.lanes import LANES, SUB, pack, panel, unpack
 from geoquant.lattice.rows import RowMetric, block_sizes
-from geoquant.lattice.threads import in_parts
+from geoquant.threads import in_parts
 
 __all__ = ["Tariff", "side_by_side", "smallest"]
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from geoquant.lattice.kernel import best_symmetric
-from geoquant.lattice.threads import in_parts
+from geoquant.threads import in_parts
 
 __all__ = ["SCALE_DTYPE", "Grid", "dequantize", "round_to_grid", "search_scales"]
 

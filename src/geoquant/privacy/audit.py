@@ -7,14 +7,16 @@ Measured, against the records that were given:
   sees no model tells the files apart (privacy/blind.py), p-values and verdict are withheld.
 - **comparisons**: how each attack's AUC changes from model to model, paired by record.
 - **extraction**: marked private spans written out verbatim from their true prefix, by greedy decoding and in so many
-  samples.
+  samples; the same values asked for by name (privacy/prompts.py); records continued from their first tokens
+  (privacy/suffixes.py).
 - **exposure**: bits by which planted secrets stand out.
 - **one-run audit**: where coins decided which canaries were planted, a lower bound on the epsilon of whatever made the
   model of them (privacy/one_run.py).
 
-Not measured: stronger attacks (shadow models, prompts an attacker invents), other records than these,
-paraphrases. The audit never issues a guarantee (`guarantee` is None): low numbers mean that these
-attacks, on these records, found little.
+Where shadow models were trained (privacy/shadows.py), attacks compare with them. A combination of all attacks is the
+strongest attacker tried. Not measured: prompts other than ours, other records than these, paraphrases.
+The audit never issues a guarantee (`guarantee` is None): low numbers mean that these attacks, on these records,
+found little.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ import numpy as np
 
 from geoquant.data.records import Split
 from geoquant.errors import UserError
-from geoquant.privacy.attacks import ATTACKS
+from geoquant.privacy.attacks import membership_scores
+from geoquant.privacy.attacks.combined import combine, widened
 from geoquant.privacy.coins import audit_coins, most
 from geoquant.privacy.comparison import Comparison, compare_subjects
 from geoquant.privacy.delong import delong_interval
@@ -34,14 +37,18 @@ from geoquant.privacy.evidence import gather
 from geoquant.privacy.exposure import Exposure, exposure
 from geoquant.privacy.extraction import Extraction, extraction
 from geoquant.privacy.one_run import OneRunBound
+from geoquant.privacy.prompts import make_prompts, prompted_extraction
 from geoquant.privacy.scores import SplitScores
+from geoquant.privacy.shadows import Shadows
 from geoquant.privacy.statistics import auc, auc_interval, chance_p, holm, needed, realised_fpr, roc_points, tpr_at_fpr
+from geoquant.privacy.suffixes import SuffixExtraction, suffix_extraction
 from geoquant.privacy.validity import SplitCheck
 
-__all__ = ["AttackResult", "Audit", "Caught", "audit", "merge"]
+__all__ = ["COMBINED", "AttackResult", "Audit", "Caught", "audit", "merge"]
 
 FALSE_POSITIVE_RATES = (0.1, 0.01, 0.001)
 LEVEL = 0.05  # of the verdict, after Holm's correction over the attacks on one model
+COMBINED = "combined"
 COARSE = 5  # times the non-members a rate needs; below, how far the threshold may be off is said
 
 
@@ -63,7 +70,8 @@ class AttackResult:
     """One attack on one model. `tpr_at_fpr` is keyed by the rate, as text.
 
     ci: by bootstrap; ci_delong: by DeLong's variance. p: two-sided, of "both sides score alike"; p_holm: corrected
-    over the attacks on this model. scores: of members and of non-members, for comparisons; not in the report.
+    over the attacks on this model. Of the combination, which is fitted to the records, intervals are widened and p is
+    by permutation. scores: of members and of non-members, for comparisons; not in the report.
     """
 
     name: str
@@ -108,6 +116,9 @@ class Audit:
     comparisons: tuple[Comparison, ...] = ()
     check: SplitCheck | None = None
     one_run: tuple[tuple[str, OneRunBound], ...] = ()
+    prompted: tuple[tuple[str, Extraction], ...] = ()
+    suffixes: tuple[tuple[str, SuffixExtraction], ...] = ()
+    shadows: Shadows | None = None
     guarantee: None = None
 
     @property
@@ -148,6 +159,11 @@ class Audit:
             "no_verdict": self.refusal,
             **(self.check.to_dict() if self.check else {"gate": None, "near_duplicates": None}),
             "extraction": [{"subject": subject, **_plain(asdict(part))} for subject, part in self.extraction],
+            "prompted": [{"subject": subject, **_plain(asdict(part))} for subject, part in self.prompted],
+            "suffixes": [
+                {"subject": subject, "prefix": part.prefix, "tokens": part.tokens, **_plain(asdict(part.found))}
+                for subject, part in self.suffixes
+            ],
             "exposure": [
                 {
                     "subject": subject,
@@ -159,6 +175,7 @@ class Audit:
                 for subject, part in self.exposure
             ],
             "one_run": [{"subject": subject, **asdict(bound), "most": most(bound)} for subject, bound in self.one_run],
+            "shadows": self.shadows and self.shadows.to_dict(),
             "guarantee": self.guarantee,
             "n_members": self.n_members,
             "n_nonmembers": self.n_nonmembers,
@@ -170,12 +187,20 @@ def _plain(values: dict) -> dict:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def audit(subject: str, target: SplitScores, reference: SplitScores | None, split: Split, *, seed: int = 0) -> Audit:
+def audit(
+    subject: str,
+    target: SplitScores,
+    reference: SplitScores | None,
+    split: Split,
+    *,
+    shadows: Shadows | None = None,
+    seed: int = 0,
+) -> Audit:
     """Run every attack that the given scores allow on one subject.
 
     target, reference: scores of the same split under the audited model and under its public base (None:
     attacks that need one are left out, and the audit says so; pass None for the base itself, which has no
-    base).
+    base). shadows: models that were trained as this one was, on halves of the split.
 
     Raises UserError when the scores do not belong to the split or the two models tokenise differently.
     """
@@ -186,22 +211,33 @@ def audit(subject: str, target: SplitScores, reference: SplitScores | None, spli
             got=f"scores of {sizes[0]} + {sizes[1]} records",
             wanted=f"{len(split.members)} + {len(split.nonmembers)}",
         )
-    inside = gather(split.members, target.members, reference and reference.members, target.lowered_members)
-    outside = gather(split.nonmembers, target.nonmembers, reference and reference.nonmembers, target.lowered_nonmembers)
-    scores = {
-        name: (attack.score(inside), attack.score(outside))
-        for name, attack in ATTACKS.items()
-        if attack.possible(inside)
-    }
+    inside = gather(
+        split.members,
+        target.members,
+        reference and reference.members,
+        target.lowered_members,
+        shadows and shadows.members,
+    )
+    outside = gather(
+        split.nonmembers,
+        target.nonmembers,
+        reference and reference.nonmembers,
+        target.lowered_nonmembers,
+        shadows and shadows.nonmembers,
+    )
+    scores = membership_scores(inside, outside)
     p = {name: chance_p(*sides) for name, sides in scores.items()}
+    fitted = combine(scores, seed=seed)
+    if fitted is not None:
+        scores, p = scores | {COMBINED: fitted.scores}, p | {COMBINED: fitted.p}
     corrected = dict(zip(p, holm(list(p.values())), strict=True))
     attacks = tuple(
         AttackResult(
             name,
             subject,
-            auc(*sides),
-            auc_interval(*sides, seed=seed),
-            delong_interval(*sides),
+            area := auc(*sides),
+            _wide_enough(name, auc_interval(*sides, seed=seed), area),
+            _wide_enough(name, delong_interval(*sides), area),
             p[name],
             corrected[name],
             {f"{rate:g}": _caught(*sides, rate) for rate in FALSE_POSITIVE_RATES},
@@ -211,7 +247,9 @@ def audit(subject: str, target: SplitScores, reference: SplitScores | None, spli
         for name, sides in scores.items()
     )
     spans = extraction(target.members, target.nonmembers, split.members, split.nonmembers)
-    secrets = exposure(target.canaries, split.canaries, target.decoys) if target.canaries else None
+    prompts = (make_prompts(side) for side in (split.members, split.nonmembers))
+    asked = prompted_extraction(target.prompted_members, target.prompted_nonmembers, *prompts)
+    secrets = exposure(target.canaries, split.canaries, target.decoys, target.walked) if target.canaries else None
     coins = audit_coins(target, reference, split, seed=seed)
     return Audit(
         attacks,
@@ -220,7 +258,14 @@ def audit(subject: str, target: SplitScores, reference: SplitScores | None, spli
         *sizes,
         warnings=_warnings(split, spans, secrets),
         one_run=((subject, coins),) if coins else (),
+        prompted=tuple((subject, part) for part in asked),
+        suffixes=tuple((subject, part) for part in suffix_extraction(target.members, target.nonmembers)),
     )
+
+
+def _wide_enough(name: str, interval: tuple[float, float], area: float) -> tuple[float, float]:
+    """Intervals are made for scores that were not fitted to the records."""
+    return widened(interval, area) if name == COMBINED else interval
 
 
 def _caught(members: np.ndarray, nonmembers: np.ndarray, rate: float) -> Caught:
@@ -255,7 +300,7 @@ def _warnings(split: Split, spans: tuple[Extraction, ...], secrets: Exposure | N
     return tuple(found)
 
 
-def merge(audits: Iterable[Audit], check: SplitCheck | None = None) -> Audit:
+def merge(audits: Iterable[Audit], check: SplitCheck | None = None, shadows: Shadows | None = None) -> Audit:
     """One audit of several subjects from audits of the same split, each compared with the one before it."""
     audits = list(audits)
     if len({(a.n_members, a.n_nonmembers) for a in audits}) != 1:
@@ -266,8 +311,14 @@ def merge(audits: Iterable[Audit], check: SplitCheck | None = None) -> Audit:
         tuple(part for a in audits for part in a.exposure),
         audits[0].n_members,
         audits[0].n_nonmembers,
-        warnings=tuple(dict.fromkeys(text for a in audits for text in a.warnings)) + (check.warnings if check else ()),
-        comparisons=compare_subjects([a.attacks for a in audits]),
+        warnings=tuple(dict.fromkeys(text for a in audits for text in a.warnings))
+        + (check.warnings if check else ())
+        + (shadows.warnings if shadows else ()),
+        # DeLong's test is for scores that were not fitted to the records.
+        comparisons=compare_subjects([[one for one in a.attacks if one.name != COMBINED] for a in audits]),
         check=check,
         one_run=tuple(part for a in audits for part in a.one_run),
+        prompted=tuple(part for a in audits for part in a.prompted),
+        suffixes=tuple(part for a in audits for part in a.suffixes),
+        shadows=shadows,
     )

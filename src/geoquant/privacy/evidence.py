@@ -11,12 +11,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
 from geoquant.data.records import Record
 from geoquant.privacy.scores import RecordScores
 
-__all__ = ["Evidence", "compressed_bytes", "gather"]
+__all__ = ["Evidence", "ShadowScores", "compressed_bytes", "gather"]
+
+
+@dataclass(frozen=True)
+class ShadowScores:
+    """The n records under shadow models (privacy/shadows.py), each trained on some of them.
+
+    mean_log_prob: nats per token, -inf for a record without scored tokens; inside: which model was trained on which
+    record; lengths: scored tokens of each record.
+    """
+
+    mean_log_prob: Float[np.ndarray, "models n"]
+    inside: Bool[np.ndarray, "models n"]
+    lengths: Int[np.ndarray, " n"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,7 @@ class Evidence:
     """target: under the audited model; reference: under a model that never saw the records (the public base).
 
     zlib_bytes: of the part of each record's text that was scored, a property of the text and not of the model.
-    lowered: the texts in lower case under the audited model.
+    lowered: the texts in lower case under the audited model. shadows: under models trained as the audited one was.
     What is None was not gathered.
     """
 
@@ -32,6 +45,7 @@ class Evidence:
     reference: RecordScores | None = None
     zlib_bytes: Int[np.ndarray, " n"] | None = None
     lowered: RecordScores | None = None
+    shadows: ShadowScores | None = None
 
 
 def gather(
@@ -39,9 +53,10 @@ def gather(
     target: RecordScores,
     reference: RecordScores | None = None,
     lowered: RecordScores | None = None,
+    shadows: ShadowScores | None = None,
 ) -> Evidence:
     """The evidence about `records`, given their scores in the same order."""
-    return Evidence(target, reference, compressed_bytes(records, target), lowered)
+    return Evidence(target, reference, compressed_bytes(records, target), lowered, shadows)
 
 
 def compressed_bytes(records: Sequence[Record], scores: RecordScores) -> Int[np.ndarray, " n"]:

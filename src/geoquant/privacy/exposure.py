@@ -11,9 +11,10 @@ P(s) secrets are as likely as s: rank(s) <= 1 / P(s), hence
 
     exposure(s) >= log2 |R| + log2 P(s)          (clipped at 0)
 
-which one forward pass gives: the estimator `digits-bound`. It is tight for a memorised secret (P near 1) and
-loose, always on the low side, for others. `exact_exposure` finds the rank itself by walking only the digit
-prefixes that are at least as likely as the whole secret (`exact-rank`).
+which one forward pass gives: the estimator `digits-bound`, loose and always on the low side. Where P is above a half
+the secret is the first of all for certain. Between that and a few hundredths `walk_ranks` finds the rank itself, by
+walking only the digit prefixes that are at least as likely as the whole secret (`exact-rank`): at most 1 / P of them
+survive a level. What is below stays a bound.
 
 Where the tokenizer merges digits, the secret is ranked among N random secrets in the same place (decoys):
 rank/|R| is estimated by (k + 1) / (N + 1), k decoys being at least as likely, with a Clopper-Pearson interval
@@ -28,28 +29,36 @@ from math import log, log2
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from geoquant.data.records import Record
-from geoquant.data.text import adds_bos
+from geoquant.data.text import adds_bos, digit_tokens
 from geoquant.errors import UserError
-from geoquant.privacy.scores import RecordScores, digit_tokens
+from geoquant.privacy.scores import RecordScores
 from geoquant.privacy.statistics import clopper_pearson
 
-__all__ = ["BOUND", "EXACT", "SAMPLED", "CanaryExposure", "Exposure", "exact_exposure", "exposure"]
+__all__ = ["BOUND", "EXACT", "SAMPLED", "CanaryExposure", "Exposure", "exact_exposure", "exposure", "walk_ranks"]
 
 BOUND, EXACT, SAMPLED = "digits-bound", "exact-rank", "sampled-rank"
 ROUNDING = 1e-3  # nats by which two passes over one text may differ
+HALF_ROUNDING = 0.1  # the same of a model in half precision, in batches of other sizes
+CERTAIN = 0.51  # two secrets cannot both be so likely
+FEW = 200  # 1 / P up to which the rank is walked: a second or two for a canary of SmolLM2
 
 
 @dataclass(frozen=True)
 class CanaryExposure:
-    """Exposure of one planted secret in bits; `ci` only where it was estimated by sampling."""
+    """Exposure of one planted secret in bits; `ci` only where it was estimated by sampling.
+
+    exact: the rank is known; else bits are a lower bound or an estimate.
+    """
 
     name: str
     repeats: int
     bits: float
     limit_bits: float
     ci: tuple[float, float] | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,31 +78,67 @@ class Exposure:
         return float(np.mean([canary.limit_bits for canary in self.canaries]))
 
 
-def exposure(scores: RecordScores, records: Sequence[Record], decoys: RecordScores | None = None) -> Exposure | None:
-    """Exposure of the canaries in `records` from their scores: `digits-bound`, or `sampled-rank` with decoys.
+def exposure(
+    scores: RecordScores,
+    records: Sequence[Record],
+    decoys: RecordScores | None = None,
+    walked: Float[np.ndarray, " m"] | None = None,
+) -> Exposure | None:
+    """Exposure of the canaries in `records` from their scores, or, with decoys, their `sampled-rank` among those.
 
-    decoys: scores of data.private.decoy_records(records, N), N for each canary in order. Canaries that were
-    cut off are left out; None when nothing can be measured.
+    decoys: scores of data.private.decoy_records(records, N), N for each canary in order. walked: what `walk_ranks`
+    found. Canaries that were cut off are left out; None when nothing can be measured.
     """
     found = []
-    estimator = BOUND if decoys is None else SAMPLED
     for index, record in enumerate(records):
         canary = record.canary
         part = scores.covering(index, canary.start, canary.end) if canary else None
         if part is None:
             continue
-        limit = canary.digits * log2(10)
+        limit, ci, exact = canary.digits * log2(10), None, False
         if decoys is None:
-            # NaN where a token is not exactly one digit: then there is no bound to give.
-            nats = float((scores.log_prob[part].astype(np.float64) - scores.digit_mass[part]).sum())
-            if part.stop - part.start != canary.digits or np.isnan(nats):
+            nats = _secret_nats(scores, record, part)
+            if nats is None:
                 continue
-            bits, ci = max(0.0, limit + nats / log(2)), None
+            bits, exact = max(0.0, limit + nats / log(2)), nats > log(CERTAIN)
+            if exact:
+                bits = limit
+            elif walked is not None and np.isfinite(walked[index]):
+                bits, exact = float(walked[index]), True
         else:
             count = len(decoys) // len(records)
             bits, limit, ci = _sampled(scores, decoys, index, count, limit)
-        found.append(CanaryExposure(canary.name, canary.repeats, bits, limit, ci))
-    return Exposure(tuple(found), estimator) if found else None
+        found.append(CanaryExposure(canary.name, canary.repeats, bits, limit, ci, exact))
+    if not found:
+        return None
+    known = EXACT if all(one.exact for one in found) else BOUND
+    return Exposure(tuple(found), known if decoys is None else SAMPLED)
+
+
+def _secret_nats(scores: RecordScores, record: Record, part: slice) -> float | None:
+    """Log of the probability of a canary's secret among all digit strings; None where tokens are not single digits."""
+    nats = float((scores.log_prob[part].astype(np.float64) - scores.digit_mass[part]).sum())
+    # NaN where a token is not exactly one digit: then there is no bound to give.
+    return None if part.stop - part.start != record.canary.digits or np.isnan(nats) else nats
+
+
+def walk_ranks(
+    model, tokenizer, records: Sequence[Record], scores: RecordScores, *, few: int = FEW
+) -> Float[np.ndarray, " m"]:
+    """Exact exposure (bits) of the canaries that are neither certain to be first nor less likely than 1 / few.
+
+    NaN for the others, whose scores tell enough or too little to pay for more.
+    """
+    bits = np.full(len(records), np.nan)
+    if digit_tokens(tokenizer) is None:
+        return bits
+    for index, record in enumerate(records):
+        part = scores.covering(index, record.canary.start, record.canary.end)
+        nats = None if part is None else _secret_nats(scores, record, part)
+        if nats is not None and -log(few) <= nats <= log(CERTAIN):
+            found = exact_exposure(model, tokenizer, record, budget=few * record.canary.digits)
+            bits[index] = np.nan if found is None else found.bits
+    return bits
 
 
 def _sampled(scores: RecordScores, decoys: RecordScores, index: int, count: int, limit: float):
@@ -143,6 +188,7 @@ def exact_exposure(model, tokenizer, record: Record, *, budget: int = 2000) -> C
             parts.append(torch.log_softmax(logits[:, digits].double(), dim=1))
         return torch.cat(parts)
 
+    margin = ROUNDING if next(model.parameters()).dtype == torch.float32 else HALF_ROUNDING
     truth = torch.tensor([secret])
     target = sum(float(steps(truth[:, :level])[0, digit]) for level, digit in enumerate(secret))
     paths, weights, used = torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), 0
@@ -152,9 +198,11 @@ def exact_exposure(model, tokenizer, record: Record, *, budget: int = 2000) -> C
             return None
         weights = (weights[:, None] + steps(paths)).flatten()
         paths = torch.cat([paths.repeat_interleave(10, 0), torch.arange(10).repeat(len(paths))[:, None]], dim=1)
-        alive = weights >= target - ROUNDING
+        # The secret's own path stays, whatever another batch makes of its last digits in half precision.
+        own_path = (paths == truth[:, : paths.shape[1]]).all(dim=1)
+        alive = (weights >= target - margin) | own_path
         paths, weights = paths[alive], weights[alive]
     own = weights[(paths == truth).all(dim=1)][0]
     rank = 1 + int((weights > own).sum())
     limit = canary.digits * log2(10)
-    return CanaryExposure(canary.name, canary.repeats, limit - log2(rank), limit)
+    return CanaryExposure(canary.name, canary.repeats, limit - log2(rank), limit, exact=True)

@@ -24,12 +24,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Float
 
 from geoquant.data.records import Record
 from geoquant.privacy.scores import RecordScores
 from geoquant.privacy.statistics import clopper_pearson
 
-__all__ = ["Extraction", "extracted_spans", "extraction"]
+__all__ = ["Extraction", "Tried", "by_kind", "extracted_spans", "extraction", "samples_for", "summary"]
 
 ALL = "all"
 SAMPLES = (1, 100, 10_000)
@@ -58,6 +59,15 @@ class Extraction:
     control_sampled: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Tried:
+    """Whether greedy decoding wrote one text out, and the samples that it takes to have it among them."""
+
+    kind: str
+    extracted: bool
+    samples: float
+
+
 def extracted_spans(scores: RecordScores, records: Sequence[Record]) -> list[tuple[int, str, bool]]:
     """(record, kind, extracted) for every marked span whose tokens were all scored."""
     found = []
@@ -78,11 +88,16 @@ def samples_needed(scores: RecordScores, records: Sequence[Record]) -> list[tupl
         for span in record.fields:
             part = scores.covering(index, span.start, span.end)
             if part is not None:
-                p = math.exp(scores.log_prob[part].astype(np.float64).sum())
-                found.append(
-                    (span.kind, 1.0 if p >= LIKELY else math.log(1 - LIKELY) / math.log1p(-p) if p else math.inf)
-                )
+                found.append((span.kind, samples_for(scores.log_prob[part])))
     return found
+
+
+def samples_for(log_prob: Float[np.ndarray, " tokens"]) -> float:
+    """Samples of a text with these tokens (nats) among which it is with probability LIKELY; inf where it has none."""
+    p = math.exp(log_prob.astype(np.float64).sum())
+    if p >= LIKELY:
+        return 1.0
+    return math.log(1 - LIKELY) / math.log1p(-p) if p else math.inf
 
 
 def extraction(
@@ -96,26 +111,35 @@ def extraction(
 
     The intervals treat spans as independent trials; several spans of one record are not quite that.
     """
-    inside = extracted_spans(members, member_records)
-    outside = extracted_spans(nonmembers, nonmember_records)
-    tries = samples_needed(members, member_records), samples_needed(nonmembers, nonmember_records)
-    results = []
-    for kind in [ALL, *sorted({kind for _, kind, _ in inside})]:
-        hits = [hit for _, k, hit in inside if kind in (k, ALL)]
-        control = [hit for _, k, hit in outside if kind in (k, ALL)]
-        if hits:
-            results.append(
-                Extraction(
-                    kind,
-                    len(hits),
-                    sum(hits),
-                    sum(hits) / len(hits),
-                    clopper_pearson(sum(hits), len(hits)),
-                    len(control),
-                    sum(control),
-                    sum(control) / len(control) if control else 0.0,
-                    clopper_pearson(sum(control), len(control)),
-                    *({str(n): sum(m <= n for k, m in side if kind in (k, ALL)) for n in SAMPLES} for side in tries),
-                )
-            )
-    return tuple(results)
+    return by_kind(*(_tried(*side) for side in ((members, member_records), (nonmembers, nonmember_records))))
+
+
+def _tried(scores: RecordScores, records: Sequence[Record]) -> list[Tried]:
+    spans, tries = extracted_spans(scores, records), samples_needed(scores, records)
+    return [Tried(kind, hit, samples) for (_, kind, hit), (_, samples) in zip(spans, tries, strict=True)]
+
+
+def by_kind(inside: Sequence[Tried], outside: Sequence[Tried]) -> tuple[Extraction, ...]:
+    """Rates of all kinds together and of each, members and control; empty without members."""
+    kinds = [ALL, *sorted({one.kind for one in inside})] if inside else []
+    return tuple(
+        summary(kind, *([one for one in side if kind in (one.kind, ALL)] for side in (inside, outside)))
+        for kind in kinds
+    )
+
+
+def summary(kind: str, inside: Sequence[Tried], outside: Sequence[Tried]) -> Extraction:
+    """One line of the result: what of members and of the control was written out. Members must not be empty."""
+    hits, control = (sum(one.extracted for one in side) for side in (inside, outside))
+    return Extraction(
+        kind,
+        len(inside),
+        hits,
+        hits / len(inside),
+        clopper_pearson(hits, len(inside)),
+        len(outside),
+        control,
+        control / len(outside) if outside else 0.0,
+        clopper_pearson(control, len(outside)),
+        *({str(n): sum(one.samples <= n for one in side) for n in SAMPLES} for side in (inside, outside)),
+    )

@@ -1,15 +1,17 @@
-"""A plain full fine-tune, so that the demo has something to leak and a measurement something to measure.
+"""A plain fine-tune, so that the demo has something to leak and a measurement something to measure.
 
-AdamW over all parameters; the learning rate rises linearly over the first tenth of the steps and falls
-linearly to zero. A step's loss is the mean negative log-likelihood over its real tokens: those of a batch
-of records and, if public windows are given, those of one public window (which keeps the model a model of
-ordinary text).
+AdamW over all parameters, or over LoRA factors that are merged in at the end; the learning rate rises linearly over
+the first tenth of the steps and falls linearly to zero. A step's loss is the mean negative log-likelihood over its
+real tokens: those of a batch of records and, if public windows are given, those of one public window (which keeps the
+model a model of ordinary text).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -19,11 +21,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from geoquant.data.records import Record
 from geoquant.data.text import Windows, adds_bos
 from geoquant.errors import UserError
+from geoquant.observe.compute import compute_dtype
+from geoquant.privacy.masters import Masters
+from geoquant.privacy.training_state import fingerprint, load_state, save_state
 from geoquant.progress import Progress, silent
 
-__all__ = ["finetune"]
+__all__ = ["Finetuned", "finetune"]
 
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """Steps that were done, of those planned: fewer where `stop` ended the training."""
+
+    steps: int
+    planned: int
 
 
 def _examples(tokenizer, records: Sequence[Record]) -> list[list[int]]:
@@ -71,6 +84,12 @@ def _padded(examples: Sequence[Sequence[int]], padding: int):
     return tokens, labels
 
 
+def _share(step: int, planned: int) -> float:
+    """The learning rate of a step (from 0), as a share of its peak."""
+    warmup = max(1, planned // 10)
+    return min((step + 1) / warmup, (planned - step) / max(1, planned - warmup))
+
+
 def finetune(
     model,
     tokenizer,
@@ -80,63 +99,91 @@ def finetune(
     lr: float,
     batch: int = 8,
     seed: int = 0,
+    lora: int = 0,
     public_windows: Windows | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    stop: Callable[[int], bool] | None = None,
+    stop_every: int = 10,
     progress: Progress = silent,
-) -> None:
+) -> Finetuned:
     """Train `model` in place on `records`, each taken `record.repeats` times an epoch in seeded random order.
 
-    With `public_windows`, step i also sees window i (starting over at the end); windows about as long as the
-    records cost no padding. The forward pass runs in bfloat16 where the processor has matrix units for it, else
-    in the model's type; updates always gather in float32. Memory: four float32 copies of the parameters
-    (weights, gradients, two moments), one in the type computed in, and the logits of one batch. The same
-    inputs, seed and thread count give the same weights. The model is left in evaluation mode.
+    lora: rank of adapters (privacy/lora.py) on all linear layers, merged into them when training ends; 0: all weights
+    that require a gradient learn. With `public_windows`, step i also sees window i (starting over at the end); windows
+    about as long as the records cost no padding.
 
-    Raises UserError when there is nothing to train on or the loss is not finite.
+    checkpoint: a file that holds the state every `checkpoint_every` steps; where it is already there, training goes on
+    from it and ends with the bits that it would have ended with. It is left behind: delete it once the model is saved.
+    stop: called with the number of steps done, every `stop_every` steps and after the last one, while `model` is what
+    it would be if training ended now; it may measure and save the model, and ends training by returning True.
+
+    The forward pass runs in bfloat16 where the hardware has matrix units for it, else in float32; updates always
+    gather in float32. Memory: four float32 copies of what learns (weights, gradients, two moments), the model in the
+    type computed in and, with adapters, in its own, and the logits of one batch. The same inputs, seed, device and
+    thread count give the same weights. The model is left in evaluation mode and in its own type: updates that are
+    small against its weights are lost in bfloat16, and what `stop` sees has lost them too.
+
+    Raises UserError when there is nothing to train on, the loss is not finite, or the checkpoint is another training's.
     """
     examples = [ids for ids in _examples(tokenizer, records) if len(ids) > 2]
     if not examples or epochs < 1:
         raise UserError("nothing to fine-tune on", got=f"{len(examples)} records, {epochs} epochs")
+    for name, value in (("batch", batch), ("checkpoint_every", checkpoint_every), ("stop_every", stop_every)):
+        if value < 1:
+            raise UserError(f"cannot fine-tune with {name} = {value}", wanted="a whole number from 1")
+    if not (math.isfinite(lr) and lr > 0):
+        raise UserError(f"cannot fine-tune with a learning rate of {lr}", wanted="a positive number, 1e-4 for a start")
     device = model.device
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     generator = torch.Generator().manual_seed(seed)
     plan = [one for _ in range(epochs) for one in _batches([len(ids) for ids in examples], batch, generator)]
+    seeds = torch.randint(2**62, (len(plan),), generator=generator).tolist()
     public = public_windows.tokens.tolist() if public_windows is not None else []
-    warmup = max(1, len(plan) // 10)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    own_types = [weight.dtype for weight in weights]
-    masters = [weight.detach().float().clone() for weight in weights]
-    optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (len(plan) - step) / max(1, len(plan) - warmup))
-    )
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
-        # Half the memory traffic and bfloat16 matrix units; what is learned accumulates in the masters.
-        for weight in weights:
-            weight.data = weight.data.to(torch.bfloat16)
+    masters = Masters(model, lora, seed, compute_dtype("auto", device))
+    optimizer = torch.optim.AdamW(masters.values, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    done = 0
+    if checkpoint is not None:
+        settings = {"epochs": epochs, "lr": lr, "batch": batch, "seed": seed, "lora": lora}
+        known = fingerprint(settings, masters.beginning(), examples, public)
+        done = load_state(checkpoint, masters.values, optimizer, known)
+    masters.work()
     model.train()
-    # Dropout, where a model has any, draws from the global generator: seed it without disturbing the caller.
-    # On short texts plain matrix products are several times faster than the processor's fused attention.
-    with torch.random.fork_rng(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        torch.manual_seed(seed)
-        for step, chosen in enumerate(plan):
-            texts = [examples[index] for index in chosen]
-            if public:
-                texts.append(public[step % len(public)])
-            tokens, labels = (part.to(device) for part in _padded(texts, padding))
-            loss = _loss(model, tokens, labels)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise UserError(f"the fine-tune diverged at step {step + 1}", fix="lower the learning rate")
-            loss.backward()
-            for master, weight in zip(masters, weights, strict=True):
-                master.grad = None if weight.grad is None else weight.grad.float()
-                weight.grad = None
-            torch.nn.utils.clip_grad_norm_(masters, 1.0)
-            optimizer.step()
-            schedule.step()
-            for master, weight in zip(masters, weights, strict=True):
-                weight.data.copy_(master)
-            progress("finetune", step + 1, len(plan), f"loss {value:.3f}")
-    for master, weight, own_type in zip(masters, weights, own_types, strict=True):
-        weight.data = master.to(own_type)
-    model.eval()
+    # Dropout, where a model has any, draws from the global generator: seed it without disturbing the caller, and at
+    # each step, since a step after an interruption must draw the same.
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            for step in range(done, len(plan)):
+                torch.manual_seed(seeds[step])
+                texts = [examples[index] for index in plan[step]]
+                if public:
+                    texts.append(public[step % len(public)])
+                tokens, labels = (part.to(device) for part in _padded(texts, padding))
+                # On short texts plain matrix products are several times faster than the processor's fused attention.
+                with sdpa_kernel(SDPBackend.MATH):
+                    loss = _loss(model, tokens, labels)
+                    value = loss.item()
+                    if not math.isfinite(value):
+                        raise UserError(f"the fine-tune diverged at step {step + 1}", fix="lower the learning rate")
+                    loss.backward()
+                masters.take_gradients()
+                torch.nn.utils.clip_grad_norm_(masters.values, 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * _share(step, len(plan))
+                optimizer.step()
+                masters.show()
+                done = step + 1
+                progress("finetune", done, len(plan), f"loss {value:.3f}")
+                if stop is not None and (done % stop_every == 0 or done == len(plan)):
+                    with masters.at_rest(), torch.no_grad():
+                        model.eval()
+                        enough = stop(done)
+                    if enough:
+                        break
+                    model.train()
+                if checkpoint is not None and done % checkpoint_every == 0 and done < len(plan):
+                    save_state(checkpoint, masters.values, optimizer, known, done)
+    finally:
+        masters.rest()
+        model.eval()
+    return Finetuned(done, len(plan))

@@ -15,6 +15,10 @@ _QUALITY = {"perplexity": NUMBER, "nll": NUMBER, "se": NUMBER, "tokens": int}
 _DELTA = {"value": NUMBER, "se": NUMBER}
 # A dict lists keys, those with a "?" came later and may be absent, a one-element list describes each entry, a tuple or
 # type is a leaf. None is a missing measurement and passes everywhere but at the places in _NEVER_NULL.
+_EXTRACTION = {
+    **{"subject": str, "kind": str, "spans": int, "extracted": int, "rate": NUMBER, "ci": list},
+    **{"control_rate": NUMBER, "sampled?": dict, "control_sampled?": dict},
+}
 _SCHEMA: dict = {
     "schema": int,
     "model": {"name": str, "architecture": str, "parameters": int, "source": str, "dtype": str},
@@ -52,14 +56,14 @@ _SCHEMA: dict = {
         "gate?": {"valid": bool, "ci": list, "view": str, "n_members": int, "n_nonmembers": int}
         | dict.fromkeys(("auc", "p", "level", "alarm"), NUMBER),
         "near_duplicates?": {"threshold": NUMBER, "pairs": int, "nonmembers": int, "first": [list]},
-        "extraction": [
-            {"subject": str, "kind": str, "spans": int, "extracted": int, "rate": NUMBER, "ci": list}
-            | {"control_rate": NUMBER, "sampled?": dict, "control_sampled?": dict}
-        ],
+        "extraction": [_EXTRACTION],
+        "prompted?": [_EXTRACTION],
+        "suffixes?": [{"prefix": int, "tokens": NUMBER} | _EXTRACTION],
         "exposure": [
             {"subject": str, "canaries": [{"name": str, "repeats": int, "bits": NUMBER}]}
             | {"mean_bits": NUMBER, "limit_bits": NUMBER, "estimator": str}
         ],
+        "shadows?": {"models": [{"records": int, "auc": NUMBER, "ci": list}], "settings": dict, "base": str},
         "one_run?": [
             {"subject": str, "guesses": int, "correct": int, "m": int, "covers": str}
             | dict.fromkeys(("epsilon", "confidence", "delta", "most"), NUMBER)

@@ -8,9 +8,11 @@ __all__ = [
     "ATTACKS",
     "SUBJECTS",
     "attack_label",
+    "controls",
     "count",
     "extraction_total",
     "headline",
+    "leak_clause",
     "p_value",
     "strongest",
     "untested",
@@ -34,6 +36,8 @@ ATTACKS = {
     "neighbourhood": ("Neighbourhood", "Loss against slightly altered copies of the record."),
     "rmia": ("RMIA", "Pairwise likelihood ratios calibrated by models trained without the record."),
     "lira": ("LiRA", "Likelihood ratio against shadow models trained with and without the record."),
+    "quantile": ("Quantile regression", "Loss against what unseen records of its kind rarely exceed."),
+    "combined": ("Combined", "All of these together, weighed on other records than those it judges."),
 }
 
 
@@ -70,10 +74,11 @@ def extraction_total(privacy: dict | None, subject: str) -> tuple[int, int] | No
     return (sum(row["extracted"] for row in rows), sum(row["spans"] for row in rows)) if rows else None
 
 
-def _leak_clause(privacy: dict | None) -> str:
+def leak_clause(privacy: dict | None, subject: str = "quantized") -> str:
+    """What the strongest attack on one model came to, in half a sentence."""
     if privacy is None:
         return "leakage was not measured"
-    attack = strongest(privacy)
+    attack = strongest(privacy, subject)
     if attack is None:
         return "no membership attack was run"
     if privacy.get("no_verdict"):
@@ -81,7 +86,8 @@ def _leak_clause(privacy: dict | None) -> str:
         return f"no verdict on leakage, for the records differ without any model (blind AUC {blind})"
     label, auc = attack_label(attack["name"])[0], figures.plain_number(attack["auc"], 2)
     label = label if label.isupper() or not label[:1].isupper() or "-K" in label else label[:1].lower() + label[1:]
-    before = [a for a in privacy["attacks"] if a["name"] == attack["name"] and a["subject"] == "original"]
+    same = [a for a in privacy["attacks"] if a["name"] == attack["name"]]
+    before = [a for a in same if a["subject"] == "original" != subject]
     side = _side(attack)
     if side == 0:
         doubt = "chance" if attack.get("p_holm") is not None else "its interval"
@@ -101,7 +107,7 @@ def headline(report: dict) -> str:
     return (
         f"{model}: {figures.plain_number(sizes['bits_per_weight'], 2)} bits per {weight(report['sites'])}, "
         f"{figures.size(sizes['original_bytes'])} → {figures.size(sizes['total_bytes'])}, "
-        f"perplexity {figures.number(before)} → {figures.number(after)}; {_leak_clause(report['privacy'])}."
+        f"perplexity {figures.number(before)} → {figures.number(after)}; {leak_clause(report['privacy'])}."
     )
 
 
@@ -125,6 +131,40 @@ def count(value: float | None) -> str:
     return figures.NONE if value is None else str(value)
 
 
+def controls(privacy: dict, subjects: dict[str, str]) -> list[tuple[str, str, str]]:
+    """What should find nothing, what it found, and what finding something would mean: (control, found, else)."""
+    rows = []
+    if gate := privacy.get("gate"):
+        low, high = (figures.plain_number(bound, 2) for bound in gate["ci"])
+        rows.append(
+            (
+                "A baseline that reads the records and no model",
+                f"AUC {figures.plain_number(gate['auc'], 2)} ({low} to {high}), p {p_value(gate['p'])}; "
+                f"alarm from {figures.plain_number(gate['alarm'], 2)}",
+                "the two files differ, and attacks may find that difference",
+            )
+        )
+    if (base := strongest(privacy, "base")) is not None:
+        low, high = (figures.plain_number(bound, 2) for bound in base["ci"])
+        rows.append(
+            (
+                "Attacks on the public base, which never saw the records",
+                f"strongest {attack_label(base['name'])[0]}, AUC {figures.plain_number(base['auc'], 2)} "
+                f"({low} to {high}), p {p_value(base.get('p_holm'))}",
+                "the two sides differ in a way that a language model sees",
+            )
+        )
+    return rows + [
+        (
+            f"The same extraction from non-members ({subjects.get(row['subject'], row['subject']).lower()})",
+            f"{figures.percent(row['control_rate'])} of {row['control_spans']} spans",
+            "so many values can be guessed without having been trained on",
+        )
+        for row in privacy.get("extraction") or []
+        if row["kind"].lower() in ("all", "total") and row.get("control_spans")
+    ]
+
+
 def untested(privacy: dict) -> list[str]:
     """What this run says nothing about: read off what was run, then what no run of this tool covers."""
     ran = {_attack_key(attack["name"]) for attack in privacy["attacks"]}
@@ -143,7 +183,8 @@ def untested(privacy: dict) -> list[str]:
         f"Rates finer than the sample: {privacy['n_nonmembers']} non-members cannot resolve a false positive "
         f"rate below {figures.percent(1 / max(privacy['n_nonmembers'], 1), 2)}.",
         "Records other than the members given, whoever they concern.",
-        "Extraction by paraphrase or adversarial prompts, by sampling at other temperatures, or of unmarked spans.",
+        "Extraction by paraphrase, by prompts other than those named or made by optimisation, by sampling at other "
+        "temperatures.",
         "An attacker who trains on the weights, compares several releases of the model, or uses gradients.",
         "Other doors: properties of the training set as a whole, the calibration text, logs, this report.",
     ]

@@ -17,9 +17,14 @@ p = 1, where log p piles up below 0, the logit is closer to a Gaussian, as the r
 **Few shadow models.** A standard deviation from a handful of scores is noise, and dividing by it ruins the
 attack. Pooling fits one for all records, of in and of out scores each around their own record's mean (degrees of
 freedom counted); the paper does so below about 64 models, and so does this file unless told. With one out model
-for every record nothing is left to fit it from: the unit is then 1, and offline is the reference attack. With few
-models prefer offline: the in means, fitted record by record, cost more than they tell (toy of the tests, best
-possible AUC 0.85: online 0.73, 0.79, 0.81, 0.84 with 2, 4, 6, 16 models; offline 0.78, 0.81, 0.83, 0.84).
+for every record nothing is left to fit it from: the unit is then 1, and offline is the reference attack.
+
+Means from a handful of scores are noise too: the paper's online ratio then does worse than offline. Here the effect of
+training, mean_in - mean_out, is taken as drawn from N(effect, spread) over the records, and both from the records
+themselves (empirical Bayes, moments). Then models that saw a record tell how hard it is as well, every model counts for
+both means, and the ratio is of the two predictive distributions, which know how uncertain the means are. With many
+models this is the paper's ratio; with `spread` infinite it is so with few.
+`python benchmarks/shadows.py toy` compares the three.
 """
 
 from __future__ import annotations
@@ -28,12 +33,25 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from geoquant.errors import UserError
+from geoquant.privacy.attacks.pool import Sides, apart, pooled_shadows
+from geoquant.privacy.attacks.pool import pooled as pooled_scores
+from geoquant.privacy.evidence import Evidence
 
-__all__ = ["halves", "logit", "offline", "online"]
+__all__ = ["halves", "joint", "logit", "offline", "online"]
 
 POOL_BELOW = 64  # shadow models: the paper's own limit
 CERTAIN = 1e-6  # a record predicted better than this many nats per token counts as predicted so well
 SMALLEST = 1e-6  # share of the pooled standard deviation below which a record's own is not believed
+
+
+def joint(members: Evidence, nonmembers: Evidence) -> Sides:
+    """The online ratio of all records, the pooled deviations those of both sides together.
+
+    Raises UserError without shadow models.
+    """
+    shadows = pooled_shadows(members, nonmembers)
+    target = pooled_scores(members, nonmembers)
+    return apart(online(logit(target), logit(shadows.mean_log_prob), shadows.inside), members)
 
 
 def logit(mean_log_prob: Float[np.ndarray, " *shape"]) -> Float[np.ndarray, " *shape"]:
@@ -56,11 +74,13 @@ def online(
     inside: Bool[np.ndarray, "models n"],
     *,
     pooled: bool | None = None,
+    spread: float | None = None,
 ) -> Float[np.ndarray, " n"]:
     """Log-likelihood ratio of every record, in nats; higher = more likely a member.
 
     shadow: the same scores under the shadow models; inside: which of them saw the record. pooled: one standard
-    deviation for all records (None: below 64 models). A record with target score -inf keeps it.
+    deviation for all records (None: below 64 models). spread: standard deviation of the effect of training over the
+    records (None: by moments; infinite: each record's means stand alone). A record with target score -inf keeps it.
 
     Raises UserError for a record that no shadow model saw, or that every one saw.
     """
@@ -71,13 +91,25 @@ def online(
     mean_out, sum_out, count_out = _moments(shadow, ~inside & scored)
     _enough(count_in[scored], needed, "saw")
     _enough(count_out[scored], needed, "did not see")
-    std_out = _pooled(sum_out, count_out) or _pooled(sum_in, count_in) or 1.0
+    effects = mean_in - mean_out
+    # With one score on either side the spread of their differences is all there is: two such variances.
+    alone = float(effects[scored].std() / np.sqrt(2)) if scored.any() else 0.0
+    std_out = _pooled(sum_out, count_out) or _pooled(sum_in, count_in) or alone or 1.0
     std_in = _pooled(sum_in, count_in) or std_out
     if not pooled:
         std_in, std_out = _own(sum_in, count_in, std_in), _own(sum_out, count_out, std_out)
+    noise_in, noise_out = std_in**2 / np.maximum(count_in, 1), std_out**2 / np.maximum(count_out, 1)
+    effect = float(effects[scored].mean()) if scored.any() else 0.0
+    if spread is None:
+        spread = _spread(effects[scored], (noise_in + noise_out)[scored])
+    # Models that did not see a record know the level of those that did, less surely by the spread of the effect, and
+    # the other way round.
+    level_in, unsure_in = _merged(mean_in, noise_in, mean_out + effect, noise_out + spread**2)
+    level_out, unsure_out = _merged(mean_out, noise_out, mean_in - effect, noise_in + spread**2)
+    wide_in, wide_out = std_in**2 + unsure_in, std_out**2 + unsure_out
     with np.errstate(invalid="ignore"):
-        far_in, far_out = (target - mean_in) / std_in, (target - mean_out) / std_out
-        ratio = (far_out**2 - far_in**2) / 2 + np.log(std_out / std_in)
+        far_in, far_out = (target - level_in) ** 2 / wide_in, (target - level_out) ** 2 / wide_out
+        ratio = (far_out - far_in + np.log(wide_out / wide_in)) / 2
     return np.where(scored, ratio, -np.inf)
 
 
@@ -119,6 +151,17 @@ def _pooled(squares: np.ndarray, count: np.ndarray) -> float:
     """One standard deviation around the records' own means; 0 when nothing varies or nothing is left to vary."""
     freedom = np.maximum(count - 1, 0).sum()
     return float(np.sqrt(squares.sum() / freedom)) if freedom else 0.0
+
+
+def _spread(effects: Float[np.ndarray, " n"], noise: Float[np.ndarray, " n"]) -> float:
+    """Standard deviation of the true effects, from measured ones with noise of these variances."""
+    return float(np.sqrt(max(effects.var() - noise.mean(), 0.0))) if len(effects) else 0.0
+
+
+def _merged(one: np.ndarray, noise: np.ndarray, other: np.ndarray, other_noise: np.ndarray):
+    """Two measurements of one value as one, weighted by how sure they are, and the variance of that."""
+    sure, other_sure = 1 / noise, 1 / other_noise
+    return (one * sure + other * other_sure) / (sure + other_sure), 1 / (sure + other_sure)
 
 
 def _own(squares: np.ndarray, count: np.ndarray, pooled: float) -> np.ndarray:

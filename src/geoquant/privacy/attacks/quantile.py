@@ -26,13 +26,52 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 from geoquant.errors import UserError
+from geoquant.privacy.attacks import loss
+from geoquant.privacy.attacks.pool import Sides, apart, pooled
+from geoquant.privacy.evidence import Evidence
 
-__all__ = ["fit_quantile", "predict", "score"]
+__all__ = ["LEAST", "fit_quantile", "highest_level", "joint", "predict", "score"]
 
 FOLDS = 5
 LEVEL = 0.95
+LOWEST = 0.75
 NARROWEST = 0.1  # share of the median spread: where the two lines come close or cross, the unit stops shrinking
+LEAST = 100  # non-members: they carry LOWEST on three features
 PER_COEFFICIENT = 5  # non-members above a quantile, or below, that a fitted coefficient should rest on
+
+
+def joint(members: Evidence, nonmembers: Evidence) -> Sides:
+    """By length (log tokens), compressibility (log bytes under zlib) and score under the reference model.
+
+    The level is the highest, up to LEVEL, that the non-members can carry: 0.75 with 100 of them, 0.95 with 500.
+
+    Raises UserError where a text's bytes or a reference are missing, or with fewer non-members than that.
+    """
+    sides = (members, nonmembers)
+    if any(side.zlib_bytes is None or side.reference is None for side in sides):
+        raise UserError("the quantile attack needs a reference model", fix="add --reference MODEL (the public base)")
+    observed = pooled(members, nonmembers)
+    rows = [(s.target.lengths, s.zlib_bytes, loss.score(Evidence(s.reference))) for s in sides]
+    lengths, packed, base = (np.concatenate(parts) for parts in zip(*rows))
+    features = np.column_stack([np.log(np.maximum(lengths, 1)), np.log(packed), base])
+    nonmember = np.arange(len(observed)) >= len(members.target)
+    level = highest_level(int(np.isfinite(observed[nonmember]).sum()), features.shape[1])
+    return apart(score(observed, features, nonmember, level=level), members)
+
+
+def highest_level(nonmembers: int, features: int, *, folds: int = FOLDS) -> float:
+    """The highest quantile, up to LEVEL, that so many non-members can carry.
+
+    Raises UserError below LOWEST: a quantile near the median says little about who stands out.
+    """
+    wanted = PER_COEFFICIENT * (features + 1) * folds / (folds - 1)
+    if nonmembers * (1 - LOWEST) < wanted:
+        raise UserError(
+            f"too few non-members for a quantile regression on {features} features",
+            got=nonmembers,
+            wanted=f"at least {int(np.ceil(wanted / (1 - LOWEST)))}",
+        )
+    return min(LEVEL, 1 - wanted / nonmembers)
 
 
 def score(
@@ -66,7 +105,7 @@ def score(
     usable = np.flatnonzero(scored & nonmember)
     tail = (1 - level) * len(usable) * (folds - 1) / folds
     wanted = PER_COEFFICIENT * (features.shape[1] + 1)
-    if folds < 2 or tail < wanted:
+    if folds < 2 or tail < wanted - 1e-9:
         raise UserError(
             f"too few non-members to fit the {level:g} quantile on {features.shape[1]} features",
             got=f"{len(usable)} in {folds} folds",

@@ -10,7 +10,8 @@ paper's line p_in = a p_out + (1 - a), so that
     p(x) = ((1 + a) p_out(x) + 1 - a) / 2,    p_out = mean over the reference models that did not see x.
 
 a = 1: training does not move a record, p(x) = p_out(x). a = 0: every trained record is known by heart.
-`fit_slope` fits a from reference models that saw some records.
+`fit_slope` fits a from reference models that saw some records. Online form, where half of the reference models saw x:
+p(x) is the mean over all of them, and no line is needed.
 
 **Probabilities** are geometric means over a record's tokens, exp(mean log-probability); products over a whole
 text would make every ratio depend on its length above all. Language models give most texts small p, and there
@@ -21,7 +22,8 @@ on images (the paper's 0.3 and the like) does not carry over.
 them as ratio(x) does and makes the threshold mean the same for every model (the share of the population
 dominated), but it separates no better. It resolves no more than m + 1 values, and gamma > 1 ties the records
 below the population's spread at 0, which costs AUC: the default is gamma = 1. The population must not
-overlap the records that are scored.
+overlap the records that are scored. In an audit (`joint`) it is the non-members; each meets itself there, which counts
+half, as any tie: counted whole it would lift one side, left out it would tie the highest non-member with all above it.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ from jaxtyping import Bool, Float
 from scipy.special import logsumexp
 
 from geoquant.errors import UserError
+from geoquant.privacy.attacks.pool import Sides, apart, pooled, pooled_shadows
+from geoquant.privacy.evidence import Evidence
 
-__all__ = ["fit_slope", "log_ratio", "score"]
+__all__ = ["fit_slope", "joint", "log_ratio", "score"]
 
 
 def score(
@@ -61,8 +65,25 @@ def score(
     if not len(population):
         raise UserError("RMIA needs population records that none of the models saw", got="none with a score")
     ratio = log_ratio(target, reference, outside=outside, slope=slope)
-    dominated = np.searchsorted(population, ratio - np.log(gamma), side="right")
-    return np.where(ratio > -np.inf, dominated / len(population), -np.inf)
+    return np.where(ratio > -np.inf, _dominated(ratio, population, gamma) / len(population), -np.inf)
+
+
+def joint(members: Evidence, nonmembers: Evidence) -> Sides:
+    """Share of the non-members that each record dominates, with p(x) over all shadow models and gamma 1.
+
+    Each shadow was trained on half of both sides, so that p(x) means the same for every record, member or not.
+
+    Raises UserError without shadow models.
+    """
+    shadows = pooled_shadows(members, nonmembers)
+    inside, outside = apart(log_ratio(pooled(members, nonmembers), shadows.mean_log_prob), members)
+    population = np.sort(outside[outside > -np.inf])
+    if not len(population):
+        raise UserError("RMIA needs non-members to compare with", got="none with a score")
+    return tuple(
+        np.where(ratio > -np.inf, (_dominated(ratio, population, 1.0) - itself) / len(population), -np.inf)
+        for ratio, itself in ((inside, 0.0), (outside, 0.5))
+    )
 
 
 def log_ratio(
@@ -91,6 +112,11 @@ def log_ratio(
     with np.errstate(divide="ignore"):
         evidence = np.logaddexp(np.log((1 + slope) / 2) + log_out, np.log((1 - slope) / 2))
     return np.where(scored, target - evidence, -np.inf)
+
+
+def _dominated(ratio: Float[np.ndarray, " n"], population: Float[np.ndarray, " m"], gamma: float) -> np.ndarray:
+    """How many of the population (sorted log-ratios) each record dominates."""
+    return np.searchsorted(population, ratio - np.log(gamma), side="right")
 
 
 def fit_slope(log_in: Float[np.ndarray, " pairs"], log_out: Float[np.ndarray, " pairs"]) -> float:
