@@ -270,7 +270,7 @@ def test_the_whole_curve_on_a_tiny_model(tiny_model_dir, tmp_path, monkeypatch, 
 
     first, last = rows["original"], rows["rtn-3"]
     assert first["finetune"]["attack"]["auc"] >= 0.6
-    kept = auc(*map(np.array, first["scores"]["reference"]))  # five digits of each score: a close pair may change places
+    kept = auc(*map(np.array, first["scores"]["reference"]))  # of five digits: a close pair may change places
     assert first["attacks"]["reference"]["auc"] == pytest.approx(kept, abs=3e-3)
     assert "reference" not in rows["base"]["attacks"]
     change = last["attacks"]["reference"]["change"]["value"]
