@@ -59,7 +59,8 @@ class Stage:
 def dump(model: str, calibration: str, out: Path, rate: float, blocks: list[int]) -> None:
     """Solve `model` on the lattice and keep the problems of some blocks, one file per stage."""
     out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(model=model, calibration=calibration, rate=rate, target="weights", embeddings=False)
+    settings = {"method": "lattice", "target": "weights", "embeddings": False}
+    recipe = Recipe(model=model, calibration=calibration, rate=rate, **settings)
     loaded, walked, texts, plan, _ = pipeline.prepare(recipe)
     stages = iter([stage for block in walked for stage in block.stages])
     wanted = {stage.name for number in blocks for stage in walked[number].stages}
@@ -163,10 +164,9 @@ LATTICE_ARMS: dict[str, tuple[Search, int]] = {  # search, rows of a block
     "Klein, best of 8, rows alone": (partial(klein.search, runs=8), 1),
     "descent, rows alone": (descent.search, 1),
     "descent": (descent.search, 64),
-    **{f"price {mu:.2f}": (partial(priced.search, mu=mu), 64) for mu in (0.03, 0.06, 0.09, 0.12, 0.15)},
-    "price 0.09, two rounds": (partial(priced.search, mu=0.09, rounds=2), 64),
-    "price 0.09, rows alone": (partial(priced.search, mu=0.09), 1),
-    "price 0.09, descent": (partial(descent.search, mu=0.09), 64),
+    **{f"price {mu:.2f}": (partial(priced.search, mu=mu), 64) for mu in (0.06, 0.08, 0.09, 0.1, 0.12, 0.15)},
+    "price 0.10, rows alone": (partial(priced.search, mu=0.1), 1),
+    "price 0.10, descent": (partial(descent.search, mu=0.1), 64),
     "price 0.06, descent": (partial(descent.search, mu=0.06), 64),
     "price 0.12, descent": (partial(descent.search, mu=0.12), 64),
 }

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geoquant.lattice.basis import metric_factor
-from geoquant.lattice.priced import Prices, priced_babai, prices_of
-from geoquant.lattice.rate import Spread
+from geoquant.lattice.beside import Pulls
 from geoquant.lattice.rows import RowMetric, block_sizes, row_metric
 from geoquant.lattice.unboxed import exponents, steps_of, unboxed_babai
 from oracles.lattice import random_metric
@@ -19,10 +18,10 @@ from oracles.lattice import random_metric
     size=st.sampled_from([1, 3, 5, 64, 100, 256]),
     sites=st.lists(st.integers(1, 300), min_size=1, max_size=5),
     columns=st.sampled_from([1, 3, 16, 70]),
-    tariff=st.booleans(),
+    drawn=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_codes_know_neither_their_group_nor_their_thread(size, sites, columns, tariff, seed):
+def test_codes_know_neither_their_group_nor_their_thread(size, sites, columns, drawn, seed):
     """Uneven blocks in any number: bit for bit what each has alone; and Babai's are the plain path's but near ties."""
     sizes, generator = block_sizes(sites, size), torch.Generator().manual_seed(seed)
     noise = torch.randn(len(sizes), size, 2 * size, generator=generator)
@@ -33,14 +32,13 @@ def test_codes_know_neither_their_group_nor_their_thread(size, sites, columns, t
     basis = metric_factor(metric, torch.arange(columns), 0.01)
     row_steps, column_steps = (steps_of(exponents(x)) for x in (0.3 / known.lengths, basis.diagonal().reciprocal()))
     weight = 2 * torch.randn(sum(sizes), columns, generator=generator)
-    prices = prices_of(torch.round(weight / row_steps[:, None] / column_steps).to(torch.int32))
+    pulls = (
+        Pulls(torch.rand(sum(sizes), generator=generator), torch.rand(columns, generator=generator)) if drawn else None
+    )
 
     def solved(own, blocks):
         given_ = weight[own], basis.float(), torch.arange(columns), row_steps[own], column_steps, blocks
-        if not tariff:
-            return unboxed_babai(*given_)
-        part = Prices(prices.bits, Spread(prices.spread.rows[own], prices.spread.columns))
-        return priced_babai(*given_, part, torch.ones(len(row_steps[own])), torch.ones(columns), 0.1)
+        return unboxed_babai(*given_, None if pulls is None else Pulls(pulls.rows[own], pulls.columns))
 
     before = torch.get_num_threads()
     found = []
@@ -56,8 +54,6 @@ def test_codes_know_neither_their_group_nor_their_thread(size, sites, columns, t
     for block, count in list(enumerate(sizes))[:3]:
         own, start = slice(start, start + count), start + count
         assert torch.equal(solved(own, RowMetric(known.factor[block : block + 1], (count,))), found[0][own])
-    if not tariff:
-        plain = unboxed_babai(
-            weight.double(), basis, torch.arange(columns), row_steps.double(), column_steps.double(), known
-        )
-        assert (plain == found[0]).float().mean() > 0.9
+    steps = row_steps.double(), column_steps.double()
+    plain = unboxed_babai(weight.double(), basis, torch.arange(columns), *steps, known, pulls)
+    assert (plain == found[0]).float().mean() > 0.9

@@ -15,8 +15,7 @@ from geoquant.lattice.descent import descend
 from geoquant.lattice.grid import Grid
 from geoquant.lattice.kbest import kbest
 from geoquant.lattice.order import column_order
-from geoquant.lattice.priced import FINE, Prices, priced_babai, prices_of
-from geoquant.lattice.rate import CLASSES, Spread, code_bits, spread_of
+from geoquant.lattice.prices import prices_of
 from geoquant.lattice.refit import refitted
 from geoquant.lattice.rows import block_sizes, row_metric, single_rows
 from geoquant.lattice.unboxed import unboxed_babai
@@ -222,107 +221,6 @@ def test_refitted_steps_are_those_of_least_squares(columns, group_size, seed):
         if used.any():
             wanted[used] = torch.linalg.lstsq(root @ design[:, used], (root @ weight[row])[:, None]).solution[:, 0]
         torch.testing.assert_close(found[row], wanted, rtol=1e-5, atol=1e-7)
-
-
-# --- a price on bits
-
-
-def flat_prices(codes):
-    """Every code costs the same."""
-    spread = spread_of(codes)
-    return Prices(torch.full((CLASSES, 3), 4.0), spread)
-
-
-@pytest.mark.parametrize("kind", ["no rows", "strangers", "blocks"])
-def test_without_a_price_it_is_babai(kind):
-    _metric, order, factor, steps, weight = posed(70, 10, 7)
-    rows = torch.linspace(0.5, 2.0, 10, dtype=torch.float64)
-    known = {"no rows": None, "strangers": single_rows(rows), "blocks": coupled(10, 7)[0]}[kind]
-    if known is not None:
-        known = type(known)(known.factor.double(), known.sizes)
-    plain = unboxed_babai(weight, basis_of(factor), order, rows, steps, known)
-    ones = torch.ones(10, dtype=torch.float64), torch.ones(70, dtype=torch.float64)
-    for prices, mu in ((prices_of(plain), 0.0), (flat_prices(plain), 1.0)):
-        found = priced_babai(weight, basis_of(factor), order, rows, steps, known, prices, *ones, mu)
-        assert (found != plain).float().mean() < 0.01  # single precision, near ties
-
-
-def test_many_rows_are_priced_in_parts(monkeypatch):
-    _, order, factor, steps, weight = posed(12, 9, 2)
-    one = torch.ones(9, dtype=torch.float64)
-    plain = unboxed_babai(weight, basis_of(factor), order, one, steps)
-    given = (
-        weight,
-        basis_of(factor),
-        order,
-        one,
-        steps,
-        single_rows(one),
-        prices_of(plain),
-        one,
-        torch.ones_like(steps),
-        0.3,
-    )
-    whole = priced_babai(*given)
-    monkeypatch.setattr("geoquant.lattice.unboxed.ROWS", 4)
-    assert torch.equal(priced_babai(*given), whole)
-    assert not torch.equal(whole, plain)
-
-
-def test_alone_a_code_is_the_better_of_the_nearest_and_the_next_smaller():
-    """One column, in every class, sizes beyond the table included."""
-    generator = torch.Generator().manual_seed(0)
-    weight = 4 * torch.randn(500, 1, generator=generator, dtype=torch.float64)
-    one, order = torch.ones(1, 1, dtype=torch.float64), torch.tensor([0])
-    rows = torch.ones(500, dtype=torch.float64)
-    bits = torch.rand(CLASSES, 6, generator=generator).cumsum(1)
-    prices = Prices(bits, Spread(torch.arange(500).remainder(60).to(torch.int8), torch.tensor([-3], dtype=torch.int8)))
-    found = priced_babai(weight, one, order, rows, one[0], None, prices, rows, one[0], 0.4)[:, 0].double()
-
-    def total(codes):
-        table = bits[prices.spread.classes()[:, 0], codes.abs().clamp_max(5).long()]
-        return (weight[:, 0] - codes).square() + 0.4 * table
-
-    nearest = weight[:, 0].round()
-    smaller = nearest - nearest.sign()
-    torch.testing.assert_close(total(found), torch.minimum(total(nearest), total(smaller)), rtol=0, atol=1e-5)
-    assert 20 < (found == smaller).sum() < 400
-
-
-def test_prices_are_the_lengths_of_the_codes():
-    """Within the half code that every size counts: the sum over all codes is what they cost."""
-    generator = torch.Generator().manual_seed(1)
-    codes = (torch.randn(300, 200, generator=generator) * torch.linspace(0.3, 4, 200)).round().int()
-    prices = prices_of(codes)
-    assert (prices.bits.diff(dim=1) >= 0).all()
-    sizes = codes.abs().long().clamp_max(prices.bits.shape[1] - 1)
-    paid = prices.bits[prices.spread.classes(), sizes].sum().item()
-    assert paid == pytest.approx(code_bits(codes, prices.spread), rel=0.01)
-    assert prices_of(torch.zeros(4, 4, dtype=torch.int32)).bits.isfinite().all()
-
-
-def test_a_price_buys_error_back_at_equal_bits():
-    """Gaussian weights at less than two bits: at least a twentieth of the error."""
-    columns, rows = 64, 600
-    metric, order, factor, steps, weight = posed(columns, rows, 11)
-
-    def solved(coarse, mu):
-        ones = torch.ones(rows, dtype=torch.float64), torch.ones(columns, dtype=torch.float64)
-        codes = unboxed_babai(weight, basis_of(factor), order, coarse * ones[0], steps)
-        if mu:
-            given = (weight, basis_of(factor), order, coarse * ones[0], steps, None, prices_of(codes))
-            codes = priced_babai(*given, coarse**2 * ones[0], ones[1], mu * coarse**2)
-        error = column_error(weight - coarse * codes * steps, metric).mean().item()
-        return code_bits(codes, spread_of(codes)) / codes.numel(), error
-
-    bits, error = solved(2.0, 0.0)
-    curve = [solved(coarse, FINE) for coarse in (1.5, 1.65, 1.8, 2.0)]
-    found = next(
-        a[1] + (b[1] - a[1]) * (a[0] - bits) / (a[0] - b[0])
-        for a, b in itertools.pairwise(curve)
-        if a[0] >= bits >= b[0]
-    )
-    assert found < 0.95 * error, (bits, error, curve)
 
 
 # --- as methods

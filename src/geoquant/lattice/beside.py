@@ -19,7 +19,7 @@ from geoquant.lattice.lanes import LANES, SUB, pack, panel, unpack
 from geoquant.lattice.rows import RowMetric, block_sizes
 from geoquant.threads import in_parts
 
-__all__ = ["Tariff", "side_by_side", "smallest"]
+__all__ = ["Pulls", "side_by_side", "smallest"]
 
 PANEL = 64
 HEIGHT = 64  # rows of a block where they need not know of each other
@@ -27,22 +27,12 @@ ROWS = 1024  # of a chunk, for each thread
 
 
 @dataclass(frozen=True)
-class Tariff:
-    """What codes cost and squares, as `lanes.panel` wants to know it; in the original order, float32 on the CPU."""
+class Pulls:
+    """The centre of row i and column j is divided by `1 + rows_i columns_j` before it is rounded, but goes no further
+    than one step; original order."""
 
-    row_costs: Float[Tensor, " out"]
-    column_costs: Float[Tensor, " in"]
-    saved: Float[Tensor, "classes reach"]
-    row_class: Float[Tensor, " out"]
-    column_class: Float[Tensor, " in"]
-
-    def laid_out(self, groups: Groups, order: Tensor) -> Callable[[slice], tuple[object, ...]]:
-        """Of a panel of columns, with rows in their slots; a slot without a row has some row's."""
-        slots = np.maximum(groups.rows, 0)
-        costs, classes = (values[groups.own].numpy()[slots] for values in (self.row_costs, self.row_class))
-        column_costs, column_classes = self.column_costs[order].numpy(), self.column_class[order].numpy()
-        table, reach = self.saved.contiguous().view(-1).numpy(), self.saved.shape[1]
-        return lambda part: (costs, column_costs[part], table, reach, classes, column_classes[part])
+    rows: Float[Tensor, " out"]
+    columns: Float[Tensor, " in"]
 
 
 @dataclass(frozen=True)
@@ -85,11 +75,12 @@ def side_by_side(
     row_steps: Float[Tensor, " out"],
     column_steps: Float[Tensor, " in"],
     rows: RowMetric | None,
-    tariff: Tariff | None,
+    pulls: Pulls | None,
 ) -> Integer[Tensor, "out in"]:
     """Arguments and codes of `unboxed_babai`."""
     columns, lengths, threads = len(order), basis.diagonal(), torch.get_num_threads()
     steps, row_steps, weight = column_steps[order].float().numpy(), row_steps.float(), weight.float().contiguous()
+    column_pulls = None if pulls is None else pulls.columns[order].float().numpy()
     places = torch.empty_like(order).index_copy_(0, order, torch.arange(columns)).numpy()
     if rows is None or rows.strangers:
         height = min(HEIGHT, SUB * max(1, -(-len(weight) // (SUB * LANES * threads))))  # some for every thread
@@ -106,14 +97,14 @@ def side_by_side(
         own, feedback = groups.own, groups.feedback(blocks, height)
         given, units, (centres, errors) = weight[own].numpy(), row_steps[own].numpy(), memory
         codes, work = centres.numpy(), errors.numpy()
-        known = None if tariff is None else tariff.laid_out(groups, order)
+        pull = None if pulls is None else pulls.rows[own].float().numpy()[np.maximum(groups.rows, 0)]
         groups.each(lambda _, *span: pack(given, units, groups.rows, places, work, *span))  # noqa: B023
         for part, share in zip(parts, shares):
             first = part.start
             torch.addmm(errors[part], share[:first].T, errors[:first], out=centres[part])
             moved = codes[part], work[part], steps[part], share[first:].numpy()
-            costs = [None] * 6 if known is None else known(part)
-            groups.each(lambda index, *span: panel(*moved, feedback[index], *span, *costs))  # noqa: B023
+            column = None if pulls is None else column_pulls[part]
+            groups.each(lambda index, *span: panel(*moved, feedback[index], *span, pull, column))  # noqa: B023
         result = torch.empty(own.stop - own.start, columns, dtype=smallest(centres))
         groups.each(lambda _, *span: unpack(codes, groups.rows, places, result.numpy(), *span))  # noqa: B023
         found.append(result)

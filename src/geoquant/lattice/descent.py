@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from geoquant.compiled import compiled
-from geoquant.lattice.priced import Prices
+from geoquant.lattice.prices import Prices
 
 __all__ = ["descend"]
 

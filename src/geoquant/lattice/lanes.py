@@ -146,9 +146,27 @@ def turn(context, tile):
 
 
 @intrinsic
-def plus(context, a, b):
-    """`a + b`."""
-    return lanes(lanes, lanes), lambda context, builder, signature, given: builder.fadd(*given)
+def more(context, a, b):
+    """`1 + a b`."""
+
+    def code(context, builder, signature, given):
+        return _call(builder, "fmuladd", *given, _all(1.0))
+
+    return lanes(lanes, lanes), code
+
+
+@intrinsic
+def drawn(context, a, by):
+    """`a / by`, but never further than one from a."""
+
+    def code(context, builder, signature, given):
+        one, a = _all(1.0), given[0]
+        low, high = builder.fsub(a, one), builder.fadd(a, one)
+        near = builder.fdiv(*given)
+        near = builder.select(builder.fcmp_ordered("<", near, low), low, near)
+        return builder.select(builder.fcmp_ordered(">", near, high), high, near)
+
+    return lanes(lanes, lanes), code
 
 
 @intrinsic
@@ -167,63 +185,8 @@ def rint(context, a):
     return lanes(lanes), lambda context, builder, signature, given: _call(builder, "rint", *given)
 
 
-@intrinsic
-def within(context, a, limit):
-    """`a` between 0 and `limit`; what is no number is the limit."""
-
-    def code(context, builder, signature, given):
-        a, limit = given
-        low = builder.select(builder.fcmp_ordered("<", a, limit), a, limit)
-        return builder.select(builder.fcmp_ordered("<", low, _all(0.0)), _all(0.0), low)
-
-    return lanes(lanes, lanes), code
-
-
-@intrinsic
-def size(context, a):
-    """Without the sign."""
-    return lanes(lanes), lambda context, builder, signature, given: _call(builder, "fabs", *given)
-
-
-@intrinsic
-def looked_up(context, table, place):
-    """Entries of a one-dimensional table at places in lanes."""
-
-    def code(context, builder, signature, given):
-        data = context.make_array(signature.args[0])(context, builder, given[0]).data
-        found, places = ir.Constant(VECTOR, ir.Undefined), builder.fptosi(given[1], ir.VectorType(INDEX, LANES))
-        for lane in range(LANES):
-            own = builder.zext(builder.extract_element(places, ir.Constant(INDEX, lane)), ir.IntType(64))
-            found = builder.insert_element(found, builder.load(builder.gep(data, [own])), ir.Constant(INDEX, lane))
-        return found
-
-    return lanes(table, lanes), code
-
-
-@intrinsic
-def cheaper(context, code, centre, cost, price):
-    """The code, or the next one towards zero where that costs less than its price.
-
-    With d the distance of the centre from the nearest code, away from zero, the square grows by `1 + 2 d`.
-    """
-
-    def body(context, builder, signature, given):
-        code, centre, cost, price = given
-        side = builder.select(builder.fcmp_ordered(">", code, _all(0.0)), _all(1.0), _all(-1.0))
-        grows = _call(builder, "fmuladd", _all(2.0), builder.fmul(builder.fsub(centre, code), side), _all(1.0))
-        steps = builder.and_(
-            builder.fcmp_ordered("<", builder.fmul(cost, grows), price),
-            builder.fcmp_unordered("!=", code, _all(0.0)),
-        )
-        return builder.select(steps, builder.fsub(code, side), code)
-
-    return lanes(lanes, lanes, lanes, lanes), body
-
-
 @compiled(fastmath={"contract"})
-def panel(
-    centres, work, steps, shares, feedback, first, last, row_costs, column_costs, saved, reach, row_kind, column_kind
-):  # pragma: no cover (compiled)
+def panel(centres, work, steps, shares, feedback, first, last, row_pulls, column_pulls):  # pragma: no cover (compiled)
     """Quantize the columns of a panel in rows `first` to `last`, in place; groups of rows as the module says.
 
     centres:  (p, rows) what to round, one row of memory per column of the layer; becomes the codes.
@@ -232,11 +195,8 @@ def panel(
     feedback: (size, size * LANES) unit upper triangular row factors of the group, size a multiple of SUB; None where
               no row moves another.
 
-    The rest serves `lattice/priced`: a code goes one step towards zero where that saves more than it costs.
-    row_costs: (rows,) and column_costs: (p,) what a squared step costs, by product. row_kind: (rows,) and
-    column_kind: (p,) the class of a code, by sum; all floats.
-    saved: (classes * reach,) price of the bits that a code of some size loses by the step; zero for the last size of a
-    class, which is for all sizes beyond. None of all: every code is the nearest.
+    row_pulls: (rows,) and column_pulls: (p,) what a centre is divided by is one and their product (`lattice/priced`);
+              None: every code is the nearest.
     """
     wide = last - first
     for j in range(len(steps)):
@@ -244,44 +204,38 @@ def panel(
         own, errors = centres[j, first:last], work[j, first:last]
         _gather(own, work, shares, j, first, last)
         step, inverse = splat(steps[j]), splat(np.float32(1.0) / steps[j])
-        tariff = None
-        if saved is not None:
-            limits = splat(np.float32(reach)), splat(np.float32(reach - 1)), splat(np.float32(len(saved) // reach - 1))
-            tariff = row_costs[first:last], splat(column_costs[j]), row_kind[first:last], splat(column_kind[j]), limits
+        pulls = None if row_pulls is None else (row_pulls[first:last], splat(column_pulls[j]))
         if feedback is None:
             for at in range(0, wide, LANES):
-                _round(load(own, at), own, errors, at, step, inverse, saved, tariff)
+                _round(load(own, at), own, errors, at, step, inverse, pulls)
             continue
         # A row waits for the one before it. So that it need not wait for much else, errors go to the next few rows at
         # once and to the others together.
         for sub in range(0, len(feedback), SUB):
             one, two, three, four = feedback[sub], feedback[sub + 1], feedback[sub + 2], feedback[sub + 3]
             at = sub * LANES
-            w = _round(load(own, at), own, errors, at, step, inverse, saved, tariff)
+            w = _round(load(own, at), own, errors, at, step, inverse, pulls)
             at += LANES
-            x = _round(minus(load(own, at), w, load(one, at)), own, errors, at, step, inverse, saved, tariff)
+            x = _round(minus(load(own, at), w, load(one, at)), own, errors, at, step, inverse, pulls)
             at += LANES
             value = minus(minus(load(own, at), w, load(one, at)), x, load(two, at))
-            y = _round(value, own, errors, at, step, inverse, saved, tariff)
+            y = _round(value, own, errors, at, step, inverse, pulls)
             at += LANES
             value = minus(minus(minus(load(own, at), w, load(one, at)), x, load(two, at)), y, load(three, at))
-            z = _round(value, own, errors, at, step, inverse, saved, tariff)
+            z = _round(value, own, errors, at, step, inverse, pulls)
             for at in range((sub + SUB) * LANES, wide, LANES):
                 value = minus(minus(load(own, at), w, load(one, at)), x, load(two, at))
                 store(own, at, minus(minus(value, y, load(three, at)), z, load(four, at)))
 
 
 @compiled(fastmath={"contract"})
-def _round(value, codes, errors, at, step, inverse, saved, tariff):  # pragma: no cover (compiled)
+def _round(value, codes, errors, at, step, inverse, pulls):  # pragma: no cover (compiled)
     """Write the codes of one row of each block, and return how far they are from what was to be rounded."""
-    centre = times(value, inverse)
-    code = rint(centre)
-    if saved is not None:
-        row_costs, column_cost, row_kind, column_kind, limits = tariff
-        reach, farthest, last = limits
-        kind = within(plus(load(row_kind, at), column_kind), last)
-        price = looked_up(saved, plus(times(kind, reach), within(size(code), farthest)))
-        code = cheaper(code, centre, times(load(row_costs, at), column_cost), price)
+    if pulls is None:
+        code = rint(times(value, inverse))
+    else:
+        rows, column = pulls
+        code = rint(drawn(times(value, inverse), more(load(rows, at), column)))
     store(codes, at, code)
     store(errors, at, minus(load(errors, at), code, step))
     return minus(value, code, step)

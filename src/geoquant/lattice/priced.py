@@ -1,87 +1,75 @@
-"""Babai with a price on bits: of the codes near a plane's centre take the one with the least error plus price of bits.
+"""A price on bits, in closed form: centres are drawn towards zero before they are rounded.
 
 On an entropy-coded lattice a code is not free: zero costs a fraction of a bit, a large code many. Rounding to nearest
-ignores that. Here column j of row i, whose centre lies at u in units of its step, takes the integer z that minimises
+ignores that. The code z of a centre u, in units of its step, should minimise `d (u - z)^2 + mu bits(z)`, with d what a
+squared step costs in units of `D^2` (one, but for steps that were rounded or tied) and mu the price of a bit; later
+columns and rows compensate for the code that was chosen. Known from video coding as rate-distortion-optimised
+quantization (Sullivan and Wiegand 1998).
 
-    d_ij (u - z)^2 + mu bits_k(z)
+Codes of one row and column are close to Gaussian, of a variance v that is known before any of them is:
+`bits(z) = z^2 / (2 v ln 2) + const`, and the minimum is at
 
-with d_ij what a squared step costs in units of `D^2` (one, but for steps that were rounded or tied), bits_k the length
-of z in the code of its class k, and mu the price of a bit in the same units; later columns and rows compensate for the
-code that was chosen. Known from video coding as rate-distortion-optimised quantization (Sullivan and Wiegand 1998).
+    z = round(u / (1 + mu / (2 ln(2) d v)))
 
-Two facts fix mu and say what to expect. At the same slope, one bit less per code quadruples the error of a fine
-lattice, 1/12 per code, so `mu = 2 ln(2) / 12 = 0.116`. And for codes of a Gaussian with variance v the rule becomes
-`z = round(u v / (v + 1/12))`: Wiener's shrinkage, since rounding errors are strangers to the weights and hence no
-strangers to the codes. It is worth `-1/2 log2(1 - 1/(12 v + 1))` bits per code: 0.03 at 2.5 bits, 0.06 at 2.
+Wiener's shrinkage, since rounding errors are strangers to the weights and hence no strangers to the codes. So no first
+pass has to find out what codes cost. At the same slope one bit less per code quadruples the error of a fine lattice,
+1/12 per code, so `mu = 2 ln(2) / 12 = 0.116`, and it is worth `-1/2 log2(1 - 1/(12 v + 1))` bits per code: 0.03 at 2.5
+bits, 0.06 at 2.
+
+The codes of `q = w - e` are as large as weights and errors together. Errors fill the cells of the lattice evenly:
+`E[e_ij^2] = (1/12) (r_i s_i)^2 (G^-1)_ii (r_j s_j)^2 (A^-1)_jj`, and where inputs resemble each other that is far more
+than `s^2/12`. v is fitted as a product of a number per row and one per column, as the classes of the coder are. No
+centre goes further than one step: the law says nothing of an outlier.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float
 from torch import Tensor
 
-from geoquant.lattice.beside import Tariff
-from geoquant.lattice.rate import Spread, counted, spread_of
-from geoquant.lattice.rows import RowMetric
-from geoquant.lattice.unboxed import unboxed_babai
+from geoquant.lattice.beside import Pulls
 
-__all__ = ["FINE", "Prices", "priced_babai", "prices_of"]
+__all__ = ["FINE", "pulls_of", "variances"]
 
 FINE = 2 * math.log(2) / 12  # price of a bit, in squared steps, on a fine lattice
+ROUNDS = 2
+ROWS = 1 << 13
 
 
-@dataclass(frozen=True)
-class Prices:
-    """What codes cost: bits (classes, reach) of a code of each class by its size, never falling with it; the last
-    column serves all sizes beyond. spread: the classes."""
-
-    bits: Float[Tensor, "classes reach"]
-    spread: Spread
-
-
-def prices_of(codes: Int[Tensor, "out in"]) -> Prices:
-    """Lengths of codes under the distributions of these codes' own classes, both signs taken together.
-
-    A size that was not seen counts half a code. So that chance does not make a larger code cheaper, lengths are made
-    non-decreasing; of a class without codes all are equal.
-    """
-    spread = spread_of(codes)
-    counts = counted(codes, spread)[:, :-1].double()
-    reach = counts.shape[1] // 2
-    sizes = torch.nn.functional.pad(counts[:, reach:], (0, 1))
-    sizes[:, 1:-1] += counts[:, :reach].flip(1)
-    sizes[:, 1:] /= 2  # both signs
-    seen = int(torch.nonzero(sizes.sum(0)).max()) if sizes.any() else 0
-    sizes = sizes[:, : seen + 2] + 0.5
-    bits = (sizes[:, :1] + 2 * sizes[:, 1:].sum(1, keepdim=True)).log2() - sizes.log2()
-    return Prices(bits.cummax(1).values.float(), spread)
-
-
-def priced_babai(
+def variances(
     weight: Float[Tensor, "out in"],
-    basis: Float[Tensor, "in in"],
-    order: Int[Tensor, " in"],
     row_steps: Float[Tensor, " out"],
     column_steps: Float[Tensor, " in"],
-    rows: RowMetric | None,
-    prices: Prices,
-    row_costs: Float[Tensor, " out"],
-    column_costs: Float[Tensor, " in"],
-    mu: float,
-) -> Integer[Tensor, "out in"]:
-    """Codes z with `q_ij = row_steps_i column_steps_j z_ij`; the first six arguments as in `unboxed_babai`.
+    row_errors: Float[Tensor, " out"],
+    column_errors: Float[Tensor, " in"],
+) -> tuple[Float[Tensor, " out"], Float[Tensor, " in"]]:
+    """Factors of the variance of the codes, `rows_i columns_j`, a few thousand rows at a time.
 
-    row_costs, column_costs: `d_ij = row_costs_i column_costs_j`, original order. mu: price of a bit; 0 is Babai.
-    Compiled, on the CPU, in single precision.
+    row_errors, column_errors: squares of errors in units of a step, expected, without the twelfth; by product.
     """
-    bits = prices.bits.cpu().float()
-    saved = mu * torch.diff(bits, dim=1, prepend=bits[:, :1], append=bits[:, -1:])
-    classes = (x.cpu().float() for x in (prices.spread.rows, prices.spread.columns))
-    tariff = Tariff(row_costs.cpu().float(), column_costs.cpu().float(), saved.contiguous(), *classes)
-    known = None if rows is None else replace(rows, factor=rows.factor.cpu())
-    given = (x.cpu() for x in (weight, basis.float(), order, row_steps, column_steps))
-    return unboxed_babai(*given, known, tariff).to(weight.device)
+    column_steps, column_errors = column_steps.float(), column_errors.float()
+    columns, scales = torch.ones_like(column_steps), column_steps.square().reciprocal()
+    for _ in range(ROUNDS):
+        shares, found = columns.reciprocal() / len(columns), []
+        columns = torch.zeros_like(columns)
+        for part, steps, errors in zip(*(x.float().split(ROWS) for x in (weight, row_steps, row_errors))):
+            # In units of its row's step no weight has more than fit into an integer: no square overflows.
+            squares = (part / steps[:, None]).square_()
+            rows = squares @ (scales * shares) + errors * ((column_errors @ shares) / 12)
+            inverse = rows.reciprocal() / len(weight)
+            columns += scales * (inverse @ squares) + column_errors * ((errors @ inverse) / 12)
+            found.append(rows)
+    return torch.cat(found), columns
+
+
+def pulls_of(
+    variance: tuple[Float[Tensor, " out"], Float[Tensor, " in"]],
+    cost: tuple[Float[Tensor, " out"], Float[Tensor, " in"]],
+    mu: float,
+) -> Pulls:
+    """At a price mu of a bit, of codes with these factors of their variance and of `d`; zero is Babai."""
+    rows, columns = (known * price for known, price in zip(variance, cost))
+    return Pulls(mu / (2 * math.log(2)) / rows, columns.reciprocal())

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from geoquant.lattice.beside import Tariff, side_by_side, smallest
+from geoquant.lattice.beside import Pulls, side_by_side, smallest
 from geoquant.lattice.rows import RowMetric
 
 __all__ = ["exponents", "narrow", "steps_of", "unboxed_babai"]
@@ -46,7 +46,7 @@ def unboxed_babai(
     row_steps: Float[Tensor, " out"],
     column_steps: Float[Tensor, " in"],
     rows: RowMetric | None = None,
-    tariff: Tariff | None = None,
+    pulls: Pulls | None = None,
 ) -> Integer[Tensor, "out in"]:
     """Codes z with `q_ij = row_steps_i column_steps_j z_ij`, Babai's plane by plane in `order`, in the smallest type
     that holds them.
@@ -57,14 +57,19 @@ def unboxed_babai(
 
     Column steps in the original order. rows: the output side of the metric; without it rows are strangers to each
     other. All rows are solved in units of their own step, so the recursion sees one step per column. Compiled on a CPU
-    in float32, torch operations elsewhere. tariff: only where it is compiled.
+    in float32, torch operations elsewhere. pulls: centres are drawn towards zero before they are rounded
+    (`lattice/priced`).
     """
     given = (weight, basis, order, row_steps, column_steps)
     if weight.device.type == "cpu" and basis.dtype == torch.float32:
-        return side_by_side(*given, rows, tariff)
+        return side_by_side(*given, rows, pulls)
     if len(weight) > ROWS and (rows is None or rows.strangers):  # rows are solved alone: a few thousand at a time
         spans = [slice(start, start + ROWS) for start in range(0, len(weight), ROWS)]
-        return torch.cat([unboxed_babai(weight[own], basis, order, row_steps[own], column_steps) for own in spans])
+        some = [None if pulls is None else Pulls(pulls.rows[own], pulls.columns) for own in spans]
+        given = (
+            (weight[own], basis, order, row_steps[own], column_steps, None, pull) for own, pull in zip(spans, some)
+        )
+        return torch.cat([unboxed_babai(*one) for one in given])
     # Transposed, so that one column of the layer is one contiguous row of memory. Weights become errors.
     work = weight.T.contiguous().index_select(0, order).to(basis.dtype).div_(row_steps)
     columns, count = work.shape
@@ -73,11 +78,13 @@ def unboxed_babai(
     feedback = work.new_empty(0, 1, 1) if alone else rows.feedback(row_steps).to(work.dtype)
     sizes = (count,) if alone else rows.sizes
     codes = torch.empty(columns, count, dtype=torch.int32, device=weight.device)
+    across, along = (None, None) if pulls is None else (pulls.rows.to(work), pulls.columns[order].to(work))
     for first in range(0, columns, PANEL):
         part = slice(first, min(first + PANEL, columns))
         shares = basis[: part.stop, part] / lengths[part]
         centres = torch.addmm(work[part], shares[:first].T, work[:first])
-        codes[order[part]] = _plain(centres, work[part], steps[part], shares[first:], feedback, sizes)
+        by = None if pulls is None else 1 + along[part, None] * across
+        codes[order[part]] = _plain(centres, work[part], steps[part], by, shares[first:], feedback, sizes)
     return narrow(codes).T.contiguous()
 
 
@@ -87,23 +94,40 @@ def narrow(codes: Int[Tensor, "out in"]) -> Integer[Tensor, "out in"]:
 
 
 def _plain(
-    centres: Tensor, work: Tensor, steps: Tensor, shares: Tensor, feedback: Tensor, sizes: tuple[int, ...]
+    centres: Tensor,
+    work: Tensor,
+    steps: Tensor,
+    by: Tensor | None,
+    shares: Tensor,
+    feedback: Tensor,
+    sizes: tuple[int, ...],
 ) -> Tensor:
-    """The same in torch operations, blocks side by side."""
+    """The same in torch operations, blocks side by side. by: (p, rows) what centres are divided by."""
     codes = torch.empty_like(work)
     size = feedback.shape[1]
     # Place of every row in the padded blocks.
     place = torch.cat([torch.arange(rows) + block * size for block, rows in enumerate(sizes)]).to(work.device)
+
+    def padded(values: Tensor) -> Tensor:
+        return work.new_ones(len(sizes) * size).index_copy_(0, place, values).view(len(sizes), size)
+
     for j, step in enumerate(steps.tolist()):
         if not len(feedback):
-            torch.div(centres[j], step, out=codes[j]).round_()
+            codes[j] = _rounded(centres[j], step, None if by is None else by[j])
         else:
-            target = work.new_zeros(len(sizes) * size).index_copy_(0, place, centres[j]).view(len(sizes), size)
+            target, divisors = padded(centres[j]), None if by is None else padded(by[j])
             for i in range(size):
-                rest = target[:, i] - (target[:, i] / step).round_() * step
+                code = _rounded(target[:, i], step, None if by is None else divisors[:, i])
+                rest = target[:, i] - code * step
                 target[:, i + 1 :].addcmul_(rest[:, None], feedback[:, i, i + 1 :], value=-1.0)
-            codes[j] = (target.flatten()[place] / step).round_()
+            codes[j] = _rounded(target, step, divisors).flatten()[place]
         work[j].sub_(codes[j], alpha=step)
         if j + 1 < len(work):
             centres[j + 1 :].addr_(shares[j, j + 1 :], work[j])
     return codes.to(torch.int32)
+
+
+def _rounded(values: Tensor, step: float, by: Tensor | None) -> Tensor:
+    """As floats. What is drawn towards zero goes one step at most."""
+    values = values / step
+    return values.round_() if by is None else torch.clamp(values / by, values - 1, values + 1).round_()

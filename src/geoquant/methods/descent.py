@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geoquant.lattice.basis import damped
 from geoquant.lattice.descent import descend
-from geoquant.lattice.priced import prices_of
+from geoquant.lattice.prices import prices_of
 from geoquant.methods import babai, lattice, priced
 from geoquant.methods.problem import LatticeSolution, Problem, Solution
 

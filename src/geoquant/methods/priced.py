@@ -1,41 +1,52 @@
-"""The unboxed lattice with a price on bits: near-ties go to the code that is cheaper to store.
+"""The unboxed lattice with a price on bits: centres are drawn towards the codes that are cheaper to store.
 
-How and why: lattice/priced. The prices come from Babai's own codes; a second round, with those of the priced
-codes, gains next to nothing. The default; what it is worth stands in docs/results.md.
+How and why: lattice/priced. The default; what it is worth stands in docs/results.md.
 """
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from geoquant.lattice.priced import priced_babai, prices_of
+from geoquant.lattice.basis import inverse_diagonal
+from geoquant.lattice.beside import Pulls
+from geoquant.lattice.priced import pulls_of, variances
+from geoquant.lattice.unboxed import unboxed_babai
 from geoquant.methods import lattice
 from geoquant.methods.problem import LatticeSolution, Problem
 
-__all__ = ["search", "solve"]
+__all__ = ["pulls", "search", "solve"]
 
-PRICE = 0.09  # of a bit, in squared steps: three quarters of a fine lattice's, best of five on twelve stages
+PRICE = 0.1  # of a bit, in squared steps: about what does best on twelve stages at 2.5 and at 2.1 bits
 
 
 def solve(problem: Problem) -> LatticeSolution:
     """Raises NotPositiveDefinite when the metric has no factor."""
-    return lattice.solve_by(problem, search, reach=1.5)  # the nearest code, or the next one towards zero
+    return lattice.solve_by(problem, search, reach=1.5)
 
 
-def search(posed: lattice.Posed, mu: float = PRICE, rounds: int = 1) -> Int[Tensor, "out in"]:
+def search(posed: lattice.Posed, mu: float = PRICE) -> Int[Tensor, "out in"]:
     """Codes at the price `mu` of a bit, in squared steps."""
-    codes = lattice.babai(posed)
     given = (posed.weight, posed.basis, posed.order, posed.row_steps, posed.column_steps, posed.rows)
-    for _ in range(rounds):
-        codes = priced_babai(*given, prices_of(codes), *costs(posed), mu)
-    return codes
+    return unboxed_babai(*given, pulls(posed, mu))
 
 
-def costs(posed: lattice.Posed) -> tuple[Tensor, Tensor]:
-    """What a squared step of row i and column j costs in units of `D^2`, as the product of two numbers."""
-    lengths = posed.basis.new_empty(len(posed.order))
-    lengths[posed.order] = posed.basis.diagonal()
-    row_lengths = 1.0 if posed.rows is None else posed.rows.lengths
-    rows = (posed.row_steps * row_lengths / posed.step).square() * posed.price
-    return rows, (posed.column_steps * lengths).square()
+def pulls(posed: lattice.Posed, mu: float) -> Pulls:
+    """How far the centres of every row and column are drawn at the price `mu` of a bit."""
+    squares = torch.empty_like(posed.column_steps).index_copy_(0, posed.order, posed.basis.diagonal().square())
+    row_steps = posed.row_steps.double()  # squares of a row of huge weights
+    row_lengths, row_errors = torch.ones_like(row_steps), torch.ones_like(row_steps)
+    if posed.rows is not None:
+        row_lengths = posed.rows.lengths
+        row_errors = posed.rows.error_squares(row_steps)[0] / row_steps.square()
+    spread = variances(
+        posed.weight,
+        posed.row_steps,
+        posed.column_steps,
+        row_errors,
+        squares * inverse_diagonal(posed.basis, posed.order),
+    )
+    # What a squared step of row i and column j costs in units of D^2.
+    cost = (row_steps * row_lengths / posed.step).square() * posed.price, posed.column_steps.square() * squares
+    return pulls_of(spread, cost, mu)
