@@ -126,8 +126,8 @@ def compute_facts() -> dict[str, str]:
     single, half = gemm_speed(torch.float32), gemm_speed(torch.bfloat16)
     units = [name for name in ("amx_bf16", "avx512_bf16") if name in cpu_flags()]
     kind = f" ({', '.join(units)})" if units else " (no bfloat16 unit)"
-    advice = "bfloat16 passes pay off" if half > 1.2 * single else "float32 passes are as fast"
-    facts["matrix speed"] = f"float32 {single:.0f}, bfloat16 {half:.0f} GFLOP/s{kind}: {advice}"
+    advice = "bfloat16 passes pay off" if half > 1.2 * single else "products are done in float32"
+    facts["matrix speed"] = f"float32 {single:.3g}, bfloat16 {half:.3g} GFLOP/s{kind}: {advice}"
     return facts
 
 

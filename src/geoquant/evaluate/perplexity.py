@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from geoquant.data.text import Windows
 from geoquant.errors import UserError
+from geoquant.model.halves import widened
 from geoquant.model.vocabulary import vocabulary_rows
 from geoquant.progress import Progress, silent
 
@@ -54,7 +55,8 @@ class Perplexity:
 
 def final_hidden(model: nn.Module, tokens: Int[Tensor, "n length"]) -> Float[Tensor, "n length hidden"]:
     """Hidden states that enter the vocabulary projection."""
-    return model.base_model(tokens, use_cache=False).last_hidden_state
+    with widened(tokens.device):
+        return model.base_model(tokens, use_cache=False).last_hidden_state
 
 
 def head_logits(
@@ -66,7 +68,8 @@ def head_logits(
     and Granite. `check_head` tells whether that is all.
     """
     head = model.get_output_embeddings()
-    logits = head(hidden) if weight is None else nn.functional.linear(hidden, weight, getattr(head, "bias", None))
+    with widened(hidden.device):
+        logits = head(hidden) if weight is None else nn.functional.linear(hidden, weight, getattr(head, "bias", None))
     logits = logits.float()
     config = model.config.get_text_config()
     if (scale := getattr(config, "logit_scale", None)) is not None:
@@ -104,7 +107,8 @@ def check_head(model: nn.Module, tokens: Int[Tensor, "n length"]) -> None:
     """
     few = tokens[:1, :4].to(next(model.parameters()).device)
     ours = head_logits(model, final_hidden(model, few)[0])
-    own = model(few, use_cache=False).logits[0].float()
+    with widened(few.device):
+        own = model(few, use_cache=False).logits[0].float()
     # Not on NaN: a destroyed model is measured, not refused.
     if (ours - own).abs().max() > 0.02 * own.abs().max():
         raise UserError(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from geoquant.model.halves import multiplies_halves
+
 __all__ = [
     "BlockCall",
     "autocast",
@@ -41,9 +43,7 @@ def compute_dtype(requested: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
-        # Private torch probes, absent in some builds; without them float32 is the safe answer.
-        probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-        fast = bool(probe and probe())
+        fast = multiplies_halves()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from geoquant.errors import UserError
+from geoquant.model.halves import widened
 from geoquant.model.paging import UNMAPPED, Pages
 from geoquant.model.walk import Block, Stage, find_blocks
 from geoquant.observe.attention import ProductAttention
@@ -220,7 +221,7 @@ def check_head(model: nn.Module, probe: Int[Tensor, "n length"], pages: Pages = 
         seen.append(output[0] if isinstance(output, tuple) else output)
 
     handles = [module.register_forward_hook(lambda used, *_: pages.release(used.parameters())) for module in modules]
-    with hooks([*handles, modules[-1].register_forward_hook(keep)]):
+    with hooks([*handles, modules[-1].register_forward_hook(keep)]), widened(model.device):
         expected = model(probe.to(model.device), use_cache=False).logits.float()
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     try:

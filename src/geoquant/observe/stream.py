@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from geoquant.model.halves import widened
 from geoquant.model.paging import UNMAPPED, Pages
 from geoquant.model.walk import find_blocks
 from geoquant.observe.compute import BlockCall, autocast
@@ -78,7 +79,7 @@ def open_stream(
 
     handles = [block.register_forward_pre_hook(capture, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(lambda used, *_: pages.release(used.parameters())) for block in blocks]
-    with hooks(handles), autocast(device, compute):
+    with hooks(handles), autocast(device, compute), widened(device):
         model.base_model(tokens[:size].to(device), use_cache=False)
     with hooks([blocks[0].register_forward_pre_hook(first, with_kwargs=True)]):
         for start in range(0, len(tokens), size):

@@ -1,0 +1,54 @@
+"""Products of halves on a CPU without units for them: the same numbers as torch's own, sooner."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from geoquant.data.text import windows
+from geoquant.evaluate.perplexity import perplexity
+from geoquant.model import halves
+from geoquant.model.halves import widened
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """As on a processor without AMX."""
+    monkeypatch.setattr(halves, "multiplies_halves", lambda: False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_those_of_the_exact_factors_rounded_once(slow, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((7, 50), (11, 50), (11,)))
+    exact = (x.double() @ weight.double().T + bias.double()).float()
+    with widened(torch.device("cpu")):
+        found = torch.nn.functional.linear(x, weight, bias)
+        same = x @ weight.T
+    assert found.dtype == same.dtype == dtype
+    torch.testing.assert_close(found.float(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    torch.testing.assert_close(same.float(), (x.double() @ weight.double().T).float(), rtol=0.01, atol=1e-4)
+
+
+def test_floats_and_types_that_do_not_go_together_are_torchs_own(slow):
+    x, y = torch.ones(2, 3), torch.ones(3, 2)
+    with widened(torch.device("cpu")):
+        assert (x @ y).dtype == torch.float32
+        with pytest.raises(RuntimeError):
+            x.bfloat16() @ y
+
+
+def test_where_there_are_units_nothing_changes(monkeypatch):
+    monkeypatch.setattr(halves, "multiplies_halves", lambda: True)
+    with widened(torch.device("cpu")) as inside:
+        assert inside is None
+
+
+def test_a_model_in_halves_loses_what_it_loses_anyway(slow, tiny_model, tiny_tokenizer, monkeypatch):
+    model = copy.deepcopy(tiny_model).to(torch.bfloat16)
+    text = windows(tiny_tokenizer, "Some words that come one after another. " * 40, length=32, count=4)
+    found = perplexity(model, text).nll
+    monkeypatch.setattr(halves, "multiplies_halves", lambda: True)
+    assert found == pytest.approx(perplexity(model, text).nll, abs=2e-3)
