@@ -25,6 +25,7 @@ from geoquant.data.records import write_records
 from geoquant.data.text import builtin_text
 from geoquant.errors import UserError
 from geoquant.export.verify import TOLERANCE
+from geoquant.model.halves import widened
 from geoquant.pipeline import make_plan, quantize
 from geoquant.plan import estimate
 from geoquant.recipe import Recipe
@@ -381,7 +382,8 @@ def test_a_bfloat16_model_stays_one(workplace, tmp_path):
     stored = load_file(run / "expected.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.bfloat16).eval()
     with torch.no_grad():
-        logits = loaded(stored["tokens"]).logits.float()
+        with widened(loaded.device):
+            logits = loaded(stored["tokens"]).logits.float()
         wide = with_weights(tiny_llama(seed=4).to(torch.bfloat16).float(), decoded(run))(stored["tokens"]).logits
     torch.testing.assert_close(logits, stored["logits"], atol=0.0, rtol=0.0)
     assert (wide - stored["logits"]).abs().max() < TOLERANCE["bfloat16"] * wide.std()  # what verify grants
@@ -494,7 +496,7 @@ def test_verify_explain_and_compare_read_a_real_run(kept_run, run_of, capsys):
 def test_an_export_that_reads_differently_is_not_called_done(workplace, tmp_path, monkeypatch):
     from geoquant.export.verify import VerifyResult
 
-    found = VerifyResult(1.0, 0.5, 1e-3, False, True, {"torch": "2"}, 0.1)
+    found = VerifyResult(1.0, 0.5, 0.1, 1e-3, False, True, {"torch": "2"}, 0.1)
     monkeypatch.setattr(pipeline, "verify", lambda *_: found)
     recipe = workplace[1].model_copy(update={"verify": True, "metric": "plain", "method": "rtn"})
     with pytest.raises(UserError, match="does not reproduce the solved model") as caught:
@@ -526,7 +528,7 @@ def test_an_export_that_cannot_be_read_is_told_of_until_it_can(kept_run, tmp_pat
     assert report["exports"][1]["verified"]["ok"] is False
     assert report["warnings"] == [*kept_run[0]["warnings"], "stock readers cannot load it; readers: torch 2"]
     assert "Stock readers could not load it." in (run / "report.html").read_text()
-    good = VerifyResult(0.0, 0.0, 1e-3, True, True, {"torch": "2"}, 0.1)
+    good = VerifyResult(0.0, 0.0, 0.0, 1e-3, True, True, {"torch": "2"}, 0.1)
     monkeypatch.setattr(pipeline, "verify", lambda *_: good)
     assert cli.run(["export", str(run), "--to", "dense"]) == 0
     report = json.loads((run / "report.json").read_text())

@@ -279,7 +279,8 @@ def verified(run: Path, entry: dict, progress: Progress) -> dict:
     if result is not None and not result.ok:
         failure = UserError(
             f"{run / entry['path']} does not reproduce the solved model: logits differ by {result.max_abs_diff:.3g}",
-            wanted=f"at most {result.tolerance:.1g} of their spread, got {result.max_rel:.3g}",
+            wanted=f"at most {result.tolerance:.1g} of their spread, got {result.max_rel:.3g}; "
+            f"and a fifth of it as root mean square, got {result.rms_rel:.3g}",
             fix="keep the run folder and report this",
         )
     return {**entry, "unread": None, "verified": reporting.verification(result, failure and str(failure))}

@@ -110,7 +110,7 @@ def export_entry(name: str, run: Path, written: ExportResult, adapter: ExportRes
 
 def verification(result: VerifyResult | None, failure: str | None) -> dict:
     """What the report says of a reload; of one that the readers could not even begin, only why."""
-    measured = dict.fromkeys(("max_abs_diff", "max_rel", "tolerance"))
+    measured = dict.fromkeys(("max_abs_diff", "max_rel", "rms_rel", "tolerance"))
     if result is not None:
         measured = {name: getattr(result, name) for name in measured}
     readers = {} if result is None else result.versions

@@ -87,9 +87,12 @@ def exports_in(folder: Path) -> list[tuple[Path, Path, Path | None]]:
 
 def show(rows: list[dict]) -> None:
     """One line per export."""
+    from geoquant.export.verify import PEAK
+
     for row in rows:
         verdict = "agrees" if row["ok"] else "DIFFERS"
         print(
             f"{row['path']}: {verdict}, largest difference of logits {row['max_abs_diff']:.3g} "
-            f"({row['max_rel']:.2g} of their spread, allowed {row['tolerance']:.2g})"
+            f"({row['max_rel']:.2g} of their spread, allowed {row['tolerance']:.2g}; "
+            f"root mean square {row['rms_rel']:.2g}, allowed {row['tolerance'] / PEAK:.2g})"
         )

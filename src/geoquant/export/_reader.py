@@ -80,14 +80,15 @@ def load(folder, adapter, dtype):
 
 
 def compare(model, tokens, expected):
-    """Largest logit difference and the spread of the expected logits (NaN anywhere gives NaN)."""
+    """Largest logit difference, their root mean square, the spread of the expected logits (NaN anywhere gives NaN)."""
     import torch
 
     with torch.no_grad():
         logits = torch.cat([model(input_ids=row[None], use_cache=False).logits.float() for row in tokens])
     if logits.shape != expected.shape:
         raise ValueError(f"logits have shape {tuple(logits.shape)}, expected {tuple(expected.shape)}")
-    return float((logits - expected).abs().max()), float(expected.std())
+    difference = logits - expected
+    return float(difference.abs().max()), float(difference.square().mean().sqrt()), float(expected.std())
 
 
 def main(task):
@@ -102,7 +103,8 @@ def main(task):
 
         stored = load_file(task["expected"])
         model = load(task["folder"], task["adapter"], getattr(torch, task["dtype"]))
-        outcome["max_abs_diff"], outcome["spread"] = compare(model, stored["tokens"], stored["logits"])
+        names = "max_abs_diff", "rms_diff", "spread"
+        outcome |= dict(zip(names, compare(model, stored["tokens"], stored["logits"])))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         outcome["error"] = f"{type(error).__name__}: {lines[0] if lines else ''}"
