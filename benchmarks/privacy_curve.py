@@ -6,7 +6,7 @@
     python benchmarks/privacy_curve.py OUT --figure curve.svg
 
 Models: SmolLM2-135M, fine-tuned once on made medical records (members and planted canaries) and saved on the way in
-three regimes by the AUC of the reference attack: mild (0.6-0.75), strong (0.8-0.95), extreme (1.0); and once on code of
+three regimes by the AUC of the reference attack: mild (0.6-0.75), strong (0.8-0.95), extreme (0.99 or more); and once on code of
 Python's standard library, split by file, saved in the strong regime. Of each: the base before, the original, and its
 linear layers at 8, 4 and 3 bits in boxes of 64 columns by Babai and by rounding (box-codes of 2.5 bits do not exist),
 and on the entropy-coded lattice at 8, 4, 3 and 2.5 bits; once more at 3 bits with the embeddings on it too. Every
@@ -57,14 +57,14 @@ from geoquant.recipe import checked
 from geoquant.runs import atomic_write, read_json, write_json
 from privacy_claims import PRIMARY
 
-RATE = "0.01"  # the false positive rate of the table
+RATE = "0.1"  # the false positive rate of the table
 
 DATA: dict[str, Callable[[], MadeRecords]] = {
-    "medical": lambda: synthetic_records("medical", 500, seed=0, canaries=32, repeats=(1, 4)),
-    "code": lambda: stdlib_records(500, seed=0, characters=400, canaries=32),
+    "medical": lambda: synthetic_records("medical", 250, seed=0, canaries=32, repeats=(1, 4)),
+    "code": lambda: stdlib_records(250, seed=0, characters=400, canaries=32),
 }
 # Slow on purpose: the AUC must not jump over a window between two looks.
-TAUGHT = {"epochs": 12, "lr": 2e-4, "batch": 8, "check_every": 10, "checkpoint_every": 20, "most": 80}
+TAUGHT = {"epochs": 12, "lr": 2e-4, "batch": 8, "check_every": 8, "checkpoint_every": 24, "most": 60}
 TRAINING = {"medical": TAUGHT, "code": TAUGHT}
 STRONG = next(regime for regime in REGIMES if regime.name == "strong")
 LEARNED: dict[str, tuple[str, Regime]] = {
@@ -79,7 +79,7 @@ POINTS: dict[str, dict | None] = {
     "lattice-3-embeddings": {"rate": 3.0},
 }
 CALIBRATION = {"windows": 16, "window": 256, "gradient_share": 0.25, "target": "weights"}
-PUBLIC = (256, 40)  # tokens of a window, windows
+PUBLIC = (256, 24)  # tokens of a window, windows
 
 
 @dataclass(frozen=True)

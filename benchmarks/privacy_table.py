@@ -18,7 +18,7 @@ COLUMNS = (
     "reference AUC",
     "its change",
     "without a reference",
-    "TPR at 1% FPR",
+    "TPR at 10% FPR",
     "identifiers extracted",
     "in 100 samples",
     f"records continued from {PREFIX} tokens",

@@ -300,6 +300,8 @@ def test_ctrl_c_says_how_to_go_on():
         ],
         stderr=subprocess.PIPE,
         text=True,
+        # Who starts the tests in the background of a shell has them ignore Ctrl-C, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert "working\n" in iter(child.stderr.readline, "")
     child.send_signal(signal.SIGINT)

@@ -52,7 +52,7 @@ class Regime:
         return self.low <= auc <= self.high
 
 
-REGIMES = (Regime("mild", 0.6, 0.75), Regime("strong", 0.8, 0.95), Regime("extreme", 1.0, 1.0))
+REGIMES = (Regime("mild", 0.6, 0.75), Regime("strong", 0.8, 0.95), Regime("extreme", 0.99, 1.0))
 
 
 def finetune(
