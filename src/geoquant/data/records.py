@@ -94,13 +94,15 @@ class Record:
 class Split:
     """Records a model was trained on, records of the same distribution it never saw, and planted canaries.
 
-    withheld: canaries that a coin left out of the training data.
+    withheld: canaries that a coin left out of the training data. copies: records that repeated another of their side
+    and were left out.
     """
 
     members: tuple[Record, ...]
     nonmembers: tuple[Record, ...]
     canaries: tuple[Record, ...] = ()
     withheld: tuple[Record, ...] = ()
+    copies: int = 0
 
     @property
     def sha256(self) -> str:
@@ -238,7 +240,24 @@ def as_records(given: str | Path | Sequence[str | Record], what: str) -> tuple[R
         if not isinstance(record.text, str) or not record.text.strip():
             raise UserError(f"{what}: record {number} is no text or an empty one", got=repr(record.text))
         check_encodable(f"{what}: record {number}", record.text)
+        _check_marks(f"{what}: record {number}", record)
     return records
+
+
+def _check_marks(where: str, record: Record) -> None:
+    """What a file is checked for, of a record in memory."""
+    for mark in (*record.fields, *([record.canary] if record.canary else [])):
+        _offsets(where, "canary" if mark is record.canary else f"field {mark.kind!r}", vars(mark), record.text)
+    if record.canary and not ((secret := record.value(record.canary)).isascii() and secret.isdigit()):
+        raise UserError(f"{where} canary secret is not digits only", got=repr(secret), wanted="0-9")
+
+
+def _once(records: Iterable[Record]) -> tuple[Record, ...]:
+    """The first of all records with one text."""
+    found: dict[str, Record] = {}
+    for record in records:
+        found.setdefault(record.text.strip(), record)
+    return tuple(found.values())
 
 
 def load_split(
@@ -248,7 +267,10 @@ def load_split(
 ) -> Split:
     """Read and check what an audit compares. Canaries found among the members are audited as canaries.
 
-    Those that a coin left out of the training data have nothing to expose: they are kept apart.
+    Those that a coin left out of the training data have nothing to expose: they are kept apart. A text that a side
+    holds several times is taken once: tests and intervals count records as independent, and copies are one evidence.
+
+    Raises UserError for what cannot be read or compared, and for one canary given twice.
     """
     inside = as_records(members, "members")
     planted = tuple(record for record in inside if record.canary)
@@ -261,8 +283,13 @@ def load_split(
                     f"{where}: record {number} marks no secret", wanted='"canary": {"name", "start", "end"}'
                 )
         planted += extra
+    if len({record.text.strip() for record in planted}) < len(planted):
+        raise UserError(
+            "a canary is given twice", wanted="each once: its coin and its secret count once", fix="remove its copies"
+        )
     planted, withheld = (tuple(r for r in planted if bool(r.repeats) == wanted) for wanted in (True, False))
     outside = as_records(nonmembers, "non-members")
-    split = Split(tuple(r for r in inside if not r.canary), outside, planted, withheld)
-    check_split(split.members, split.nonmembers)
-    return split
+    inside = tuple(record for record in inside if not record.canary)
+    sides = [_once(side) for side in (inside, outside)]
+    check_split(*sides)
+    return Split(*sides, planted, withheld, len(inside) + len(outside) - sum(map(len, sides)))

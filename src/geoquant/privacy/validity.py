@@ -25,6 +25,7 @@ class SplitCheck:
 
     gate: BlindResult
     near_duplicates: tuple[NearDuplicate, ...] = ()
+    copies: int = 0  # records that were left out because their side holds the same text already
 
     @property
     def refusal(self) -> str | None:
@@ -41,9 +42,15 @@ class SplitCheck:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Near-duplicates, in words."""
+        """Copies and near-duplicates, in words."""
+        told = ()
+        if self.copies:
+            told = (
+                f"{self.copies} record{'s repeat' if self.copies > 1 else ' repeats'} another of the same side and "
+                f"{'are' if self.copies > 1 else 'is'} left out: a copy is no further evidence",
+            )
         if not self.near_duplicates:
-            return ()
+            return told
         count = len({pair.nonmember for pair in self.near_duplicates})
         named = ", ".join(
             f"record {pair.nonmember} like member {pair.member} ({pair.similarity:.2f})"
@@ -51,6 +58,7 @@ class SplitCheck:
         )
         more = ", ..." if len(self.near_duplicates) > SHOWN else ""
         return (
+            *told,
             f"{count} non-member{'s are' if count > 1 else ' is'} nearly the same as a member (similarity at least "
             f"{THRESHOLD}: {named}{more}): the model knows them too, and attacks look weaker than they are",
         )
@@ -72,5 +80,7 @@ class SplitCheck:
 def check_sides(split: Split, *, seed: int = 0) -> SplitCheck:
     """Both tests of one split; seconds for a few thousand records."""
     return SplitCheck(
-        blind_test(split.members, split.nonmembers, seed=seed), near_duplicates(split.members, split.nonmembers)
+        blind_test(split.members, split.nonmembers, seed=seed),
+        near_duplicates(split.members, split.nonmembers),
+        split.copies,
     )
