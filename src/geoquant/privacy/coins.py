@@ -8,6 +8,7 @@ training data left in the weights can make the scores of the planted ones higher
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from geoquant.privacy.scores import RecordScores, SplitScores
 __all__ = ["audit_coins", "most", "secret_scores"]
 
 DELTA = 1e-5
+ONCE = "one canary in or out of the input"  # of COVERS, where every canary occurs once
 SHARES = (0.1, 0.25, 0.5)  # of the canaries that are guessed in, and as many out: fixed before any score was seen
 
 
@@ -59,7 +61,13 @@ def audit_coins(
     if not len(values[0]):
         return None
     scores, coins = np.concatenate(values), np.concatenate(included)
-    return one_run(scores, coins, candidates(len(scores)), delta=DELTA, seed=seed)
+    found = one_run(scores, coins, candidates(len(scores)), delta=DELTA, seed=seed)
+    # In or out is in with all its copies: of one record the bound says less.
+    flipped = (r.canary for r in (*split.canaries, *split.withheld) if r.canary.included is not None)
+    if (copies := max(canary.repeats for canary in flipped)) > 1:
+        often = f"{ONCE} with all its copies, up to {copies}"
+        found = replace(found, covers=found.covers.replace(ONCE, often))
+    return found
 
 
 def candidates(m: int) -> list[tuple[int, int]]:
