@@ -84,6 +84,9 @@ def audit(
             "shadow models are trained from a base that can be loaded, and kept in a folder",
             fix="give --reference BASE and --out AUDIT",
         )
+    shadow_settings = shadow_settings or ShadowSettings(seed=seed)
+    if train_shadows:
+        shadow_settings.check(train_shadows)
     split = load_split(members, nonmembers, canaries)
     folder = None if out is None else _claimed(Path(out))
     started, seconds = time.perf_counter(), {}
@@ -112,7 +115,7 @@ def audit(
             lambda: load(str(reference), device=device),
             split,
             train_shadows,
-            shadow_settings or ShadowSettings(seed=seed),
+            shadow_settings,
             folder / "shadows",
             progress=progress,
         )
@@ -171,6 +174,8 @@ def attack(
 def _opened(given: object, tokenizer, device: str) -> Iterator[Loaded]:
     """The model to look at; one that was loaded here is dropped again."""
     if isinstance(given, nn.Module):
+        # peft puts adapters into the layers of the model that it wraps: that one computes what the wrapper does.
+        given = given.get_base_model() if hasattr(given, "get_base_model") else given
         name = getattr(given, "name_or_path", "") or type(given).__name__
         yield Loaded(given, tokenizer, Path(name).name, "in memory", next(given.parameters()).dtype, "")
         return

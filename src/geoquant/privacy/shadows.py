@@ -32,6 +32,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -75,6 +76,20 @@ class ShadowSettings:
     batch: int = 8
     lora: int = 0
     seed: int = 0
+
+    def check(self, models: int) -> None:
+        """Raise UserError for what no `models` shadows can be trained with: at once, not after all scores are made."""
+        if models < 2:
+            raise UserError(
+                "each record needs a shadow model that saw it and one that did not", got=models, wanted=">= 2"
+            )
+        for name, value, least in (("epochs", self.epochs, 1), ("batch", self.batch, 1), ("lora", self.lora, 0)):
+            if value < least:
+                raise UserError(f"cannot train shadows with {name} = {value}", wanted=f"a whole number from {least}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise UserError(
+                f"cannot train shadows with a learning rate of {self.learning_rate}", wanted="a positive number"
+            )
 
 
 @dataclass(frozen=True)
@@ -135,8 +150,7 @@ def train_shadows(
 
     Raises UserError for fewer than two models, or records too few to be halved.
     """
-    if models < 2:
-        raise UserError("each record needs a shadow model that saw it and one that did not", got=models, wanted=">= 2")
+    settings.check(models)
     pool = (*split.members, *split.nonmembers)
     groups = tied(split.members, split.nonmembers)
     inside = halves(models, int(groups.max()) + 1, settings.seed)[:, groups]
