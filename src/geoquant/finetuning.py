@@ -26,7 +26,7 @@ from geoquant.model.load import Loaded, identity, load
 from geoquant.privacy import finetune as training
 from geoquant.privacy.probe import PROBED, Probed, probe
 from geoquant.progress import Progress, silent
-from geoquant.runs import PARTIAL, atomic_directory, file_hash, read_json, write_json
+from geoquant.runs import PARTIAL, atomic_directory, check_writable, file_hash, read_json, write_json
 
 __all__ = ["REGIMES", "STATE", "Regime", "finetune", "teach_regimes"]
 
@@ -201,6 +201,7 @@ def claim(out: Path) -> None:
         raise UserError(f"output folder {out} already holds a fine-tuned model", fix="choose a new folder")
     if held - {STATE}:
         raise UserError(f"output folder {out} is not empty", fix="choose a new folder")
+    check_writable(out)
 
 
 def file_facts(path: str | Path) -> dict:

@@ -38,6 +38,7 @@ from geoquant.recipe import Recipe
 __all__ = [
     "atomic_directory",
     "atomic_write",
+    "check_writable",
     "claim_output",
     "file_hash",
     "read_json",
@@ -117,6 +118,17 @@ def _partial_folder(path: Path) -> Iterator[Path]:
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError where nothing of this name could be written: before the work, not after it. Leaves no trace."""
+    made = tuple(takewhile(lambda folder: not folder.exists(), path.parents))
+    try:
+        with _partial_folder(path):
+            pass
+        remove_empty(made)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", fix="choose another --out folder") from None
 
 
 def write_json(path: Path, value: object) -> None:

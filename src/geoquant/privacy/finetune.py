@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from geoquant.data.records import Record
 from geoquant.data.text import Windows, adds_bos
 from geoquant.errors import UserError
+from geoquant.model.vocabulary import vocabulary_rows
 from geoquant.observe.compute import compute_dtype
 from geoquant.privacy.masters import Masters
 from geoquant.privacy.training_state import fingerprint, load_state, save_state
@@ -39,13 +40,20 @@ class Finetuned:
     planned: int
 
 
-def _examples(tokenizer, records: Sequence[Record]) -> list[list[int]]:
-    """Token ids of every record, as often as an epoch shows it, in the form that is scored."""
+def _examples(model, tokenizer, records: Sequence[Record]) -> list[list[int]]:
+    """Token ids of every record, as often as an epoch shows it, in the form that is scored, cut at the context."""
     if not records:
         return []
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    encoded = tokenizer([r.text for r in records], add_special_tokens=False, return_attention_mask=False)
-    ids = [bos + one for one in encoded.input_ids]
+    encoded = tokenizer([r.text for r in records], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    ids = [(bos + one)[:limit] for one in encoded.input_ids]
+    if (largest := max((max(one, default=0) for one in ids), default=0)) >= (rows := vocabulary_rows(model)):
+        raise UserError(
+            "the tokenizer is not this model's",
+            got=f"token {largest} where the model has {rows}",
+            fix="give the tokenizer that the model was trained with",
+        )
     return [one for one, record in zip(ids, records, strict=True) for _ in range(record.repeats)]
 
 
@@ -126,7 +134,7 @@ def finetune(
 
     Raises UserError when there is nothing to train on, the loss is not finite, or the checkpoint is another training's.
     """
-    examples = [ids for ids in _examples(tokenizer, records) if len(ids) > 2]
+    examples = [ids for ids in _examples(model, tokenizer, records) if len(ids) > 2]
     if not examples or epochs < 1:
         raise UserError("nothing to fine-tune on", got=f"{len(examples)} records, {epochs} epochs")
     for name, value in (("batch", batch), ("checkpoint_every", checkpoint_every), ("stop_every", stop_every)):
@@ -135,7 +143,9 @@ def finetune(
     if not (math.isfinite(lr) and lr > 0):
         raise UserError(f"cannot fine-tune with a learning rate of {lr}", wanted="a positive number, 1e-4 for a start")
     device = model.device
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    # A padding token that was added without a row for it is as good as none.
+    pad = tokenizer.pad_token_id
+    padding = 0 if pad is None or pad >= vocabulary_rows(model) else pad
     generator = torch.Generator().manual_seed(seed)
     plan = [one for _ in range(epochs) for one in _batches([len(ids) for ids in examples], batch, generator)]
     seeds = torch.randint(2**62, (len(plan),), generator=generator).tolist()
