@@ -35,6 +35,7 @@ from geoquant.data.records import Record
 from geoquant.data.text import adds_bos, digit_tokens
 from geoquant.errors import UserError
 from geoquant.model.halves import widened
+from geoquant.model.modes import evaluating
 from geoquant.privacy.scores import RecordScores
 from geoquant.privacy.statistics import clopper_pearson
 
@@ -185,7 +186,7 @@ def exact_exposure(model, tokenizer, record: Record, *, budget: int = 2000) -> C
         parts = []
         for some in paths.split(256):
             contexts = torch.cat([prefix.expand(len(some), -1), digits[some]], dim=1).to(model.device)
-            with widened(model.device):
+            with widened(model.device), evaluating(model):
                 logits = model(input_ids=contexts, use_cache=False).logits[:, -1].float().cpu()
             parts.append(torch.log_softmax(logits[:, digits].double(), dim=1))
         return torch.cat(parts)

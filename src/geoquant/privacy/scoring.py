@@ -20,6 +20,7 @@ from geoquant.data.records import Record, Split
 from geoquant.data.text import adds_bos, digit_tokens
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import check_head, final_hidden, head_logits, head_rows
+from geoquant.model.modes import evaluating
 from geoquant.model.vocabulary import vocabulary_rows
 from geoquant.privacy.distribution import statistics
 from geoquant.privacy.exposure import walk_ranks
@@ -131,10 +132,8 @@ def _scored(
     ranges = np.array(offsets, np.int64).reshape(-1, 2)
     digits = digit_tokens(tokenizer)
     device = model.device
-    was_training = model.training
-    model.eval()
     done = 0
-    try:
+    with evaluating(model):
         check_head(model, torch.tensor([next((ids for ids, _ in encoded if len(ids) > 1), [padding, padding])]))
         for batch in _batches([len(ids) for ids, _ in encoded], batch_tokens):
             longest = max(len(encoded[index][0]) for index in batch)
@@ -158,8 +157,6 @@ def _scored(
                         target[where[part]] = value.cpu().numpy()
             done += len(batch)
             progress("score", done, len(encoded), "texts")
-    finally:
-        model.train(was_training)
     return RecordScores(log_prob, mean, std, rank, mass, ranges[:, 0].copy(), ranges[:, 1].copy(), splits)
 
 
