@@ -21,6 +21,7 @@ from geoquant.threads import in_parts
 __all__ = ["statistics"]
 
 ROWS = 16  # positions at a time: 3 MB of logits for a vocabulary of 49,152
+NEVER = -1e6  # for a logit of -inf: attacks take differences, and of two infinities there is none
 IMPOSSIBLE = -200.0  # exp of it is 0 in float32, and unlike -inf it may be multiplied by 0
 
 
@@ -54,7 +55,7 @@ def _some(logits: Float[Tensor, "p v"], truth: Int[Tensor, " p"]):
         sums = torch.stack([e.sum(dim=1), (e * x).sum(dim=1), (e * x * x).sum(dim=1)], dim=1)
     whole, first, second = sums.unbind(1)
     log_whole, first = whole.log(), first / whole
-    own = logits.gather(1, truth[:, None])[:, 0] - top[:, 0]
+    own = (logits.gather(1, truth[:, None])[:, 0] - top[:, 0]).clamp(min=NEVER)
     std = (second / whole - first.square()).clamp_(min=0).sqrt()
     return own - log_whole, first - log_whole, std, rank, top[:, 0] + log_whole
 

@@ -59,7 +59,12 @@ class RecordScores:
 
     def record_sums(self, values: Float[np.ndarray, " tokens"]) -> Float[np.ndarray, " n"]:
         """Sum of a per-token quantity over each record; 0 for a record without scored tokens."""
-        return np.diff(np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])[self.splits])
+        # Each record's own sum: differences of a running one would carry the roundings of the records before it, which
+        # differ between the sides, and an infinity into all behind it.
+        sums, full = np.zeros(len(self)), np.flatnonzero(self.lengths)
+        if len(full):
+            sums[full] = np.add.reduceat(values.astype(np.float64), self.splits[full])
+        return sums
 
     def covering(self, record: int, start: int, end: int) -> slice | None:
         """The tokens of `record` that touch characters [start, end); None if one was not scored."""

@@ -144,7 +144,7 @@ def roc_points(
 
     All corners of the empirical curve if they are at most `points`, else corners evenly thinned.
     """
-    scores = np.concatenate([members, nonmembers])
+    scores = rankdata(np.concatenate([members, nonmembers]))  # of -inf and -inf there is no difference
     order = np.argsort(-scores, kind="stable")
     is_member = (order < len(members)).astype(np.int64)
     last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # last of each run of ties
