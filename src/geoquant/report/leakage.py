@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from geoquant.report import figures
@@ -79,8 +80,11 @@ def exposure_table(privacy: dict, subjects: dict[str, str]) -> dict:
     found = sorted(privacy["exposure"], key=lambda row: [*subjects, row["subject"]].index(row["subject"]))
     rows: dict[str, tuple[int, dict[str, dict]]] = {}
     for entry in found:
+        again = Counter()
         for canary in entry["canaries"]:
-            rows.setdefault(canary["name"], (canary["repeats"], {}))[1][entry["subject"]] = {
+            again[canary["name"]] += 1  # a name that several canaries share stands for each of them
+            name = canary["name"] + (f" ({again[canary['name']]})" if again[canary["name"]] > 1 else "")
+            rows.setdefault(name, (canary["repeats"], {}))[1][entry["subject"]] = {
                 "ci": None,
                 **canary,
             }
