@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, tiny_llama
 
 import geoquant
+from conftest import make_tokenizer, tiny_llama
 from geoquant.data.private import make_canaries, make_records
 from geoquant.data.records import Canary, Record, Span, load_split
 from geoquant.errors import UserError

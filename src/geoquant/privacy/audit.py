@@ -22,7 +22,7 @@ found little.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -37,6 +37,7 @@ from geoquant.privacy.evidence import gather
 from geoquant.privacy.exposure import Exposure, exposure
 from geoquant.privacy.extraction import Extraction, extraction
 from geoquant.privacy.one_run import OneRunBound
+from geoquant.privacy.outcome import AttackResult, Caught, plain
 from geoquant.privacy.prompts import make_prompts, prompted_extraction
 from geoquant.privacy.scores import SplitScores
 from geoquant.privacy.shadows import Shadows
@@ -44,60 +45,12 @@ from geoquant.privacy.statistics import auc, auc_interval, chance_p, holm, neede
 from geoquant.privacy.suffixes import SuffixExtraction, suffix_extraction
 from geoquant.privacy.validity import SplitCheck
 
-__all__ = ["COMBINED", "AttackResult", "Audit", "Caught", "audit", "merge"]
+__all__ = ["COMBINED", "Audit", "audit", "merge"]
 
 FALSE_POSITIVE_RATES = (0.1, 0.01, 0.001)
 LEVEL = 0.05  # of the verdict, after Holm's correction over the attacks on one model
 COMBINED = "combined"
 COARSE = 5  # times the non-members a rate needs; below, how far the threshold may be off is said
-
-
-@dataclass(frozen=True)
-class Caught:
-    """Share of members found at one false positive rate.
-
-    tpr, ci: None where the non-members are fewer than `needed`. fpr_ci: where the threshold's true rate lies.
-    """
-
-    tpr: float | None
-    ci: tuple[float, float] | None
-    fpr_ci: tuple[float, float]
-    needed: int
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """One attack on one model. `tpr_at_fpr` is keyed by the rate, as text.
-
-    ci: by bootstrap; ci_delong: by DeLong's variance. p: two-sided, of "both sides score alike"; p_holm: corrected
-    over the attacks on this model. Of the combination, which is fitted to the records, intervals are widened and p is
-    by permutation. scores: of members and of non-members, for comparisons; not in the report.
-    """
-
-    name: str
-    subject: str
-    auc: float
-    ci: tuple[float, float]
-    ci_delong: tuple[float, float]
-    p: float
-    p_holm: float
-    tpr_at_fpr: dict[str, Caught]
-    roc: tuple[list[float], list[float]]
-    scores: tuple[np.ndarray, np.ndarray] = field(repr=False, compare=False)
-
-    def to_dict(self, verdict: bool = True) -> dict:
-        """The entry of report.json; without p-values where no verdict may be given."""
-        return {
-            "name": self.name,
-            "subject": self.subject,
-            "auc": self.auc,
-            "ci": list(self.ci),
-            "ci_delong": list(self.ci_delong),
-            "p": self.p if verdict else None,
-            "p_holm": self.p_holm if verdict else None,
-            "tpr_at_fpr": {rate: _plain(asdict(caught)) for rate, caught in self.tpr_at_fpr.items()},
-            "roc": {"fpr": self.roc[0], "tpr": self.roc[1]},
-        }
 
 
 @dataclass(frozen=True)
@@ -158,16 +111,16 @@ class Audit:
             "verdict": self.verdict(),
             "no_verdict": self.refusal,
             **(self.check.to_dict() if self.check else {"gate": None, "near_duplicates": None}),
-            "extraction": [{"subject": subject, **_plain(asdict(part))} for subject, part in self.extraction],
-            "prompted": [{"subject": subject, **_plain(asdict(part))} for subject, part in self.prompted],
+            "extraction": [{"subject": subject, **plain(asdict(part))} for subject, part in self.extraction],
+            "prompted": [{"subject": subject, **plain(asdict(part))} for subject, part in self.prompted],
             "suffixes": [
-                {"subject": subject, "prefix": part.prefix, "tokens": part.tokens, **_plain(asdict(part.found))}
+                {"subject": subject, "prefix": part.prefix, "tokens": part.tokens, **plain(asdict(part.found))}
                 for subject, part in self.suffixes
             ],
             "exposure": [
                 {
                     "subject": subject,
-                    "canaries": [_plain(asdict(canary)) for canary in part.canaries],
+                    "canaries": [plain(asdict(canary)) for canary in part.canaries],
                     "mean_bits": part.mean_bits,
                     "limit_bits": part.limit_bits,
                     "estimator": part.estimator,
@@ -181,10 +134,6 @@ class Audit:
             "n_nonmembers": self.n_nonmembers,
             "warnings": list(self.warnings),
         }
-
-
-def _plain(values: dict) -> dict:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def audit(

@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from geoquant.privacy.delong import Difference, paired_difference
+from geoquant.privacy.outcome import AttackResult
 from geoquant.privacy.statistics import holm
-
-if TYPE_CHECKING:
-    from geoquant.privacy.audit import AttackResult
 
 __all__ = ["Comparison", "compare_subjects"]
 
