@@ -72,15 +72,15 @@ def test_public_windows_keep_the_public_loss_down(tiny_model, tiny_tokenizer):
 
 
 def test_the_loss_is_the_mean_over_real_tokens_from_the_third_on(tiny_model, tiny_tokenizer):
-    tokens, labels = _padded(_examples(tiny_tokenizer, RECORDS), padding=1)
+    tokens, labels = _padded(_examples(tiny_model, tiny_tokenizer, RECORDS), padding=1)
     scores = score_records(tiny_model, tiny_tokenizer, RECORDS)
     scored = np.concatenate([scores.log_prob[a + 1 : b] for a, b in itertools.pairwise(scores.splits)])
     assert float(_loss(tiny_model, tokens, labels).detach()) == pytest.approx(-scored.mean(), rel=1e-5)
 
 
-def test_repeats_count_and_every_example_is_seen_once_an_epoch(tiny_tokenizer):
+def test_repeats_count_and_every_example_is_seen_once_an_epoch(tiny_model, tiny_tokenizer):
     records = [*make_records(9, 0), *make_canaries(4, 1, repeats=(1, 4))]
-    examples = _examples(tiny_tokenizer, records)
+    examples = _examples(tiny_model, tiny_tokenizer, records)
     assert len(examples) == 9 + 1 + 4 + 1 + 4
     batches = _batches([len(ids) for ids in examples], 4, torch.Generator().manual_seed(0))
     assert sorted(index for batch in batches for index in batch) == list(range(19))
