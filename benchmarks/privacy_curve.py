@@ -6,11 +6,11 @@
     python benchmarks/privacy_curve.py OUT --figure curve.svg
 
 Models: SmolLM2-135M, fine-tuned once on made medical records (members and planted canaries) and saved on the way in
-three regimes by the AUC of the reference attack: mild (0.6-0.75), strong (0.8-0.95), extreme (0.99 or more); and once on
-code of Python's standard library, split by file, saved in the strong regime. Of each: the base before, the original, and its
-linear layers at 8, 4 and 3 bits in boxes of 64 columns by Babai and by rounding (box-codes of 2.5 bits do not exist),
-and on the entropy-coded lattice at 8, 4, 3 and 2.5 bits; once more at 3 bits with the embeddings on it too. Every
-solver gets the same short calibration, so perplexities are worse than those of docs/results.md.
+three regimes by the AUC of the reference attack: mild (0.6-0.75), strong (0.8-0.95), extreme (0.99 or more); and once
+on code of Python's standard library, split by file, saved in the strong regime. Of each: the base before, the original,
+and its linear layers at 8, 4 and 3 bits in boxes of 64 columns by Babai and by rounding (box-codes of 2.5 bits do not
+exist), and on the entropy-coded lattice at 8, 4, 3 and 2.5 bits; once more at 3 bits with the embeddings on it too.
+Every solver gets the same short calibration, so perplexities are worse than those of docs/results.md.
 
 One line a point is added to OUT/points.jsonl; points that are there are skipped. OUT/models keeps the models.
 """
