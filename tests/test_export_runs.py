@@ -83,7 +83,7 @@ def test_nothing_is_claimed_of_what_no_reader_could_load(done, capsys):
     assert f"gptq was not verified: {NEEDS}" in report["warnings"]
     assert "Reading it back needs gptqmodel and optimum" in (done[1] / "report.html").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        good = VerifyResult(0.0, 0.0, 1e-3, True, True, {"torch": "2"}, 0.1)
+        good = VerifyResult(0.0, 0.0, 0.0, 1e-3, True, True, {"torch": "2"}, 0.1)
         patch.setattr("geoquant.export.verify.verify", lambda *_: good)
         assert cli.run(["verify", str(done[1]), "--json"]) == 0
         told = capsys.readouterr()
@@ -98,7 +98,7 @@ def test_a_reader_that_comes_later_is_used(run, done, monkeypatch):
     report = report_of(run)
     report["exports"][1] |= {"verified": None, "unread": NEEDS}
     (run / "report.json").write_text(json.dumps(report))
-    good = VerifyResult(0.0, 0.0, 0.05, True, True, {"gptqmodel": "7"}, 0.1)
+    good = VerifyResult(0.0, 0.0, 0.0, 0.05, True, True, {"gptqmodel": "7"}, 0.1)
     for module in (pipeline, finished):
         monkeypatch.setattr(module, "unread", lambda name: None)
     monkeypatch.setattr(pipeline, "verify", lambda *_: good)

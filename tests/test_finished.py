@@ -137,7 +137,7 @@ def test_verification_asked_for_later_is_made_up_for(done, run, monkeypatch):
 
     def verify(folder, *_):
         asked.append(folder.name)
-        return VerifyResult(0.0, 0.0, 1e-3, True, True, {"torch": "2"}, 0.1)
+        return VerifyResult(0.0, 0.0, 0.0, 1e-3, True, True, {"torch": "2"}, 0.1)
 
     monkeypatch.setattr(pipeline, "verify", verify)
     recipe = done[0].model_copy(update={"verify": True})
@@ -151,7 +151,10 @@ def test_verification_asked_for_later_is_made_up_for(done, run, monkeypatch):
 
 
 def test_an_export_that_was_found_wrong_is_written_and_verified_again(done, run, monkeypatch):
-    results = [VerifyResult(1.0, 0.5, 1e-3, False, True, {}, 0.1), VerifyResult(0.0, 0.0, 1e-3, True, True, {}, 0.1)]
+    results = [
+        VerifyResult(1.0, 0.5, 0.1, 1e-3, False, True, {}, 0.1),
+        VerifyResult(0.0, 0.0, 0.0, 1e-3, True, True, {}, 0.1),
+    ]
     monkeypatch.setattr(pipeline, "verify", lambda folder, *_: results[folder.name == "dense"])
     recipe = done[0].model_copy(update={"verify": True})
     before = made(run)
