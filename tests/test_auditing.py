@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 import geoquant
 from geoquant.cli import run
 from geoquant.data.private import make_records
-from geoquant.data.records import write_records
+from geoquant.data.records import Canary, Record, write_records
 from geoquant.errors import UserError
 from geoquant.model.identity import model_hash
 from geoquant.privacy.finetune import finetune
@@ -210,6 +212,39 @@ def test_a_model_in_memory_needs_its_own_tokenizer(tiny_model, tiny_tokenizer, t
     tiny_model.resize_token_embeddings(100)
     with pytest.raises(UserError, match="not this model's"):
         geoquant.audit(tiny_model, MEMBERS, NONMEMBERS, tokenizer=tiny_tokenizer)
+
+
+def of_other_tokens(folder, model_dir):
+    """The model with a tokenizer that takes "er" for one token."""
+    shutil.copytree(model_dir, folder)
+    path = folder / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    rules["model"]["vocab"]["er"] = len(rules["model"]["vocab"])
+    rules["model"]["merges"] = [["e", "r"]]
+    path.write_text(json.dumps(rules))
+    return folder
+
+
+def test_a_reference_of_another_tokenizer_is_refused_before_any_model_is_asked(
+    taught, files, tiny_model_dir, tmp_path, monkeypatch
+):
+    other, asked = of_other_tokens(tmp_path / "other", tiny_model_dir), counting(monkeypatch)
+    words = re.escape(f"the reference {other} cuts the records into other tokens than {taught}")
+    with pytest.raises(UserError, match=words):
+        geoquant.audit(taught, *files, reference=other)
+    with pytest.raises(UserError, match=re.escape(f"other tokens than {other}")):
+        geoquant.audit(taught, *files, reference=tiny_model_dir, against=other)
+    assert not asked
+    geoquant.audit(taught, *files, against=other)  # compared by record, which needs no common tokens
+    assert asked
+
+
+def test_coins_that_cannot_be_fair_are_refused_before_any_model_is_asked(taught, files, monkeypatch):
+    asked = counting(monkeypatch)
+    coins = [Record(f"pin {1000 + n}", canary=Canary(f"c{n}", 4, 8, int(n == 0), n == 0)) for n in range(60)]
+    with pytest.raises(UserError, match="not included by fair coins; got 1 of 60 in"):
+        geoquant.audit(taught, *files, canaries=coins)
+    assert not asked
 
 
 def test_a_destroyed_model_is_named_and_leaves_no_scores(tiny_model, tiny_tokenizer, tmp_path):

@@ -21,11 +21,11 @@ from geoquant.data.records import Record, Split, load_split
 from geoquant.errors import UserError
 from geoquant.manifest import versions
 from geoquant.model.identity import model_hash
-from geoquant.model.load import Loaded, load, locate
+from geoquant.model.load import Loaded, load, load_tokenizer, locate
 from geoquant.privacy.audit import audit as run_attacks
 from geoquant.privacy.audit import merge
 from geoquant.privacy.scores import Kept, SplitScores
-from geoquant.privacy.scoring import score_split
+from geoquant.privacy.scoring import check_same_tokens, score_split
 from geoquant.privacy.shadows import Shadows, ShadowSettings
 from geoquant.privacy.shadows import train_shadows as train
 from geoquant.privacy.validity import SplitCheck, check_sides
@@ -91,6 +91,7 @@ def audit(
     folder = None if out is None else _claimed(Path(out))
     started, seconds = time.perf_counter(), {}
     check = check_sides(split, seed=seed)
+    _check_tokens(given, tokenizer, split)
     seconds["records"] = time.perf_counter() - started
     subjects: dict[str, SplitScores | None] = {}
     models = {}
@@ -185,6 +186,16 @@ def _opened(given: object, tokenizer, device: str) -> Iterator[Loaded]:
     finally:
         del loaded
         gc.collect()
+
+
+def _check_tokens(given: dict[str, object], tokenizer, split: Split) -> None:
+    """A base calibrates the other models token by token: theirs must be the same. Seconds, not a pass of each model."""
+    if "base" not in given:
+        return
+    owned = {role: tokenizer if isinstance(one, nn.Module) else load_tokenizer(str(one)) for role, one in given.items()}
+    names = {role: type(one).__name__ if isinstance(one, nn.Module) else str(one) for role, one in given.items()}
+    for role in owned.keys() - {"base"}:
+        check_same_tokens(names[role], owned[role], names["base"], owned["base"], split)
 
 
 def _facts(loaded: Loaded) -> dict:

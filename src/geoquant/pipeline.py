@@ -28,7 +28,7 @@ from geoquant.measure import (
     score_reference,
 )
 from geoquant.model.folding import Fold, find_folds
-from geoquant.model.load import Loaded, load
+from geoquant.model.load import Loaded, load, load_tokenizer
 from geoquant.model.paging import map_weights
 from geoquant.model.vocabulary import ends, repeated, vocabulary
 from geoquant.model.walk import Block, Stage, untouched_parameters, walk
@@ -38,6 +38,7 @@ from geoquant.observe.stream import Stream, open_stream, spread
 from geoquant.plan.estimate import Cost, cost
 from geoquant.plan.uniform import Plan, check_choices, uniform_plan
 from geoquant.privacy.scores import SplitScores
+from geoquant.privacy.scoring import check_same_tokens
 from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
 from geoquant.recipe import PACKED, Recipe, checked, located
@@ -80,6 +81,8 @@ def quantize(
             notes += changed
             if split and recipe.reference:
                 if not base_scores.exists():
+                    names = recipe.model, loaded.tokenizer, recipe.reference, load_tokenizer(recipe.reference)
+                    check_same_tokens(*names, split)
                     loaded = None  # never two models in memory: this one is read again below
                 base = score_reference(base_scores, recipe.reference, split, recipe.device, progress)
                 loaded = loaded or load(recipe.model, device=recipe.device)

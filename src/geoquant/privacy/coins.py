@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float
 
 from geoquant.data.records import Record, Split
-from geoquant.privacy.one_run import OneRunBound, epsilon_lower_bound, one_run
+from geoquant.privacy.one_run import OneRunBound, check_fair, epsilon_lower_bound, one_run
 from geoquant.privacy.scores import RecordScores, SplitScores
 
-__all__ = ["audit_coins", "most", "secret_scores"]
+__all__ = ["audit_coins", "check_coins", "most", "secret_scores"]
 
 DELTA = 1e-5
 ONCE = "one canary in or out of the input"  # of COVERS, where every canary occurs once
@@ -33,6 +33,20 @@ def secret_scores(scores: RecordScores, records: Sequence[Record]) -> Float[np.n
             nats = scores.log_prob[part].astype(np.float64)
             found[index] = (nats - np.nan_to_num(scores.digit_mass[part])).sum()
     return found
+
+
+def flipped(split: Split) -> list[bool]:
+    """How the coins of all canaries fell that have one; empty where one side is missing, which makes no bound."""
+    if not (split.canaries and split.withheld):
+        return []
+    coins = (record.canary.included for record in (*split.canaries, *split.withheld))
+    return [coin for coin in coins if coin is not None]
+
+
+def check_coins(split: Split) -> None:
+    """Before any model is asked: raises UserError where these coins cannot have been fair."""
+    if coins := flipped(split):
+        check_fair(sum(coins), len(coins))
 
 
 def audit_coins(

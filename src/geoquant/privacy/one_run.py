@@ -35,7 +35,7 @@ from scipy.stats import binom
 
 from geoquant.errors import UserError
 
-__all__ = ["OneRunBound", "epsilon_lower_bound", "fair_coins", "one_run", "p_value"]
+__all__ = ["OneRunBound", "check_fair", "epsilon_lower_bound", "fair_coins", "one_run", "p_value"]
 
 STEPS = 40  # halvings of an interval of a few nats: beyond what any table shows
 IMPLAUSIBLE = 1e-9  # fair coins fall this unevenly once in 10^9 audits
@@ -151,6 +151,17 @@ def one_run(
     return OneRunBound(epsilon, confidence, delta, guesses, correct, m, len(candidates))
 
 
+def check_fair(count: int, m: int) -> None:
+    """Raises UserError where fair coins would hardly ever put `count` of m canaries in."""
+    if 2 * min(binom.cdf(count, m, 0.5), binom.sf(count - 1, m, 0.5)) < IMPLAUSIBLE:
+        raise UserError(
+            "these canaries were not included by fair coins",
+            got=f"{count} of {m} in",
+            wanted="each in with probability 1/2, independently",
+            fix="draw them with fair_coins before the run",
+        )
+
+
 def _check(scores: np.ndarray, included: np.ndarray, candidates: Sequence[tuple[int, int]]) -> None:
     m = len(scores)
     if scores.shape != (m,) or included.shape != (m,) or included.dtype != bool:
@@ -161,14 +172,7 @@ def _check(scores: np.ndarray, included: np.ndarray, candidates: Sequence[tuple[
         )
     if np.isnan(scores).any():
         raise UserError("a canary's score is not a number", got=f"{int(np.isnan(scores).sum())} NaN of {m}")
-    count = int(included.sum())
-    if 2 * min(binom.cdf(count, m, 0.5), binom.sf(count - 1, m, 0.5)) < IMPLAUSIBLE:
-        raise UserError(
-            "these canaries were not included by fair coins",
-            got=f"{count} of {m} in",
-            wanted="each in with probability 1/2, independently",
-            fix="draw them with fair_coins before the run",
-        )
+    check_fair(int(included.sum()), m)
     if not candidates:
         raise UserError("the one-run audit needs a number of guesses", fix="for example candidates=[(100, 100)]")
     for high, low in candidates:

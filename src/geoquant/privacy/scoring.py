@@ -7,6 +7,7 @@ record has no prefix and is not scored.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ from geoquant.privacy.prompts import make_prompts
 from geoquant.privacy.scores import Kept, RecordScores, SplitScores
 from geoquant.progress import Progress, silent
 
-__all__ = ["score_records", "score_split"]
+__all__ = ["check_same_tokens", "score_records", "score_split"]
 
 MAX_TOKENS = 1024
 FORM = "1"  # of what is kept: files of another form are not read
@@ -48,6 +49,21 @@ def _encode(tokenizer, records: Sequence[Record], limit: int) -> list[tuple[list
     )
     body = limit - len(bos)
     return [(bos + i[:body], o[:body]) for i, o in zip(encoded.input_ids, encoded.offset_mapping, strict=True)]
+
+
+def check_same_tokens(model: str, tokenizer, reference: str, other, split: Split) -> None:
+    """Before either model is asked: raises UserError where their tokenizers cut the records in different places.
+
+    model, reference: their names. Attacks that subtract one model's log-probabilities from the other's need this.
+    """
+    for record in (*split.members, *split.nonmembers, *split.canaries, *split.withheld):
+        (_, own), (_, its) = (_encode(one, [record], sys.maxsize)[0] for one in (tokenizer, other))
+        if own != its or adds_bos(tokenizer) != adds_bos(other):
+            raise UserError(
+                f"the reference {reference} cuts the records into other tokens than {model}",
+                wanted="a reference with the same tokenizer",
+                fix="give the base model of the fine-tune as --reference",
+            )
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

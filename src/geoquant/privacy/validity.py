@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from geoquant.data.records import Split
 from geoquant.privacy.blind import BlindResult, blind_test
+from geoquant.privacy.coins import check_coins
 from geoquant.privacy.duplicates import THRESHOLD, NearDuplicate, near_duplicates
 
 __all__ = ["SplitCheck", "check_sides"]
@@ -78,7 +79,11 @@ class SplitCheck:
 
 
 def check_sides(split: Split, *, seed: int = 0) -> SplitCheck:
-    """Both tests of one split; seconds for a few thousand records."""
+    """Both tests of one split; seconds for a few thousand records.
+
+    Raises UserError where its canaries were not included by fair coins.
+    """
+    check_coins(split)
     return SplitCheck(
         blind_test(split.members, split.nonmembers, seed=seed),
         near_duplicates(split.members, split.nonmembers),
