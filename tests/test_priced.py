@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from geoquant.lattice.basis import inverse_diagonal, metric_factor
+from geoquant.lattice.basis import damped, inverse_diagonal, metric_factor
 from geoquant.lattice.beside import Pulls
 from geoquant.lattice.order import column_order
 from geoquant.lattice.priced import FINE, pulls_of, variances
@@ -16,7 +16,8 @@ from geoquant.lattice.rate import code_bits, spread_of
 from geoquant.lattice.rows import single_rows
 from geoquant.lattice.unboxed import exponents, steps_of, unboxed_babai
 from geoquant.methods import lattice, priced
-from oracles.lattice import column_error, random_metric
+from geoquant.methods.problem import Problem
+from oracles.lattice import column_error, priced_codes, random_metric
 from test_experiments import basis_of, coupled, on_the_lattice, posed
 
 
@@ -92,6 +93,31 @@ def test_a_variance_is_that_of_the_codes():
         assert ratio.log().std() < 0.3
     alone = weight.square() / (row_steps[:, None] * steps).square()
     assert codes.square().mean() > 1.05 * alone.mean()  # errors are a part of it
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_default_method_does_what_its_formulas_say(seed, monkeypatch):
+    """Every code of a whole solve, where rows and columns are unlike, lengths have a price, and a row is so small
+    that its step is not the one of the others."""
+    monkeypatch.setattr("geoquant.lattice.priced.ROUNDS", 60)
+    exact = lambda basis, order: torch.linalg.inv(basis @ basis.T).diagonal()[order.argsort()]  # noqa: E731
+    monkeypatch.setattr("geoquant.methods.priced.inverse_diagonal", exact)
+    known, outputs = coupled(8, seed)
+    metric, generator = random_metric(19, seed), torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 19, generator=generator) / metric.diagonal().sqrt().float()
+    weight[2] *= 0.005
+    heldout = 10 * metric  # no news, so what damping makes lengths too long by is taken back
+    given = Problem(weight, 90 * metric, heldout, order="activation", damping=0.3, tokens=100, step=0.5, rows=known)
+    found = priced.solve(given)
+    order = column_order("activation", given.pooled, 19)
+    price = lattice.choose_damping(given, order)[1]
+    assert price < 0.8
+    assert steps_of(found.row_exponents)[2] < 0.8 * 0.5 / known.lengths[2]
+    steps = (steps_of(x).double() for x in (found.row_exponents, found.column_exponents))
+    inputs = damped(given.pooled / 100, 0.3)
+    expected = priced_codes(weight.double(), inputs, outputs, order, *steps, 0.5, price, priced.PRICE)
+    assert torch.equal(found.codes.double(), expected)
+    assert not torch.equal(found.codes, lattice.solve(given).codes)
 
 
 def test_the_diagonal_of_an_inverse_from_random_vectors():

@@ -18,6 +18,7 @@ __all__ = [
     "dense_scale_error",
     "grid_error",
     "naive_gptq",
+    "priced_codes",
     "random_metric",
     "textbook_babai",
 ]
@@ -62,6 +63,56 @@ def textbook_babai(
         codes[:, column] = (center.round() + offset[:, column]).clamp(grid.lowest, grid.highest)
         point[:, j] = steps[:, column] * (codes[:, column] - offset[:, column])
     return codes
+
+
+def priced_codes(
+    weight: Tensor,
+    inputs: Tensor,
+    outputs: Tensor,
+    order: Tensor,
+    row_steps: Tensor,
+    column_steps: Tensor,
+    step: float,
+    price: float,
+    mu: float,
+) -> Tensor:
+    """Codes at the price `mu` of a bit, from the formulas: all weights as one vector in the metric `inputs (x) outputs`,
+    its free part put to the least-squares minimiser by a dense solve after every code.
+
+    Centre u, in steps, becomes round(u / (1 + mu / (2 ln 2 d v))), no further than one from u. d: squared step times
+    squared length in both metrics times price, over step^2. v: the best rank-one fit, in the sense of
+    `mean_j v_ij / (a_i b_j) = 1` and the same over i, of w^2 and of errors that fill cells evenly, in squared steps. Of
+    columns all steps times lengths are taken for one; of rows each has its own.
+    """
+    flat = [torch.arange(len(outputs)), order]
+    squares = []  # of Gram-Schmidt lengths: what is left of each dimension given those after it
+    for metric, sequence in zip((outputs, inputs), flat):
+        squares.append(torch.empty(len(metric), dtype=metric.dtype))
+        for place, own in enumerate(sequence):
+            part = metric[sequence[place:]][:, sequence[place:]]
+            squares[-1][own] = torch.linalg.inv(part)[0, 0].reciprocal()
+    rows, columns = squares[0] * row_steps**2, squares[1] * column_steps**2
+    steps = row_steps[:, None] * column_steps
+    taken = torch.linalg.inv(torch.linalg.cholesky(outputs.flip(0, 1)).flip(0, 1))  # G^-1 = U^T U
+    row_errors, column_errors = rows @ taken**2, columns * torch.linalg.inv(inputs).diagonal()
+    energy = (weight**2 + torch.outer(row_errors, column_errors) / 12) / steps**2
+    v = torch.ones_like(energy)
+    for _ in range(100):
+        v = v * (energy / v).mean(1, keepdim=True)
+        v = v * (energy / v).mean(0)
+    d = torch.outer(rows, columns) * price / step**2
+    by = (1 + mu / (2 * torch.tensor(2.0).log() * d * v))[:, order].T.flatten()
+    metric, steps = torch.kron(inputs[order][:, order], outputs), steps[:, order].T.flatten()
+    free, codes = weight[:, order].T.flatten(), torch.zeros(weight.numel(), dtype=weight.dtype)
+    for k in range(len(free)):
+        u = free[k] / steps[k]
+        codes[k] = torch.clamp(u / by[k], u - 1, u + 1).round()
+        if k + 1 < len(free):
+            moved = torch.linalg.solve(metric[k + 1 :, k + 1 :], metric[k + 1 :, k])
+            free[k + 1 :] += moved * (free[k] - codes[k] * steps[k])
+    result = torch.empty_like(weight)
+    result[:, order] = codes.view(len(order), -1).T
+    return result
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def search(posed: lattice.Posed, mu: float = PRICE) -> Int[Tensor, "out in"]:
 
 def pulls(posed: lattice.Posed, mu: float) -> Pulls:
     """How far the centres of every row and column are drawn at the price `mu` of a bit."""
-    squares = torch.empty_like(posed.column_steps).index_copy_(0, posed.order, posed.basis.diagonal().square())
+    squares = torch.empty_like(posed.basis.diagonal()).index_copy_(0, posed.order, posed.basis.diagonal().square())
     row_steps = posed.row_steps.double()  # squares of a row of huge weights
     row_lengths, row_errors = torch.ones_like(row_steps), torch.ones_like(row_steps)
     if posed.rows is not None:
