@@ -76,7 +76,7 @@ def priced_codes(
     price: float,
     mu: float,
 ) -> Tensor:
-    """Codes at the price `mu` of a bit, from the formulas: all weights as one vector in the metric `inputs (x) outputs`,
+    """Codes at the price `mu` of a bit, by the formulas: all weights as one vector in the metric `inputs (x) outputs`,
     its free part put to the least-squares minimiser by a dense solve after every code.
 
     Centre u, in steps, becomes round(u / (1 + mu / (2 ln 2 d v))), no further than one from u. d: squared step times
