@@ -8,7 +8,7 @@ takes; sums are then of float32 in either case, and the product is rounded to th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,17 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["multiplies_halves", "widened"]
 
 HALVES = (torch.bfloat16, torch.float16)
+# By every name: what a function of this list calls is not seen again.
 PRODUCTS = {
     nn.functional.linear,
     nn.functional.scaled_dot_product_attention,
+    nn.functional.conv1d,
+    nn.functional.conv2d,
+    torch.einsum,
+    torch.tensordot,
+    torch.inner,
     torch.matmul,
+    torch.linalg.matmul,
     torch.bmm,
     torch.baddbmm,
     torch.addmm,
@@ -28,7 +35,12 @@ PRODUCTS = {
     Tensor.matmul,
     Tensor.__matmul__,
     Tensor.bmm,
+    Tensor.baddbmm,
+    Tensor.addmm,
     Tensor.mm,
+    # Of experts: the first came with torch 2.10, the second is private.
+    getattr(nn.functional, "grouped_mm", torch.matmul),
+    getattr(torch, "_grouped_mm", torch.matmul),
 }
 
 
@@ -53,12 +65,21 @@ class _Widened(TorchFunctionMode):
         kwargs = kwargs or {}
         if function not in PRODUCTS:
             return function(*args, **kwargs)
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        given = [x for x in _flat((*args, *kwargs.values())) if isinstance(x, Tensor)]
         half = next((x.dtype for x in given if x.dtype in HALVES), None)
-        if half is None or "out" in kwargs or any(x.dtype.is_floating_point and x.dtype != half for x in given):
+        placed = kwargs.get("out") is not None or kwargs.get("out_dtype") is not None
+        if half is None or placed or any(x.dtype.is_floating_point and x.dtype != half for x in given):
             return function(*args, **kwargs)  # types that do not go together are torch's to refuse
         return function(*map(_wide, args), **{name: _wide(x) for name, x in kwargs.items()}).to(half)
 
 
+def _flat(values: Iterable) -> Iterator:
+    """Without the lists (of einsum's operands)."""
+    for value in values:
+        yield from value if isinstance(value, list | tuple) else (value,)
+
+
 def _wide(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return [*map(_wide, value)]
     return value.float() if isinstance(value, Tensor) and value.dtype in HALVES else value

@@ -1,7 +1,7 @@
 """Which number format the forward passes of observation run in.
 
 Weights, residual stream and moments stay in float32; only matrix products may run in bfloat16, and only where
-the hardware multiplies it faster (AMX or AVX512-BF16 on CPUs, tensor cores on GPUs).
+the hardware multiplies it faster (AMX on CPUs, tensor cores on GPUs).
 """
 
 from __future__ import annotations
