@@ -355,6 +355,42 @@ def test_where_the_metric_fails_every_weight_is_rounded_alone():
     assert ((solved.dequantize() - broken.weight).abs() <= steps / 2 * 1.01).all()
 
 
+@pytest.mark.parametrize("size", [1e10, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_alone_no_row_is_lost_beside_a_huge_one(size, dtype):
+    """Where one row makes codes leave 32 bits, the others must survive what is done instead."""
+    weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[3] *= size
+    weight[5] = 0
+    weight[7] *= 1e-30
+    solved = nearest(Problem(weight, torch.eye(40)))
+    error = (solved.dequantize().double() - weight.double()).square().mean(1).sqrt()
+    kept = torch.arange(12) != 7
+    assert (error[kept] <= 0.03 * weight.double().square().mean(1).sqrt()[kept]).all()
+    assert solved.row_exponents[[5, 7]].max() < 0  # the steps of the usual rows, not of the huge one
+
+
+def test_rounded_alone_small_weights_in_half_precision_survive():
+    """Their squares are below what float16 holds."""
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    weight[2] *= 1e-4
+    weight = weight.half()
+    found = nearest(Problem(weight, torch.eye(40))).dequantize()
+    assert (found[2] - weight[2]).norm() < 0.1 * weight[2].float().norm()
+
+
+@pytest.mark.parametrize("method", ["lattice", "lattice-priced"])
+def test_huge_rows_that_feel_each_other_are_solved(method):
+    """Squares of their steps are beyond single precision: neither codes nor the certificate may be."""
+    given_ = problem(count=12, rows=correlated([12], 12, seed=1, floor=0.01, keep=0.9)[1])
+    given_ = dataclasses.replace(given_, weight=1e30 * given_.weight, step=5e28)
+    solved = METHODS[method](given_)
+    assert (solved.dequantize() / 1e30 - given_.weight / 1e30).abs().max() < 1
+    assert solved.row_errors.isfinite().all()
+    plain = METHODS[method](dataclasses.replace(given_, weight=given_.weight / 2.0**96, step=5e28 / 2.0**96))
+    assert torch.equal(solved.codes, plain.codes)
+
+
 def test_codes_take_the_smallest_type_that_holds_them():
     for step, wanted in ((1.0, torch.int8), (0.01, torch.int16), (1e-5, torch.int32)):
         solved = solve(problem(step=step))

@@ -52,7 +52,7 @@ class RowMetric:
 
     def by_block(self, values: Float[Tensor, " rows"], fill: float = 0.0) -> Float[Tensor, "blocks size"]:
         """What `spread` makes one value per row of."""
-        padded = torch.full_like(self.factor[:, 0], fill)
+        padded = torch.full_like(self.factor[:, 0], fill, dtype=values.dtype)
         for block, part in enumerate(values.split(self.sizes)):
             padded[block, : len(part)] = part
         return padded

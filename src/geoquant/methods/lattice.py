@@ -96,9 +96,8 @@ def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]],
     )
     if outside(codes):
         raise NotPositiveDefinite("a row is so much larger than those it shares a block with that codes leave 32 bits")
-    expected, worst = row_steps.square(), row_steps.square()
-    if known is not None:
-        expected, worst = known.error_squares(row_steps)
+    exact = row_steps.double()  # huge rows have squares beyond single precision
+    expected, worst = (exact.square(),) * 2 if known is None else known.error_squares(exact)
     spread = torch.stack([expected, worst * (2 * reach) ** 2])
     return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5, spread)
 
@@ -137,14 +136,15 @@ def longest(largest: Tensor) -> Tensor:
 
 
 def nearest(problem: Problem) -> LatticeSolution:
-    """Where the metric has no factor: every weight alone, with a sixteenth of its row's mean square as its step."""
-    size = problem.weight.square().mean(1).sqrt()
-    most = size.max()
-    rows = exponents(torch.where(size > 1e-6 * most, size, torch.where(most > 0, most, 1.0)) / 16)
+    """Where the metric has no factor: every weight alone, in steps of a sixteenth of its row's root mean square."""
+    size = torch.linalg.vector_norm(problem.weight, dim=1, dtype=torch.float64) / problem.weight.shape[1] ** 0.5
+    # Rows of nothing take the step of most others; those of one far too large row would leave nothing of the rest.
+    usual = size[size > 0].median() if size.any() else size.new_ones(())
+    rows = exponents(torch.where(size > 1e-6 * usual, size, usual) / 16)
     columns = torch.zeros(problem.weight.shape[1], dtype=torch.int16, device=rows.device)
     codes = torch.round(problem.weight / steps_of(rows)[:, None]).to(torch.int32)
     lengths = problem.pooled.diagonal().nan_to_num(0.0, 0.0, 0.0).clamp_min(0).sqrt()
-    squares = steps_of(rows).square().expand(2, -1)
+    squares = steps_of(rows).double().square().expand(2, -1)
     return LatticeSolution(narrow(codes), rows, columns, problem.step, 0.0, lengths, squares)
 
 
