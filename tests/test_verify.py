@@ -164,6 +164,14 @@ def test_nan_and_a_dependent_reader_are_never_ok(run):
     assert not judged(run, base, outcome={"spread": 0.0, "max_abs_diff": 1e-9}).ok
 
 
+def test_many_small_differences_are_not_roundings(run):
+    """No logit is far off, but all are off: a wrong tensor."""
+    base = module.VerifyResult(1e-9, 1e-9, 1e-9, 1e-3, True, True, {}, 1.0)
+    far = {"spread": 1.0, "max_abs_diff": 0.4}
+    assert judged(run, base, outcome=far | {"rms_diff": 0.09}).ok
+    assert not judged(run, base, outcome=far | {"rms_diff": 0.11}).ok
+
+
 def test_missing_expected_file(run, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*expected\.safetensors"):
         verify(run / "model", tmp_path / "expected.safetensors")

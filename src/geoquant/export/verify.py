@@ -1,6 +1,4 @@
-"""Does the export mean what was solved? Reload it with stock readers in a fresh process and compare
-logits.
-"""
+"""Does the export mean what was solved? Reload it with stock readers in a fresh process and compare logits."""
 
 from __future__ import annotations
 
@@ -84,10 +82,10 @@ def verify(
     GPTQModel's plain torch kernel; a GGUF file is unpacked by transformers.
 
     tolerance: allowed `max_rel`, and five times the allowed `rms_rel`; default by dtype.
-    dtype: what to compute in; default: what the solved model
-    ran in. The reader needs memory for the whole model: free yours first. Raises UserError when loading
-    fails, or
-    where a package that reads this format is absent.
+    dtype: what to compute in; default: what the solved model ran in.
+
+    The reader needs memory for the whole model: free yours first. Raises UserError when loading fails, or where a
+    package that reads this format is absent.
     """
     try:
         with safe_open(expected_path, framework="pt") as file:
