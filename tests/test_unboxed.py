@@ -19,7 +19,7 @@ from geoquant.lattice.order import ORDERS, column_order
 from geoquant.lattice.rows import block_sizes, row_metric
 from geoquant.lattice.unboxed import exponents, steps_of, unboxed_babai
 from geoquant.methods import METHODS
-from geoquant.methods.lattice import choose_damping, nearest, solve
+from geoquant.methods.lattice import choose_damping, nearest, solve, tied
 from geoquant.methods.problem import Problem
 from oracles.lattice import closest_vectors, column_error, random_metric, textbook_babai
 
@@ -344,6 +344,20 @@ def test_a_price_is_that_of_the_closed_form():
     _, price = choose_damping(given_, order)
     assert price == pytest.approx(rows.flip(0)[::4].mean().item(), rel=1e-3)
     assert (lengths > 0).all()
+
+
+def test_columns_that_share_a_step_err_together_as_each_would_alone():
+    """Steps are one over what stands for a length: each group then costs its number of columns."""
+    lengths = 0.1 + torch.rand(9, generator=torch.Generator().manual_seed(0))
+    ties = torch.tensor([0, 1, 1, 2, 3, 1, 4, 4, 5])
+    found = tied(lengths, ties)
+    for group in range(6):
+        own = ties == group
+        assert len(found[own].unique()) == 1
+        torch.testing.assert_close((lengths / found)[own].square().sum(), torch.tensor(float(own.sum())))
+    solved = solve(problem(columns=9, ties=ties)).column_exponents
+    assert all(len(solved[ties == group].unique()) == 1 for group in range(6))
+    assert len(solved.unique()) > 3
 
 
 def test_where_the_metric_fails_every_weight_is_rounded_alone():
