@@ -18,9 +18,10 @@ bits, 0.06 at 2.
 
 The codes of `q = w - e` are as large as weights and errors together. Errors fill the cells of the lattice evenly:
 `E[e_ij^2] = (1/12) (r_i s_i)^2 (G^-1)_ii (r_j s_j)^2 (A^-1)_jj`, and where inputs resemble each other that is far more
-than `s^2/12`. (Where rows of a block differ in `r_i s_i`, each adds what it hands on: `RowMetric.error_squares`.) v is
-fitted as a product of a number per row and one per column, as the classes of the coder are. No centre goes further than
-one step: the law says nothing of an outlier.
+than `s^2/12`. That holds where all `r_i s_i`, and all `r_j s_j`, are alike. Rows that differ add what each hands on
+(`RowMetric.error_squares`); columns are taken for alike, also those whose steps are tied. v is fitted as a product of a
+number per row and one per column, as the classes of the coder are. No centre goes further than one step: the law says
+nothing of an outlier.
 """
 
 from __future__ import annotations
