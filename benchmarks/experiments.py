@@ -37,10 +37,22 @@ from geoquant.lattice.order import column_order
 from geoquant.lattice.rate import site_bits, spread_of
 from geoquant.lattice.reduce import headroom, lll
 from geoquant.lattice.rows import RowMetric, block_sizes, single_rows
-from geoquant.methods import METHODS, Problem, babai, descent, kbest, klein, lattice, priced, refit
+from geoquant.methods import (
+    METHODS,
+    LatticeSolution,
+    Problem,
+    babai,
+    descent,
+    kbest,
+    klein,
+    lattice,
+    priced,
+    refit,
+    rtn,
+)
 from geoquant.recipe import Recipe
 
-Search = Callable[[lattice.Posed], Tensor]
+Solver = Callable[[Problem], LatticeSolution]
 
 
 # ---- the problems
@@ -125,7 +137,7 @@ def losses(stage: Stage, difference: Tensor) -> list[float]:
     return [x / stage.problem.tokens for x in error_energies(parts, stage.problem.hessian, stage.heldout)]
 
 
-def together(stages: list[Stage], search: Search, step: float, block: int) -> tuple[float, list[float], float]:
+def together(stages: list[Stage], solve: Solver, step: float, block: int) -> tuple[float, list[float], float]:
     """Bits per weight, losses and seconds of all stages at one global step."""
     bits, loss, seconds = 0.0, [0.0, 0.0], 0.0
     for stage in stages:
@@ -133,7 +145,7 @@ def together(stages: list[Stage], search: Search, step: float, block: int) -> tu
         if block < 64:
             given = replace(given, rows=regrouped(given.rows, block))
         started = time.process_time()
-        solution = lattice.solve_by(given, search)
+        solution = solve(given)
         seconds += time.process_time() - started
         bits += site_bits(solution.codes, spread_of(solution.codes))
         found = losses(stage, solution.dequantize() - given.weight)
@@ -141,11 +153,11 @@ def together(stages: list[Stage], search: Search, step: float, block: int) -> tu
     return bits / sum(stage.problem.weight.numel() for stage in stages), loss, seconds
 
 
-def at_rate(stages: list[Stage], search: Search, step: float, block: int, bits: float) -> tuple[float, list, float]:
+def at_rate(stages: list[Stage], solve: Solver, step: float, block: int, bits: float) -> tuple[float, list, float]:
     """Step, losses and seconds where the stages take `bits`: by secants, the rest by the slope of a fine lattice."""
     octave, slope, before = math.log2(step), 0.95, None
     for _ in range(4):
-        found, loss, seconds = together(stages, search, 2**octave, block)
+        found, loss, seconds = together(stages, solve, 2**octave, block)
         if abs(found - bits) < 0.003:
             break
         if before is not None and abs(octave - before[0]) > 1e-3:
@@ -155,33 +167,40 @@ def at_rate(stages: list[Stage], search: Search, step: float, block: int, bits: 
     return 2**octave, [value * 4 ** (found - bits) for value in loss], seconds
 
 
-LATTICE_ARMS: dict[str, tuple[Search, int]] = {  # search, rows of a block
-    "Babai, blocks of 64 rows": (lattice.babai, 64),
-    "blocks of 16 rows": (lattice.babai, 16),
-    "rows alone": (lattice.babai, 1),
-    "K-best 4, rows alone": (partial(kbest.search, survivors=4), 1),
-    "K-best 8, rows alone": (partial(kbest.search, survivors=8), 1),
-    "Klein, best of 8, rows alone": (partial(klein.search, runs=8), 1),
-    "descent, rows alone": (descent.search, 1),
-    "descent": (descent.search, 64),
-    **{f"price {mu:.2f}": (partial(priced.search, mu=mu), 64) for mu in (0.06, 0.08, 0.09, 0.1, 0.12, 0.15)},
-    "price 0.10, rows alone": (partial(priced.search, mu=0.1), 1),
-    "price 0.10, descent": (partial(descent.search, mu=0.1), 64),
-    "price 0.06, descent": (partial(descent.search, mu=0.06), 64),
-    "price 0.12, descent": (partial(descent.search, mu=0.12), 64),
+def by(search: Callable[[lattice.Posed], Tensor]) -> Solver:
+    """A search of codes at steps, order and damping as always."""
+    return lambda given: lattice.solve_by(given, search)
+
+
+LATTICE_ARMS: dict[str, tuple[Solver, int]] = {  # how, rows of a block
+    "Babai, blocks of 64 rows": (by(lattice.babai), 64),
+    "blocks of 16 rows": (by(lattice.babai), 16),
+    "rows alone": (by(lattice.babai), 1),
+    "nearest codes": (rtn.solve_lattice, 1),
+    "K-best 4, rows alone": (by(partial(kbest.search, survivors=4)), 1),
+    "K-best 8, rows alone": (by(partial(kbest.search, survivors=8)), 1),
+    "Klein, best of 8, rows alone": (by(partial(klein.search, runs=8)), 1),
+    "descent, rows alone": (by(descent.search), 1),
+    "descent": (by(descent.search), 64),
+    **{f"price {mu:.2f}": (by(partial(priced.search, mu=mu)), 64) for mu in (0.06, 0.08, 0.09, 0.1, 0.12, 0.15)},
+    "price 0.10, rows alone": (by(partial(priced.search, mu=0.1)), 1),
+    "price 0.10, descent": (by(partial(descent.search, mu=0.1)), 64),
+    "price 0.06, descent": (by(partial(descent.search, mu=0.06)), 64),
+    "price 0.12, descent": (by(partial(descent.search, mu=0.12)), 64),
 }
 
 
 def lattice_table(stages: list[Stage], coarser: float, names: list[str]) -> None:
     """Each search at the bits of Babai in blocks of 64 rows."""
     step = coarser * math.exp(statistics.mean(math.log(stage.problem.step) for stage in stages))
-    search, block = LATTICE_ARMS["Babai, blocks of 64 rows"]
-    bits, first, seconds = together(stages, search, step, block)
+    solve, block = LATTICE_ARMS["Babai, blocks of 64 rows"]
+    bits, first, seconds = together(stages, solve, step, block)
     print(f"{len(stages)} stages, {bits:.3f} bits per weight\n")
     print("| search | loss, % | held out, % | in bits | step | CPU s |\n|---|---|---|---|---|---|")
     print(f"| Babai, blocks of 64 rows | - | - | - | 1 | {seconds:.1f} |", flush=True)
     for name in names or list(LATTICE_ARMS)[1:]:
-        at, loss, seconds = at_rate(stages, *LATTICE_ARMS[name][:1], step, LATTICE_ARMS[name][1], bits)
+        solve, block = LATTICE_ARMS[name]
+        at, loss, seconds = at_rate(stages, solve, step, block, bits)
         change = [100 * (a / b - 1) for a, b in zip(loss, first)]
         worth = math.log2(loss[1] / first[1]) / 2
         print(

@@ -9,7 +9,8 @@ Models: SmolLM2-135M, fine-tuned once on made medical records (members and plant
 three regimes by the AUC of the reference attack: mild (0.6-0.75), strong (0.8-0.95), extreme (0.99 or more); and once
 on code of Python's standard library, split by file, saved in the strong regime. Of each: the base before, the original,
 and its linear layers at 8, 4 and 3 bits in boxes of 64 columns by Babai and by rounding (box-codes of 2.5 bits do not
-exist), and on the entropy-coded lattice at 8, 4, 3 and 2.5 bits; once more at 3 bits with the embeddings on it too.
+exist), and on the entropy-coded lattice at 8, 4, 3 and 2.5 bits; at 4 and 3 bits also rounded to the lattice's nearest
+codes (`rounded`), and once more at 3 bits with the embeddings on the lattice too.
 Every solver gets the same short calibration, so perplexities are worse than those of docs/results.md.
 
 One line a point is added to OUT/points.jsonl; points that are there are skipped. OUT/models keeps the models.
@@ -76,6 +77,7 @@ POINTS: dict[str, dict | None] = {
     "original": None,
     **{f"{method}-{bits}": {"bits": bits, "method": method} for method in ("babai", "rtn") for bits in (8, 4, 3)},
     **{f"lattice-{rate:g}": {"rate": rate, "embeddings": False} for rate in (8.0, 4.0, 3.0, 2.5)},
+    **{f"rounded-{b}": {"rate": b, "method": "lattice-rtn", "row_block": 1, "embeddings": False} for b in (4, 3)},
     "lattice-3-embeddings": {"rate": 3.0},
 }
 CALIBRATION = {"windows": 16, "window": 256, "gradient_share": 0.25, "target": "weights"}

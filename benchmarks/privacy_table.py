@@ -26,6 +26,7 @@ COLUMNS = (
 )
 STYLES = {  # solver: colour, marker, line
     "lattice": ("#0b6e4f", "o", "-"),
+    "rounded": ("#2f6db5", "v", "-."),
     "babai": ("#b5541c", "s", "--"),
     "rtn": ("#8a5a9e", "^", ":"),
 }

@@ -26,10 +26,11 @@ LATTICE = {
     "lattice-priced-descent": descent.solve_priced,
     "lattice-kbest": kbest.solve_lattice,
     "lattice-klein": klein.solve,
+    "lattice-rtn": rtn.solve_lattice,
 }
 METHODS = BOX | LATTICE
 # Solve every row by itself: with `--row-block 1` only.
-ROWS_ALONE = frozenset({"lattice-kbest", "lattice-klein"})
+ROWS_ALONE = frozenset({"lattice-kbest", "lattice-klein", "lattice-rtn"})
 
 # What a method falls back to where the metric has no factor; rounding in the box where it names nothing else.
 NEAREST = dict.fromkeys(LATTICE, lattice.nearest)

@@ -31,7 +31,7 @@ from geoquant.lattice.unboxed import ROWS, exponents, narrow, steps_of, unboxed_
 from geoquant.methods.babai import DEFAULT_DAMPING, least
 from geoquant.methods.problem import LatticeSolution, Problem
 
-__all__ = ["Posed", "babai", "choose_damping", "nearest", "solve", "solve_by"]
+__all__ = ["Posed", "babai", "choose_damping", "chosen_steps", "nearest", "solve", "solve_by"]
 
 SHORTEST = 2.0**-30  # of a row's largest weight: its code is then 2^30, and errors of others find room in an int32
 
@@ -82,14 +82,10 @@ def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]],
     basis = metric_factor(metric, order, damping)
     lengths = torch.empty_like(basis.diagonal())
     lengths[order] = basis.diagonal()
-    columns = exponents((tied(lengths, problem.ties) * price**0.5).reciprocal())
     weight, known = problem.weight, problem.rows
     if known is not None:
         known = replace(known, factor=known.factor.to(basis))
-    row_lengths = basis.new_ones(len(weight)) if known is None else known.lengths
-    largest = largest_weights(weight, steps_of(columns))
-    wanted = (problem.step / row_lengths).clamp_min(SHORTEST * largest)
-    rows = exponents(torch.minimum(wanted, longest(largest)))
+    rows, columns = chosen_steps(problem, lengths * price**0.5, known)
     row_steps = steps_of(rows)
     codes = search(
         Posed(weight, metric, damping, basis, order, row_steps, steps_of(columns), known, price, problem.step)
@@ -100,6 +96,18 @@ def solve_by(problem: Problem, search: Callable[[Posed], Int[Tensor, "out in"]],
     expected, worst = (exact.square(),) * 2 if known is None else known.error_squares(exact)
     spread = torch.stack([expected, worst * (2 * reach) ** 2])
     return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5, spread)
+
+
+def chosen_steps(
+    problem: Problem, lengths: Float[Tensor, " in"], known: RowMetric | None
+) -> tuple[Int[Tensor, " out"], Int[Tensor, " in"]]:
+    """Exponents of the steps of rows and of columns, where a unit of column j costs `lengths[j]` and of row i what
+    `known` says: the reciprocals, tied where they must be, within what a row's largest weight makes use of."""
+    columns = exponents(tied(lengths, problem.ties).reciprocal())
+    row_lengths = lengths.new_ones(len(problem.weight)) if known is None else known.lengths
+    largest = largest_weights(problem.weight, steps_of(columns))
+    wanted = (problem.step / row_lengths).clamp_min(SHORTEST * largest)
+    return exponents(torch.minimum(wanted, longest(largest))), columns
 
 
 def outside(codes: Int[Tensor, "out in"]) -> bool:

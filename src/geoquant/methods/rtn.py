@@ -1,13 +1,21 @@
-"""Round to nearest: every weight alone, steps searched by diag(A)-weighted squared error."""
+"""Round to nearest: every weight alone.
+
+In the box steps are searched by the squared error weighted with diag(A); on the lattice they follow from the diagonals
+of both sides of the metric. The baseline of both grids: what the rest of the metric is worth.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from geoquant.lattice.basis import NotPositiveDefinite
 from geoquant.lattice.grid import round_to_grid, search_scales
-from geoquant.methods.problem import Problem, Solution, empty_kept
+from geoquant.lattice.unboxed import narrow, steps_of
+from geoquant.methods.babai import DEFAULT_DAMPING
+from geoquant.methods.lattice import chosen_steps
+from geoquant.methods.problem import LatticeSolution, Problem, Solution, empty_kept
 
-__all__ = ["solve"]
+__all__ = ["solve", "solve_lattice"]
 
 
 def solve(problem: Problem) -> Solution:
@@ -44,3 +52,22 @@ def solve(problem: Problem) -> Solution:
         saturated=clipped / columns,
         grid=grid,
     )
+
+
+def solve_lattice(problem: Problem) -> LatticeSolution:
+    """Nearest codes with the steps `D / sqrt(G_ii A_jj)`: at which every weight, alone, costs the same expected loss.
+
+    The damping keeps the steps of columns that hardly occur within reason. Rows are alone too. Raises
+    NotPositiveDefinite for a metric without a sound diagonal.
+    """
+    count, known = max(1, problem.tokens), problem.rows
+    squares = problem.pooled.diagonal() / count
+    damping = DEFAULT_DAMPING if problem.damping is None else problem.damping
+    lengths = (squares + damping * squares.mean()).sqrt()
+    if not (lengths > 0).all():
+        raise NotPositiveDefinite("the diagonal of the metric is not positive")
+    rows, columns = chosen_steps(problem, lengths, known)
+    row_steps = steps_of(rows)
+    codes = torch.round(problem.weight / (row_steps[:, None] * steps_of(columns))).to(torch.int32)
+    errors = row_steps.square().expand(2, -1).clone()
+    return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5, errors)

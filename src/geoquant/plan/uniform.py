@@ -146,6 +146,7 @@ def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
 def lattice_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
     """One lattice for the whole model: every site gets what falls out of the global step, on average the rate."""
     order = "activation" if recipe.order == "group-aware" else recipe.order  # no groups: the same order
+    order = "none" if recipe.method == "lattice-rtn" else order
     sites = (
         SitePlan(
             name=site.name,
