@@ -69,5 +69,5 @@ def solve_lattice(problem: Problem) -> LatticeSolution:
     rows, columns = chosen_steps(problem, lengths, known)
     row_steps = steps_of(rows)
     codes = torch.round(problem.weight / (row_steps[:, None] * steps_of(columns))).to(torch.int32)
-    errors = row_steps.square().expand(2, -1).clone()
+    errors = row_steps.double().square().expand(2, -1).clone()
     return LatticeSolution(narrow(codes), rows, columns, problem.step, damping, lengths * count**0.5, errors)
