@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from geoquant.lattice.basis import damped, inverse_diagonal, metric_factor
+from geoquant.lattice.basis import damped, error_spread, metric_factor
 from geoquant.lattice.beside import Pulls
 from geoquant.lattice.order import column_order
 from geoquant.lattice.priced import FINE, pulls_of, variances
@@ -83,9 +84,9 @@ def test_a_variance_is_that_of_the_codes():
     sizes = torch.rand(rows, 1, generator=generator) * torch.rand(columns, generator=generator) + 0.1
     weight = 3 * sizes * steps * torch.randn(rows, columns, generator=generator)
     codes = unboxed_babai(weight, basis, order, row_steps, steps, known).float()
-    squares = torch.empty(columns).index_copy_(0, order, basis.diagonal().square())
+    sides = steps * torch.empty(columns).index_copy_(0, order, basis.diagonal())
     errors = known.error_squares(row_steps)[0] / row_steps.square()
-    found = variances(weight, row_steps, steps, errors, squares * inverse_diagonal(basis, order, 4096))
+    found = variances(weight, row_steps, steps, errors, error_spread(basis, order, sides, 4096) / steps.square())
     expected = found[0][:, None] * found[1]
     for axis in (0, 1):
         ratio = codes.square().mean(axis) / expected.mean(axis)
@@ -98,16 +99,19 @@ def test_a_variance_is_that_of_the_codes():
 @pytest.mark.parametrize("seed", range(4))
 def test_the_default_method_does_what_its_formulas_say(seed, monkeypatch):
     """Every code of a whole solve, where rows and columns are unlike, lengths have a price, and a row is so small
-    that its step is not the one of the others."""
+    that its step is not the one of the others; columns that share steps with two others, or with none."""
     monkeypatch.setattr("geoquant.lattice.priced.ROUNDS", 60)
-    exact = lambda basis, order: torch.linalg.inv(basis @ basis.T).diagonal()[order.argsort()]  # noqa: E731
-    monkeypatch.setattr("geoquant.methods.priced.inverse_diagonal", exact)
+    exact = lambda basis, order, sides: (  # noqa: E731
+        (sides[order].square() @ torch.linalg.inv(basis).square())[order.argsort()]
+    )
+    monkeypatch.setattr("geoquant.methods.priced.error_spread", exact)
     known, outputs = coupled(8, seed)
     metric, generator = random_metric(19, seed), torch.Generator().manual_seed(seed)
     weight = torch.randn(8, 19, generator=generator) / metric.diagonal().sqrt().float()
     weight[2] *= 0.005
     heldout = 10 * metric  # no news, so what damping makes lengths too long by is taken back
     given = Problem(weight, 90 * metric, heldout, order="activation", damping=0.3, tokens=100, step=0.5, rows=known)
+    given = replace(given, ties=torch.arange(19) // 3 if seed % 2 else None)
     found = priced.solve(given)
     order = column_order("activation", given.pooled, 19)
     price = lattice.choose_damping(given, order)[1]
@@ -120,14 +124,25 @@ def test_the_default_method_does_what_its_formulas_say(seed, monkeypatch):
     assert not torch.equal(found.codes, lattice.solve(given).codes)
 
 
-def test_the_diagonal_of_an_inverse_from_random_vectors():
+def test_what_babai_leaves_in_each_weight():
+    """Columns of one step each, and groups that share one: the closed form, from random vectors."""
     metric = random_metric(60, 1)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     basis = metric_factor(metric, order, 0.0, torch.float64)
-    exact = torch.linalg.inv(metric).diagonal()
-    errors = inverse_diagonal(basis, order, 32) / exact - 1
-    assert errors.std() == pytest.approx((2 / 32) ** 0.5, rel=0.4)
-    torch.testing.assert_close(inverse_diagonal(basis, order, 20000), exact, rtol=0.1, atol=0)
+    handed = torch.linalg.inv(basis).square()  # of U, in the order of the basis
+    lengths = torch.empty_like(metric[0]).index_copy_(0, order, basis.diagonal())
+    for steps in (1 / lengths, torch.linspace(1, 3, 60, dtype=torch.float64)):
+        sides = lengths * steps
+        exact = torch.empty_like(sides).index_copy_(0, order, sides[order].square() @ handed)
+        errors = error_spread(basis, order, sides, 32) / exact - 1
+        assert errors.std() == pytest.approx((2 / 32) ** 0.5, rel=0.4)
+        torch.testing.assert_close(error_spread(basis, order, sides, 20000), exact, rtol=0.1, atol=0)
+        weight = 50 * torch.randn(4000, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        codes = unboxed_babai(weight, basis, order, torch.ones(4000, dtype=torch.float64), steps)
+        left = 12 * (weight - codes * steps).square().mean(0)
+        torch.testing.assert_close(left, exact, rtol=0.12, atol=0)
+    alike = torch.linalg.inv(metric).diagonal()
+    torch.testing.assert_close(error_spread(basis, order, torch.ones_like(alike), 20000), alike, rtol=0.1, atol=0)
 
 
 def test_a_price_buys_error_back_at_equal_bits():
@@ -140,8 +155,8 @@ def test_a_price_buys_error_back_at_equal_bits():
         row_steps = torch.full((rows,), coarse, dtype=torch.float64)
         pulls = None
         if mu:
-            squares = torch.empty_like(steps).index_copy_(0, order, basis.diagonal().square())
-            errors = torch.ones_like(row_steps), squares * inverse_diagonal(basis, order)
+            sides = steps * torch.empty_like(steps).index_copy_(0, order, basis.diagonal())
+            errors = torch.ones_like(row_steps), error_spread(basis, order, sides) / steps.square()
             cost = row_steps.square(), torch.ones_like(steps)
             pulls = pulls_of(variances(weight, row_steps, steps, *errors), cost, mu * coarse**2)
         codes = unboxed_babai(weight, basis, order, row_steps, steps, None, pulls)

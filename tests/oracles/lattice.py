@@ -81,8 +81,8 @@ def priced_codes(
 
     Centre u, in steps, becomes round(u / (1 + mu / (2 ln 2 d v))), no further than one from u. d: squared step times
     squared length in both metrics times price, over step^2. v: the best rank-one fit, in the sense of
-    `mean_j v_ij / (a_i b_j) = 1` and the same over i, of w^2 and of errors that fill cells evenly, in squared steps. Of
-    columns all steps times lengths are taken for one; of rows each has its own.
+    `mean_j v_ij / (a_i b_j) = 1` and the same over i, of w^2 and of the roundings that rows and columns hand on to
+    those after them, in squared steps.
     """
     flat = [torch.arange(len(outputs)), order]
     squares = []  # of Gram-Schmidt lengths: what is left of each dimension given those after it
@@ -93,8 +93,10 @@ def priced_codes(
             squares[-1][own] = torch.linalg.inv(part)[0, 0].reciprocal()
     rows, columns = squares[0] * row_steps**2, squares[1] * column_steps**2
     steps = row_steps[:, None] * column_steps
-    taken = torch.linalg.inv(torch.linalg.cholesky(outputs.flip(0, 1)).flip(0, 1))  # G^-1 = U^T U
-    row_errors, column_errors = rows @ taken**2, columns * torch.linalg.inv(inputs).diagonal()
+    row_errors, column_errors = torch.empty_like(rows), torch.empty_like(columns)
+    for errors, metric, sequence, own in zip((row_errors, column_errors), (outputs, inputs), flat, (rows, columns)):
+        handed = torch.linalg.inv(torch.linalg.cholesky(metric[sequence][:, sequence].flip(0, 1)).flip(0, 1))
+        errors[sequence] = own[sequence] @ handed**2  # M^-1 = U^T U
     energy = (weight**2 + torch.outer(row_errors, column_errors) / 12) / steps**2
     v = torch.ones_like(energy)
     for _ in range(100):

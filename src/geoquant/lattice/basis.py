@@ -16,9 +16,9 @@ __all__ = [
     "cholesky",
     "compensation_factor",
     "damped",
+    "error_spread",
     "expected_error",
     "heldout_prices",
-    "inverse_diagonal",
     "metric_factor",
     "permuted",
     "sample_stride",
@@ -92,14 +92,18 @@ def triangular_inverse(lower: Float[Tensor, "n n"], base: int = 128) -> Float[Te
     return result
 
 
-def inverse_diagonal(basis: Float[Tensor, "n n"], order: Int[Tensor, " n"], probes: int = 32) -> Float[Tensor, " n"]:
-    """Diagonal of `(V V^T)^-1` in the original order, estimated: `E[(V^-T xi)_j^2]` over normal xi.
+def error_spread(
+    basis: Float[Tensor, "n n"], order: Int[Tensor, " n"], sides: Float[Tensor, " n"], probes: int = 32
+) -> Float[Tensor, " n"]:
+    """Twelve times the expected squared error that Babai leaves in each weight of a row, estimated.
 
-    The standard deviation is `sqrt(2 / probes)` of each entry, a quarter at 32, for `probes / n` of the work of an
-    inverse. Seeded.
+    It is `sum_k (U_kj r_k s_k)^2`: every column hands its rounding on. sides: `r_k s_k`, in the original order as the
+    result. Equal sides make it their square times the diagonal of the inverse metric. From `probes` products of
+    `U^T` with normal numbers, for `probes / n` of the work of an inverse; the standard deviation is
+    `sqrt(2 / probes)` of each entry, a quarter at 32. Seeded.
     """
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(basis), probes, generator=generator).to(basis)
+    noise = torch.randn(len(basis), probes, generator=generator).to(basis) * sides[order, None]
     found = torch.linalg.solve_triangular(basis.T, noise, upper=False).square().mean(1)
     return torch.empty_like(found).index_copy_(0, order, found)
 

@@ -16,12 +16,14 @@ pass has to find out what codes cost. At the same slope one bit less per code qu
 1/12 per code, so `mu = 2 ln(2) / 12 = 0.116`, and it is worth `-1/2 log2(1 - 1/(12 v + 1))` bits per code: 0.03 at 2.5
 bits, 0.06 at 2.
 
-The codes of `q = w - e` are as large as weights and errors together. Errors fill the cells of the lattice evenly:
-`E[e_ij^2] = (1/12) (r_i s_i)^2 (G^-1)_ii (r_j s_j)^2 (A^-1)_jj`, and where inputs resemble each other that is far more
-than `s^2/12`. That holds where all `r_i s_i`, and all `r_j s_j`, are alike. Rows that differ add what each hands on
-(`RowMetric.error_squares`); columns are taken for alike, also those whose steps are tied. v is fitted as a product of a
-number per row and one per column, as the classes of the coder are. No centre goes further than one step: the law says
-nothing of an outlier.
+The codes of `q = w - e` are as large as weights and errors together. Every row and column hands its rounding on to
+those after it: with the factors U and the steps a and b of both sides
+
+    E[e_ij^2] = (1/12) sum_k (U_ki a_k / U_kk)^2 sum_l (U_lj b_l / U_ll)^2
+
+Where all `r_j b_j` are alike the second sum is their square times `(A^-1)_jj`, and where inputs resemble each other
+that is far more than `b_j^2`. v is fitted as a product of a number per row and one per column, as the classes of the
+coder are. No centre goes further than one step: the law says nothing of an outlier.
 """
 
 from __future__ import annotations

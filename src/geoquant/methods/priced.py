@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from geoquant.lattice.basis import inverse_diagonal
+from geoquant.lattice.basis import error_spread
 from geoquant.lattice.beside import Pulls
 from geoquant.lattice.priced import pulls_of, variances
 from geoquant.lattice.unboxed import unboxed_babai
@@ -34,7 +34,8 @@ def search(posed: lattice.Posed, mu: float = PRICE) -> Int[Tensor, "out in"]:
 
 def pulls(posed: lattice.Posed, mu: float) -> Pulls:
     """How far the centres of every row and column are drawn at the price `mu` of a bit."""
-    squares = torch.empty_like(posed.basis.diagonal()).index_copy_(0, posed.order, posed.basis.diagonal().square())
+    lengths = torch.empty_like(posed.basis.diagonal()).index_copy_(0, posed.order, posed.basis.diagonal())
+    sides = lengths * posed.column_steps  # alike, but for rounding and where columns share a step
     row_steps = posed.row_steps.double()  # squares of a row of huge weights
     row_lengths, row_errors = torch.ones_like(row_steps), torch.ones_like(row_steps)
     if posed.rows is not None:
@@ -45,8 +46,8 @@ def pulls(posed: lattice.Posed, mu: float) -> Pulls:
         posed.row_steps,
         posed.column_steps,
         row_errors,
-        squares * inverse_diagonal(posed.basis, posed.order),
+        error_spread(posed.basis, posed.order, sides) / posed.column_steps.square(),
     )
     # What a squared step of row i and column j costs in units of D^2.
-    cost = (row_steps * row_lengths / posed.step).square() * posed.price, posed.column_steps.square() * squares
+    cost = (row_steps * row_lengths / posed.step).square() * posed.price, sides.square()
     return pulls_of(spread, cost, mu)
