@@ -44,10 +44,9 @@ def distortion(
     """MD of every row, or of `rows` only (of outliers, say: the cost goes with their number, neighbours are exact)."""
     found = []
     for part in frames(points, k, share, rows):
-        delta = changes[part.points]
-        moved, own = part.normal_squares(delta), part.normal_squares(points[part.points] - part.centres)
-        # Within single precision nothing is left of the distance.
-        inside = own <= 1e-8 * (points[part.points] - part.centres).square().sum(1)
+        delta, offset = changes[part.points], points[part.points] - part.centres
+        moved, own = part.normal_squares(delta, offset)
+        inside = own <= 1e-8 * offset.square().sum(1)  # within single precision nothing is left of the distance
         md = torch.where(inside, torch.inf, (moved / own).sqrt())
         found.append((md, (moved / delta.square().sum(1)).sqrt(), part.dims))
     return Distortion(*(torch.cat(column) for column in zip(*found, strict=True)))
@@ -74,7 +73,7 @@ def cache(points: Float[Tensor, "n D"], rows: Int[Tensor, " m"], k: int = NEIGHB
     parts = list(frames(points, k, share, rows))
     most = max(int(part.dims.max()) for part in parts)
     bases = torch.cat([part.bases[:, :most].to(torch.float16) for part in parts])
-    normals = [part.normal_squares(points[part.points] - part.centres).sqrt() for part in parts]
+    normals = [part.normal_squares(points[part.points] - part.centres)[0].sqrt() for part in parts]
     return Cache(rows, bases, torch.cat(normals))
 
 

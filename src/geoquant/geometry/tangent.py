@@ -44,11 +44,12 @@ class Frames:
         """Orthonormal tangent vectors as rows, zero from `dims` on."""
         return self.weights @ self.offsets
 
-    def normal_squares(self, vectors: Float[Tensor, "b D"]) -> Float[Tensor, " b"]:
-        """Squared length of each vector's part normal to its tangent space; no basis is formed."""
-        coordinates = self.weights @ (self.offsets @ vectors[:, :, None])
-        inside = self.offsets.mT @ (self.weights.mT @ coordinates)
-        return (vectors - inside[:, :, 0]).square().sum(1)  # a difference of squares would leave half the digits
+    def normal_squares(self, *vectors: Float[Tensor, "b D"]) -> Float[Tensor, "v b"]:
+        """Squared length of each vector's part normal to its tangent space, several at once; no basis is formed."""
+        rows = torch.stack(vectors, dim=1)
+        coordinates = (rows @ self.offsets.mT) @ self.weights.mT
+        inside = (coordinates @ self.weights) @ self.offsets
+        return (rows - inside).square().sum(2).T  # a difference of squares would leave half the digits
 
 
 def neighbours(
@@ -68,10 +69,12 @@ def neighbours(
     for part in rows.split(max(1, PANEL // max(len(points), likely * points.shape[1]))):
         distances = torch.addmm(squares, points[part], points.T, alpha=-2.0)
         distances[torch.arange(len(part), device=points.device), part] = torch.inf
-        near = distances.topk(likely, largest=False).indices
-        # Sums of squares that cancel leave half the digits: among the likely ones the differences decide.
-        exact = (points[near] - points[part, None]).square().sum(2)
-        found.append(near.gather(1, exact.argsort(dim=1, stable=True)[:, :k]))
+        values, near = distances.topk(likely, largest=False)
+        # Where sums of squares cancel, digits are lost: there the differences decide among the likely ones.
+        unsure = values[:, 0] + squares[part] < 1e-3 * squares[part]
+        exact = (points[near[unsure]] - points[part[unsure], None]).square().sum(2)
+        near[unsure] = near[unsure].gather(1, exact.argsort(dim=1, stable=True))
+        found.append(near[:, :k])
     return torch.cat(found)
 
 
@@ -88,7 +91,7 @@ def frames(
     for part, others in zip(rows.split(step), near.split(step), strict=True):
         offsets = points[others]
         centres = offsets.mean(1)
-        offsets = offsets - centres[:, None]
+        offsets -= centres[:, None]
         values, vectors = torch.linalg.eigh((offsets @ offsets.mT).double())
         values, vectors = values.flip(1).clamp_min(0), vectors.flip(2)
         total = values.sum(1, keepdim=True)
