@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from geoquant.privacy.audit import COMBINED
+from geoquant.privacy.attacks import ATTACKS, JOINT
 from geoquant.privacy.statistics import clopper_pearson
 from privacy_claims import IDENTIFYING, PRIMARY, claims, identifiers, regimes_in
 
@@ -60,7 +60,9 @@ def show(rows: Sequence[dict]) -> None:
 
 def strongest(row: dict) -> str | None:
     """The single attack without a reference with the highest AUC; chosen once a regime, on its original."""
-    rest = {name: attack["auc"] for name, attack in row["attacks"].items() if name not in (PRIMARY, COMBINED)}
+    known = ATTACKS | JOINT
+    alone = {name for name in known if "reference" not in known[name].needs}
+    rest = {name: attack["auc"] for name, attack in row["attacks"].items() if name in alone}
     return max(rest, key=rest.get) if rest else None
 
 
