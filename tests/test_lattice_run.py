@@ -282,13 +282,17 @@ def test_changed_bases_are_noticed(run, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "coded")
 
 
-@pytest.mark.parametrize("method", ["lattice-priced-descent", "lattice-descent"])
+@pytest.mark.parametrize("method", ["lattice-priced-descent", "lattice-descent", "lattice-rtn"])
 def test_an_experiment_of_the_lattice_is_a_run_like_any_other(method, recipe, run, tmp_path):
-    """The rate is met from what its codes really cost; where bits have a price nothing bounds an error."""
-    report = quantize(recipe.model_copy(update={"method": method, "verify": False}), tmp_path / "run")
+    """The rate is met from what its codes really cost; where bits have a price, or weights are alone, nothing bounds an
+    error."""
+    rows = 1 if method == "lattice-rtn" else recipe.row_block
+    changes = {"method": method, "verify": False, "row_block": rows}
+    report = quantize(recipe.model_copy(update=changes), tmp_path / "run")
     assert report["size"]["bits_per_weight"] == pytest.approx(5.0, rel=0.03)
     assert {site["method"] for site in report["sites"]} == {method}
-    assert {site["bound"] is None for site in report["sites"]} == {"priced" in method}
+    assert {site["bound"] is None for site in report["sites"]} == {"priced" in method or rows == 1}
+    assert {site["order"] == "none" for site in report["sites"]} == {rows == 1}
     plain, found = solved(run[0]), solved(tmp_path / "run")
     assert any(not torch.equal(found[name], plain[name]) for name in found)
 

@@ -17,6 +17,8 @@ from geoquant.export.decoder import decode_streams
 from geoquant.export.matrices import Matrix, decode
 from geoquant.lattice.rate import REACH, SIDE_BITS, class_histograms, code_bits, entropy_bits, site_bits, spread_of
 from geoquant.lattice.rows import row_metric
+from geoquant.methods import lattice, rtn
+from geoquant.methods.problem import Problem
 from geoquant.plan.rate import Forecast, RateControl, forecast
 from oracles.lattice import random_metric
 
@@ -230,10 +232,9 @@ def test_sizes_that_do_not_add_up_are_refused(sizes):
         decode([matrix], Tables((np.array([4, 4, 3, 1]),)).lookup())
 
 
-def test_a_forecast_meets_what_babai_s_codes_really_cost():
+@pytest.mark.parametrize(("solve", "order"), [(lattice.solve, "activation"), (rtn.solve_lattice, "none")])
+def test_a_forecast_meets_what_codes_really_cost(solve, order):
     """The metric that is solved with, hundreds of rows: within a tenth of a bit from 1.5 to 6 bits."""
-    from geoquant.methods.lattice import solve
-    from geoquant.methods.problem import Problem
 
     columns, rows = 160, 300
     generator = torch.Generator().manual_seed(0)
@@ -241,9 +242,9 @@ def test_a_forecast_meets_what_babai_s_codes_really_cost():
     weight = torch.randn(rows, columns, generator=generator) * torch.exp(torch.randn(rows, 1, generator=generator))
     curvature = 0.05 + torch.rand(rows, generator=generator)
     rows_ = row_metric(curvature[:, None, None], (1,) * rows, floor=0.0, keep=1.0)
-    known = forecast(weight, rows_.lengths, metric, "activation")
+    known = forecast(weight, rows_.lengths, metric, order)
     for step in (0.1, 0.4, 1.2):
-        options = {"order": "activation", "damping": 0.01, "step": step, "rows": rows_}
+        options = {"order": order, "damping": 0.01, "step": step, "rows": rows_}
         codes = solve(Problem(weight, metric, **options)).codes
         real = site_bits(codes, spread_of(codes)) / codes.numel()
         assert known.at(math.log2(step)) == pytest.approx(real, abs=0.12), real

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from geoquant.lattice.certificate import certificate
 from geoquant.lattice.grid import Grid
+from geoquant.lattice.order import ALONE
 from geoquant.lattice.rate import site_bits, spread_of
 from geoquant.lattice.sphere import profile
 from geoquant.methods.problem import LatticeSolution, Solution
@@ -239,7 +240,7 @@ def quantized_parts(solution: Solution | LatticeSolution) -> Iterator[Tensor]:
 
 def _rounded(plan: SitePlan, result: StageResult) -> SitePlan:
     """What a site got whose stage could not be solved as planned: rounding has no order and keeps no columns."""
-    changes = {"method": "rtn", "order": "none", "reason": f"planned as {plan.method}, but {result.warning}"}
+    changes = {"method": "rtn", "order": ALONE, "reason": f"planned as {plan.method}, but {result.warning}"}
     if isinstance(result.solution, LatticeSolution):
         return replace(plan, **changes | {"method": "nearest"})
     grid = result.solution.grid

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from geoquant.lattice.order import column_order
+from geoquant.lattice.order import ALONE, column_order
 from geoquant.lattice.rows import RowMetric, block_sizes, row_metric
+from geoquant.methods.babai import DEFAULT_DAMPING
 from geoquant.methods.lattice import choose_damping
 from geoquant.model.paging import UNMAPPED, Pages
 from geoquant.model.vocabulary import ends, repeated
@@ -102,7 +103,10 @@ class Forecaster:
         plan = self.plan[stage.name]
         problem = vocabulary_problem(stage, weight, moments, order=plan.order, damping=plan.damping)
         metric = problem.pooled / problem.tokens
-        damping, price = choose_damping(problem, column_order(plan.order, metric, len(metric)))
+        if plan.order == ALONE:
+            damping, price = DEFAULT_DAMPING if plan.damping is None else plan.damping, 1.0
+        else:
+            damping, price = choose_damping(problem, column_order(plan.order, metric, len(metric)))
         lengths = problem.rows.lengths * price**0.5
         self.found[stage.name] = forecast(weight, lengths, metric, plan.order, damping)
 

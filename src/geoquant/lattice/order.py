@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geoquant.lattice.basis import damped
 
-__all__ = ["ORDERS", "column_order"]
+__all__ = ["ALONE", "ORDERS", "column_order"]
 
 
 def natural(hessian: Float[Tensor, "n n"], group_size: int) -> Int[Tensor, " n"]:
@@ -57,6 +57,8 @@ def min_pivot(hessian: Float[Tensor, "n n"], group_size: int) -> Int[Tensor, " n
         residual.addr_(row, row, alpha=-1.0)
     return torch.tensor(pivots[::-1], device=hessian.device)
 
+
+ALONE = "none"  # of methods in which no column compensates for another
 
 ORDERS = {"natural": natural, "activation": activation, "group-aware": group_aware, "min-pivot": min_pivot}
 

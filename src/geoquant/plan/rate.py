@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geoquant.lattice.basis import compensation_factor
-from geoquant.lattice.order import column_order
+from geoquant.lattice.basis import compensation_factor, damped
+from geoquant.lattice.order import ALONE, column_order
 from geoquant.lattice.rate import SIDE_BITS, code_bits, spread_of
 from geoquant.methods.babai import DEFAULT_DAMPING
 
@@ -66,14 +66,20 @@ def forecast(
     """Simulate the codes of a few rows at many steps.
 
     row_lengths: Gram-Schmidt lengths of the output side (lattice/rows).
-    metric: mean of `w_t x_t x_t^T` over tokens. Raises NotPositiveDefinite.
+    metric: mean of `w_t x_t x_t^T` over tokens. order: `none` where no column compensates for another.
+    Raises NotPositiveDefinite.
     """
-    columns = column_order(order, metric, len(metric))
-    factor = compensation_factor(metric, columns, damping, torch.float32)  # a forecast needs no more
-    pivots = factor.diagonal()
-    # Babai moves a weight by the compensation of all columns before it: variance sum_i U_ij^2 s_i^2 / (12 U_ii^2),
-    # which with s_i proportional to U_ii is the column's sum of squares over twelve.
-    noise = ((factor.square().sum(0) / pivots.square() - 1.0).clamp_min(0.0) / 12).sqrt()
+    if order == ALONE:
+        columns = torch.arange(len(metric), device=weight.device)
+        pivots = damped(metric, damping).diagonal().float().rsqrt()
+        noise = torch.zeros_like(pivots)
+    else:
+        columns = column_order(order, metric, len(metric))
+        factor = compensation_factor(metric, columns, damping, torch.float32)  # a forecast needs no more
+        pivots = factor.diagonal()
+        # Babai moves a weight by the compensation of all columns before it: variance sum_i U_ij^2 s_i^2 / (12 U_ii^2),
+        # which with s_i proportional to U_ii is the column's sum of squares over twelve.
+        noise = ((factor.square().sum(0) / pivots.square() - 1.0).clamp_min(0.0) / 12).sqrt()
     # Every so many rows in the order of their size: a sample that hardly misses the mean of any smooth function of it.
     by_size = torch.argsort(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32) * row_lengths)
     count = min(max(SAMPLED_ROWS, len(weight) // 64), len(weight))

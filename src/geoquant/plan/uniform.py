@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from geoquant.errors import UserError, unknown_name
 from geoquant.lattice.grid import Grid
-from geoquant.lattice.order import ORDERS
+from geoquant.lattice.order import ALONE, ORDERS
 from geoquant.methods import METHODS, ROWS_ALONE
 from geoquant.model.walk import Block, Stage
 from geoquant.observe.moments import METRICS
@@ -133,7 +133,7 @@ def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
                     bits=recipe.bits,
                     group_size=recipe.group_size,
                     symmetric=recipe.symmetric,
-                    order=recipe.order if method != "rtn" else "none",
+                    order=recipe.order if method != "rtn" else ALONE,
                     damping=recipe.damping,
                     keep=recipe.keep,
                     bits_per_weight=bits,
@@ -146,7 +146,7 @@ def uniform_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
 def lattice_plan(blocks: Sequence[Block], recipe: Recipe) -> Plan:
     """One lattice for the whole model: every site gets what falls out of the global step, on average the rate."""
     order = "activation" if recipe.order == "group-aware" else recipe.order  # no groups: the same order
-    order = "none" if recipe.method == "lattice-rtn" else order
+    order = ALONE if recipe.method == "lattice-rtn" else order
     sites = (
         SitePlan(
             name=site.name,
