@@ -210,7 +210,16 @@ def test_the_version_is_that_of_the_package():
     [
         (["quantise"], 'Unknown command "quantise". Did you mean "quantize"?'),
         (["quantize", "m", "--out", "o", "--bots", "3"], "Unknown option: --bots. Did you mean --bits?"),
-        (["quantize", "m"], 'Command "quantize" parameter --out requires an argument.'),
+        (["quantize", "m"], "error: --out is missing (see: geoquant quantize --help)"),
+        (["quantize", "m", "--out"], 'Command "quantize" parameter --out requires an argument.'),
+        (["quantize", "--model", "m", "--out", "o"], "MODEL stands by itself: geoquant COMMAND MODEL"),
+        (["plan", "--model=m"], "MODEL stands by itself"),
+        (["audit", "m", "--members", "i"], "error: --nonmembers is missing (see"),
+        (
+            ["audit", "m", "--members", "i", "--nonmember", "o"],
+            "--nonmembers is missing. Did you mean --nonmembers instead of --nonmember?",
+        ),
+        (["audit", "--members", "i", "--nonmembers", "o"], "error: MODEL is missing (see"),
         (
             ["quantize", "m", "--out", "o", "--bits", "three"],
             'Invalid value for --bits: unable to convert "three"',
@@ -239,7 +248,7 @@ def test_the_version_is_that_of_the_package():
         (["records", "--domain", "code", "--out", "o", "--seed", "-1"], "cannot use seed -1"),
         (["records", "--domain", "code", "--out", "o", "--canaries", "-1"], "cannot make -1 canaries"),
         (["records", "--domain", "code", "--out", "/"], "output folder / is not empty; choose a new folder"),
-        (["finetune", "m", "--out", "o"], 'Command "finetune" parameter --records requires an argument.'),
+        (["finetune", "m", "--out", "o"], "error: --records is missing (see"),
         (["finetune", "m", "--records", "r", "--out", "o", "--lora", "1.5"], "Invalid value for --lora"),
     ],
 )
