@@ -637,6 +637,22 @@ def test_progress_as_lines_is_sparse_and_ends_every_phase(capsys):
     assert len(lines) == 12
 
 
+def test_a_phase_that_reports_late_is_given_the_time_it_took(capsys):
+    now = [0.0]
+    progress = Lines(sys.stderr, clock=lambda: now[0])
+    for now[0], phase, done, total in (
+        (0.0, "start", 0, 1),
+        (5.0, "start", 1, 1),
+        (65.0, "perplexity", 4, 4),  # nothing was said before its end
+        (95.0, "scores", 10, 30),
+        (125.0, "scores", 30, 30),
+    ):
+        progress(phase, done, total)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[2] == "[1 min 05 s] perplexity  4/4  done in 1 min 00 s"
+    assert lines[-1] == "[2 min 05 s] scores  30/30  done in 1 min 00 s"
+
+
 def test_durations_read_well():
     assert [duration(s) for s in (0.04, 9.94, 9.96, 59.6, 3599, 3600, 7290)] == [
         "0.0 s",
