@@ -176,6 +176,21 @@ def test_help_states_the_defaults_of_the_recipe(capsys):
         assert stated == words.get(name, str(default)), name
 
 
+@pytest.mark.parametrize("command", ["audit", "eval"])
+def test_commands_that_read_any_model_say_that_a_run_is_one(command, capsys):
+    assert cli.run([command, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "Run folder, Hugging Face folder" in page
+    assert "RUN/model" not in page  # a run of the lattice has none, one with kept columns has holes there
+
+
+def test_eval_names_the_text_it_measured(library, capsys):
+    found = {"perplexity": 9.8, "nll": 2.28, "se": 0.1, "tokens": 511, "text": "the built-in text"}
+    library.evaluate = lambda *_, **__: found
+    assert cli.run(["eval", "m"]) == 0
+    assert "text        the built-in text" in capsys.readouterr().out.splitlines()
+
+
 def test_the_help_of_eval_shows_a_task_that_can_be_read(capsys, tmp_path):
     from geoquant.evaluate.tasks import load_task
 
