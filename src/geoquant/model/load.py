@@ -215,14 +215,21 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def load_tokenizer(spec: str):
-    """The tokenizer that belongs to a model.
+def of_run(spec: str) -> str:
+    """The export of a run folder that stands for it; anything else is what it is."""
+    run = Path(spec)
+    names = ("model", "coded", "int4", "dense", "gguf/model.gguf", "gptq") if (run / "manifest.json").exists() else ()
+    return str(next((run / name for name in names if (run / name).exists()), spec))
+
+
+def load_tokenizer(spec: str, *, quantized: bool = False):
+    """The tokenizer that belongs to a model; `quantized` as in `load`.
 
     Raises UserError when the folder carries none.
     """
     from transformers import AutoTokenizer
 
-    where, extra, _ = locate(spec)
+    where, extra, _ = locate(of_run(spec) if quantized else spec)
     folder = Path(where)
     if (
         folder.is_dir()
@@ -323,11 +330,9 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     """
     import transformers
 
-    run = Path(spec)
-    adapter = None
+    run, adapter = Path(spec), None
     if quantized and (run / "manifest.json").exists():
-        exports = (run / name for name in ("model", "coded", "int4", "dense", "gguf/model.gguf", "gptq"))
-        spec = str(next((path for path in exports if path.exists()), run))
+        spec = of_run(spec)
         if (run / "adapter").is_dir() and spec.endswith(("model", "gptq")):
             adapter = run / "adapter"
         if adapter and spec.endswith("gptq"):
