@@ -245,6 +245,7 @@ def test_a_run_is_audited_with_a_reference_and_against_another(taught, files, ti
     shutil.copytree(taught, run / export)
     (run / "manifest.json").write_text("{}")
     found = geoquant.audit(run, *files, reference=tiny_model_dir, against=taught)
+    assert found["models"]["original"]["name"] == "run"  # every run holds a "model"
     assert {change["difference"] for change in found["comparisons"] if change["from"] == "against"} == {0.0}
     assert numbers(geoquant.audit(run / export, *files, reference=tiny_model_dir, against=taught)) == numbers(found)
 

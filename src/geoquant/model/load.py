@@ -331,7 +331,8 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     import transformers
 
     run, adapter = Path(spec), None
-    if quantized and (run / "manifest.json").exists():
+    of = run.resolve().name if quantized and (run / "manifest.json").exists() else None
+    if of is not None:
         spec = of_run(spec)
         if (run / "adapter").is_dir() and spec.endswith(("model", "gptq")):
             adapter = run / "adapter"
@@ -342,6 +343,7 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
             )
     check_device(device)
     where, extra, name = locate(spec)
+    name = of or name  # a run is called by its own name: its export is "model" in all of them
     if not extra and Path(where).is_dir():
         check_folder(Path(where), quantized=quantized)
         dtype = dtype or stored_dtype(Path(where))
@@ -377,7 +379,8 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     check_values(model, map_weights(model))
     if quantized and getattr(model.config, "quantization_config", None) is not None:
         # The reader unpacks at the first forward pass of the whole model; parts of it cannot be called before.
-        model(torch.zeros(1, 1, dtype=torch.int64))
+        with quiet():
+            model(torch.zeros(1, 1, dtype=torch.int64))
         if adapter:
             model = merge_adapter(model, adapter)
     model.requires_grad_(False)
