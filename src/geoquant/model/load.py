@@ -21,7 +21,7 @@ from torch import nn
 
 from geoquant.errors import UserError, missing_package
 from geoquant.model.paging import Pages, map_weights
-from geoquant.runs import file_hash
+from geoquant.runs import file_hash, inside
 
 __all__ = ["Loaded", "load", "load_tokenizer"]
 
@@ -101,7 +101,8 @@ def check_folder(folder: Path, *, quantized: bool = False) -> None:
     """Name what is missing or truncated in an HF folder before transformers tries to read it."""
     config = folder / "config.json"
     if not config.exists():
-        raise UserError(f"{folder} has no config.json", wanted="a Hugging Face model folder")
+        hint = inside(folder, "config.json", *(("manifest.json",) if quantized else ()))
+        raise UserError(f"{folder} has no config.json", wanted="a Hugging Face model folder", fix=hint)
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
