@@ -506,6 +506,7 @@ def audited() -> dict:
         {"subject": "original", "attack": "loss", "separates": True, "level": 0.05},
     ]
     found = {"attacks": attacks, "comparisons": [change | {"p_holm": 3e-9}], "gate": gate, "verdict": verdict}
+    found |= {"n_members": 12, "n_nonmembers": 14}
     return found | {"no_verdict": None, "extraction": [], "exposure": [], "warnings": ["200 is few"]}
 
 
@@ -514,7 +515,8 @@ def test_the_audit_says_what_was_tested_and_promises_nothing(capsys):
     text = capsys.readouterr().out
     assert "records: without any model, AUC 0.49 (0.43 – 0.54); 0.59 would be an alarm" in text
     assert "reference to this model: AUC of loss +0.390 (+0.300 – +0.480), p < 0.0001" in text
-    assert "reference: no attack tried tells members apart at level 0.05; others may" in text
+    few = "reference: no attack tried tells members apart at level 0.05, by 12 members and 14 non-members; others may"
+    assert few in text
     assert "this model: members are told apart (attack loss)" in text
     row = next(line for line in text.splitlines() if "this model" in line and "0.900" in line)
     assert row.split()[-5:] == ["<", "0.0001", "100.0%", "50.0%", "–"]

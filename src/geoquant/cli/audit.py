@@ -122,7 +122,7 @@ def show(found: dict, out: Path | None = None) -> None:
     for bound in found.get("one_run") or []:
         print(f"{NAMES.get(bound['subject'], bound['subject'])}: {one_run(bound)}")
     for verdict in found.get("verdict") or []:
-        print(f"{NAMES.get(verdict['subject'], verdict['subject'])}: {sentence(verdict)}")
+        print(f"{NAMES.get(verdict['subject'], verdict['subject'])}: {sentence(verdict, found)}")
     for warning in found.get("warnings") or []:
         print(f"warning: {warning}")
     print("no formal guarantee: these are the attacks that were run, not all that exist")
@@ -154,11 +154,12 @@ def one_run(bound: dict) -> str:
     )
 
 
-def sentence(verdict: dict) -> str:
-    """What the verdict on one model says, no more than was tested."""
+def sentence(verdict: dict, found: dict) -> str:
+    """What the verdict on one model says, no more than was tested, and on how many records."""
     if verdict["separates"]:
         return f"members are told apart (attack {verdict['attack']})"
-    return f"no attack tried tells members apart at level {verdict['level']:g}; others may"
+    records = f"{found['n_members']} members and {found['n_nonmembers']} non-members"
+    return f"no attack tried tells members apart at level {verdict['level']:g}, by {records}; others may"
 
 
 def rate_value(rate: float | dict | None) -> float | None:
