@@ -141,10 +141,10 @@ def write_json(path: Path, value: object) -> None:
 def inside(folder: Path, *names: str) -> str | None:
     """A hint for who gave the folder above the one that was meant: subfolders that hold one of these files."""
     try:
-        found = sorted(str(path.parent) for name in names for path in folder.glob(f"*/{name}"))[:3]
+        found = sorted({str(path.parent) for name in names for path in folder.glob(f"*/{name}")})[:3]
     except OSError:
         return None
-    return f"did you mean {' or '.join(dict.fromkeys(found))}?" if found else None
+    return f"did you mean {' or '.join(found)}?" if found else None
 
 
 def no_file(path: Path) -> UserError:
@@ -153,7 +153,7 @@ def no_file(path: Path) -> UserError:
         return UserError(
             f"the run in {path.parent} is not finished", fix=f"run: geoquant quantize --out {path.parent} --resume"
         )
-    hint = inside(path.parent, path.name) or "is this the folder of a finished run?"
+    hint = inside(path.parent, path.name, "manifest.json") or "is this the folder of a finished run?"
     return UserError(f"no {path.name} in {path.parent}", fix=hint)
 
 
