@@ -239,6 +239,17 @@ def test_a_reference_of_another_tokenizer_is_refused_before_any_model_is_asked(
     assert asked
 
 
+@pytest.mark.parametrize("export", ["model", "coded"])
+def test_a_run_is_audited_with_a_reference_and_against_another(taught, files, tiny_model_dir, tmp_path, export):
+    run = tmp_path / "run"
+    shutil.copytree(taught, run / export)
+    (run / "manifest.json").write_text("{}")
+    found = geoquant.audit(run, *files, reference=tiny_model_dir, against=taught)
+    assert found["models"]["original"]["name"] == "run"  # every run holds a "model"
+    assert {change["difference"] for change in found["comparisons"] if change["from"] == "against"} == {0.0}
+    assert numbers(geoquant.audit(run / export, *files, reference=tiny_model_dir, against=taught)) == numbers(found)
+
+
 def test_coins_that_cannot_be_fair_are_refused_before_any_model_is_asked(taught, files, monkeypatch):
     asked = counting(monkeypatch)
     coins = [Record(f"pin {1000 + n}", canary=Canary(f"c{n}", 4, 8, int(n == 0), n == 0)) for n in range(60)]

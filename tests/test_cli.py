@@ -176,6 +176,21 @@ def test_help_states_the_defaults_of_the_recipe(capsys):
         assert stated == words.get(name, str(default)), name
 
 
+@pytest.mark.parametrize("command", ["audit", "eval"])
+def test_commands_that_read_any_model_say_that_a_run_is_one(command, capsys):
+    assert cli.run([command, "--help"]) == 0
+    page = capsys.readouterr().out
+    assert "Run folder, Hugging Face folder" in page
+    assert "RUN/model" not in page  # a run of the lattice has none, one with kept columns has holes there
+
+
+def test_eval_names_the_text_it_measured(library, capsys):
+    found = {"perplexity": 9.8, "nll": 2.28, "se": 0.1, "tokens": 511, "text": "the built-in text"}
+    library.evaluate = lambda *_, **__: found
+    assert cli.run(["eval", "m"]) == 0
+    assert "text        the built-in text" in capsys.readouterr().out.splitlines()
+
+
 def test_the_help_of_eval_shows_a_task_that_can_be_read(capsys, tmp_path):
     from geoquant.evaluate.tasks import load_task
 
@@ -210,7 +225,16 @@ def test_the_version_is_that_of_the_package():
     [
         (["quantise"], 'Unknown command "quantise". Did you mean "quantize"?'),
         (["quantize", "m", "--out", "o", "--bots", "3"], "Unknown option: --bots. Did you mean --bits?"),
-        (["quantize", "m"], 'Command "quantize" parameter --out requires an argument.'),
+        (["quantize", "m"], "error: --out is missing (see: geoquant quantize --help)"),
+        (["quantize", "m", "--out"], 'Command "quantize" parameter --out requires an argument.'),
+        (["quantize", "--model", "m", "--out", "o"], "MODEL stands by itself: geoquant COMMAND MODEL"),
+        (["plan", "--model=m"], "MODEL stands by itself"),
+        (["audit", "m", "--members", "i"], "error: --nonmembers is missing (see"),
+        (
+            ["audit", "m", "--members", "i", "--nonmember", "o"],
+            "--nonmembers is missing. Did you mean --nonmembers instead of --nonmember?",
+        ),
+        (["audit", "--members", "i", "--nonmembers", "o"], "error: MODEL is missing (see"),
         (
             ["quantize", "m", "--out", "o", "--bits", "three"],
             'Invalid value for --bits: unable to convert "three"',
@@ -239,7 +263,7 @@ def test_the_version_is_that_of_the_package():
         (["records", "--domain", "code", "--out", "o", "--seed", "-1"], "cannot use seed -1"),
         (["records", "--domain", "code", "--out", "o", "--canaries", "-1"], "cannot make -1 canaries"),
         (["records", "--domain", "code", "--out", "/"], "output folder / is not empty; choose a new folder"),
-        (["finetune", "m", "--out", "o"], 'Command "finetune" parameter --records requires an argument.'),
+        (["finetune", "m", "--out", "o"], "error: --records is missing (see"),
         (["finetune", "m", "--records", "r", "--out", "o", "--lora", "1.5"], "Invalid value for --lora"),
     ],
 )
@@ -482,6 +506,7 @@ def audited() -> dict:
         {"subject": "original", "attack": "loss", "separates": True, "level": 0.05},
     ]
     found = {"attacks": attacks, "comparisons": [change | {"p_holm": 3e-9}], "gate": gate, "verdict": verdict}
+    found |= {"n_members": 12, "n_nonmembers": 14}
     return found | {"no_verdict": None, "extraction": [], "exposure": [], "warnings": ["200 is few"]}
 
 
@@ -490,7 +515,8 @@ def test_the_audit_says_what_was_tested_and_promises_nothing(capsys):
     text = capsys.readouterr().out
     assert "records: without any model, AUC 0.49 (0.43 – 0.54); 0.59 would be an alarm" in text
     assert "reference to this model: AUC of loss +0.390 (+0.300 – +0.480), p < 0.0001" in text
-    assert "reference: no attack tried tells members apart at level 0.05; others may" in text
+    few = "reference: no attack tried tells members apart at level 0.05, by 12 members and 14 non-members; others may"
+    assert few in text
     assert "this model: members are told apart (attack loss)" in text
     row = next(line for line in text.splitlines() if "this model" in line and "0.900" in line)
     assert row.split()[-5:] == ["<", "0.0001", "100.0%", "50.0%", "–"]
@@ -626,6 +652,22 @@ def test_progress_as_lines_is_sparse_and_ends_every_phase(capsys):
     assert lines[-2] == "[1 min 40 s] solve  100/100  done in 1 min 40 s"
     assert lines[-1].endswith("load  weights")
     assert len(lines) == 12
+
+
+def test_a_phase_that_reports_late_is_given_the_time_it_took(capsys):
+    now = [0.0]
+    progress = Lines(sys.stderr, clock=lambda: now[0])
+    for now[0], phase, done, total in (
+        (0.0, "start", 0, 1),
+        (5.0, "start", 1, 1),
+        (65.0, "perplexity", 4, 4),  # nothing was said before its end
+        (95.0, "scores", 10, 30),
+        (125.0, "scores", 30, 30),
+    ):
+        progress(phase, done, total)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[2] == "[1 min 05 s] perplexity  4/4  done in 1 min 00 s"
+    assert lines[-1] == "[2 min 05 s] scores  30/30  done in 1 min 00 s"
 
 
 def test_durations_read_well():

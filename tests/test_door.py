@@ -9,6 +9,7 @@ import ast
 import importlib.machinery
 import importlib.util
 import os
+import re
 import resource
 import shutil
 import signal
@@ -92,6 +93,13 @@ def test_help_needs_only_the_standard_library_and_no_environment(house):
     # CPU time, because the cores may be busy with other things.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
     assert not (house / ".venv").exists()
+
+
+def test_help_names_every_command(house):
+    from geoquant.cli import COMMANDS
+
+    page = re.findall(r"[a-z]+", knock(house, "--help").stdout)
+    assert set(COMMANDS) <= set(page)
 
 
 def test_an_old_python_can_read_the_script_and_say_that_it_is_too_old(house, monkeypatch):

@@ -48,6 +48,17 @@ def test_every_width_loads_exactly(tmp_path, bits, symmetric):
         assert torch.equal(loaded.get_submodule(name).weight, model.get_submodule(name).weight)
 
 
+def test_a_packed_folder_is_opened_without_the_readers_chatter(tmp_path, capfd):
+    """The reader draws a bar for every model it unpacks; progress is ours to show."""
+    from geoquant.model.load import load as open_model
+
+    model = small_llama()
+    round_trip(tmp_path, model, solve(model, lambda position: Grid(4, 32, True)))
+    capfd.readouterr()
+    open_model(str(tmp_path / "model"), quantized=True)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("group", [40, 64, 200])
 def test_groups_that_do_not_divide_the_columns(tmp_path, group):
     """40 over 64 and 96 columns (8 and 8 in the file), 64 over 96 (32), 200: one group per row."""

@@ -183,5 +183,5 @@ def test_kept_columns_of_a_gptq_run_go_into_the_adapter(done, tmp_path, monkeypa
 def test_the_export_command_says_what_nobody_read(run, capsys):
     assert cli.run(["export", str(run), "--to", "gptq"]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("gptq: gptq (")
+    assert first.startswith(f"gptq: {run / 'gptq'} (")
     assert second == f"not verified: {NEEDS}"

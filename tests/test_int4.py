@@ -327,7 +327,7 @@ def test_a_box_does_not_go_into_it(tmp_path, tiny_model_dir):
     (tmp_path / "text.txt").write_text(builtin_text()[:3000])
     texts = dict.fromkeys(("calibration", "evaluation"), str(tmp_path / "text.txt"))
     recipe = checked({"model": str(tiny_model_dir), "group_size": 16, "formats": ("int4",), "window": 32, **texts})
-    with pytest.raises(UserError, match="format int4 holds codes of the lattice; add --grid lattice"):
+    with pytest.raises(UserError, match="format int4 holds codes of the lattice; give quantize a --rate and nothing"):
         quantize(recipe, tmp_path / "run")
 
 

@@ -180,6 +180,16 @@ def test_a_folder_without_config(folder):
     assert message(folder) == f"{folder} has no config.json; wanted a Hugging Face model folder"
 
 
+def test_the_folder_above_a_model_is_not_the_model(folder):
+    wanted = f"{folder.parent} has no config.json; wanted a Hugging Face model folder; did you mean {folder}?"
+    assert message(folder.parent) == wanted
+    run = folder.parent / "run"
+    run.mkdir()
+    (run / "manifest.json").write_text("{}")
+    assert message(folder.parent) == wanted  # nobody quantizes a run
+    assert message(folder.parent, quantized=True) == wanted.removesuffix("?") + f" or {run}?"
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "null"])
 def test_a_damaged_config(folder, text):
     (folder / "config.json").write_text(text)

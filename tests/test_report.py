@@ -411,7 +411,7 @@ def test_headline_is_computed(report: dict) -> None:
         (
             0.53,
             [0.45, 0.61],
-            "no attack tried separates members beyond its interval (strongest: loss, AUC 0.53)",
+            "no attack tried separates members beyond its interval (strongest: loss, AUC 0.53, 95% 0.45 to 0.61)",
         ),
         (0.21, [0.15, 0.29], "the loss attack separates members, with the sign reversed (AUC 0.21)"),
         (0.71, [0.65, 0.79], "the loss attack separates members (AUC 0.71)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -238,6 +239,19 @@ def test_only_folders_that_were_made_are_taken_away_again(tmp_path):
 def test_resuming_what_is_not_there_starts_anew(tmp_path):
     claim_output(tmp_path / "run", resume=True)
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_folder_above_a_run_and_an_unfinished_run_are_told_apart(tmp_path):
+    run = tmp_path / "demo" / "run"
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text("{}")
+    unfinished = f"the run in {run} is not finished; run: geoquant quantize --out {run} --resume"
+    with pytest.raises(UserError, match=f"^{re.escape(unfinished)}$"):
+        read_json(run / "report.json")
+    (run / "report.json").write_text("{}")
+    above = f"no report.json in {run.parent}; did you mean {run}?"
+    with pytest.raises(UserError, match=f"^{re.escape(above)}$"):
+        read_json(run.parent / "report.json")
 
 
 def test_damaged_files_are_named(tmp_path):

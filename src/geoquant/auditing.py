@@ -192,7 +192,10 @@ def _check_tokens(given: dict[str, object], tokenizer, split: Split) -> None:
     """A base calibrates the other models token by token: theirs must be the same. Seconds, not a pass of each model."""
     if "base" not in given:
         return
-    owned = {role: tokenizer if isinstance(one, nn.Module) else load_tokenizer(str(one)) for role, one in given.items()}
+    owned = {
+        role: tokenizer if isinstance(one, nn.Module) else load_tokenizer(str(one), quantized=True)
+        for role, one in given.items()
+    }
     names = {role: type(one).__name__ if isinstance(one, nn.Module) else str(one) for role, one in given.items()}
     for role in owned.keys() - {"base"}:
         check_same_tokens(names[role], owned[role], names["base"], owned["base"], split)

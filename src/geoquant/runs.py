@@ -41,6 +41,7 @@ __all__ = [
     "check_writable",
     "claim_output",
     "file_hash",
+    "inside",
     "read_json",
     "read_metadata",
     "read_tensors",
@@ -137,6 +138,25 @@ def write_json(path: Path, value: object) -> None:
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8") and None)
 
 
+def inside(folder: Path, *names: str) -> str | None:
+    """A hint for who gave the folder above the one that was meant: subfolders that hold one of these files."""
+    try:
+        found = sorted({str(path.parent) for name in names for path in folder.glob(f"*/{name}")})[:3]
+    except OSError:
+        return None
+    return f"did you mean {' or '.join(found)}?" if found else None
+
+
+def no_file(path: Path) -> UserError:
+    """Why a run lacks a file: it was interrupted, it lies a folder below, or there is none."""
+    if path.name == "report.json" and (path.parent / "manifest.json").exists():
+        return UserError(
+            f"the run in {path.parent} is not finished", fix=f"run: geoquant quantize --out {path.parent} --resume"
+        )
+    hint = inside(path.parent, path.name, "manifest.json") or "is this the folder of a finished run?"
+    return UserError(f"no {path.name} in {path.parent}", fix=hint)
+
+
 def read_json(path: Path, **entries: type) -> dict:
     """Read a JSON object that a run wrote. `entries`: what it must hold, and of which type.
 
@@ -147,7 +167,7 @@ def read_json(path: Path, **entries: type) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no {path.name} in {path.parent}", fix="is this the folder of a finished run?") from None
+        raise no_file(path) from None
     except NotADirectoryError:
         raise UserError(f"{path.parent} is a file", wanted="the folder of a finished run") from None
     except OSError as error:

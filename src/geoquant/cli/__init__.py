@@ -16,7 +16,7 @@ from geoquant import __version__
 from geoquant.errors import UserError
 
 if TYPE_CHECKING:
-    from cyclopts import App
+    from cyclopts import App, CycloptsError
 
 __all__ = ["COMMANDS", "build_app", "main", "overview"]
 
@@ -125,8 +125,21 @@ def parse_and_call(arguments: list[str]) -> int:
         result = build_app()(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         where = f"geoquant {arguments[0]}" if arguments[0] in COMMANDS else "geoquant"
-        return fail(f"{error} (see: {where} --help)")
+        return fail(f"{parser_message(error)} (see: {where} --help)")
     return result if isinstance(result, int) else 0
+
+
+def parser_message(error: CycloptsError) -> str:
+    """What the parser says, but for two messages that send the reader the wrong way."""
+    from cyclopts import MissingArgumentError, UnknownOptionError
+
+    text = str(error)
+    if isinstance(error, MissingArgumentError) and error.keyword is None and not error.argument.tokens:
+        # The parser says "requires an argument", as if the option had been given; a guess may follow.
+        return f"{error.argument.name} is missing" + text.partition(" requires an argument")[2].removesuffix(".")
+    if isinstance(error, UnknownOptionError) and error.token.value.partition("=")[0] == "--model":
+        return "Unknown option: --model. MODEL stands by itself: geoquant COMMAND MODEL ..."  # not "--order?"
+    return text
 
 
 def fail(message: str) -> int:

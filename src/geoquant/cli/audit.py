@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from geoquant.cli.options import WHOLE, Device, Json, Model, command_line
+from geoquant.cli.options import WHOLE, AnyModel, Device, Json, command_line
 from geoquant.cli.screen import library, output, progress_display, stdout_console
 from geoquant.cli.summary import exposure, extraction, number, percent
 
@@ -18,7 +18,7 @@ NAMES = {"original": "this model", "base": "reference", "against": "the other"}
 
 
 def audit(
-    model: Model,
+    model: AnyModel,
     /,
     *,
     members: Annotated[str, Parameter(help="Records the model was trained on, .jsonl with a text field.")],
@@ -40,15 +40,15 @@ def audit(
 ) -> None:
     """Membership attacks with intervals, extraction of marked spans, exposure of canaries.
 
-    Both files must come from the same source, or the attack measures the difference between the files: where texts
-    alone tell them apart, no verdict is given.
+    Both files must come from one source, or the attack measures their difference.
+    Where texts alone tell them apart, no verdict is given.
 
     For example:
 
       geoquant audit MODEL --members in.jsonl --nonmembers out.jsonl
       geoquant audit TUNED --members in.jsonl --nonmembers out.jsonl --reference BASE --out AUDIT
       geoquant audit TUNED --members in.jsonl --nonmembers out.jsonl --reference BASE --out AUDIT --train-shadows 8
-      geoquant audit RUN/model --members in.jsonl --nonmembers out.jsonl --against TUNED --json
+      geoquant audit RUN --members in.jsonl --nonmembers out.jsonl --against TUNED --json
     """
     with output(json) as result:
         with progress_display() as progress:
@@ -122,7 +122,7 @@ def show(found: dict, out: Path | None = None) -> None:
     for bound in found.get("one_run") or []:
         print(f"{NAMES.get(bound['subject'], bound['subject'])}: {one_run(bound)}")
     for verdict in found.get("verdict") or []:
-        print(f"{NAMES.get(verdict['subject'], verdict['subject'])}: {sentence(verdict)}")
+        print(f"{NAMES.get(verdict['subject'], verdict['subject'])}: {sentence(verdict, found)}")
     for warning in found.get("warnings") or []:
         print(f"warning: {warning}")
     print("no formal guarantee: these are the attacks that were run, not all that exist")
@@ -154,11 +154,12 @@ def one_run(bound: dict) -> str:
     )
 
 
-def sentence(verdict: dict) -> str:
-    """What the verdict on one model says, no more than was tested."""
+def sentence(verdict: dict, found: dict) -> str:
+    """What the verdict on one model says, no more than was tested, and on how many records."""
     if verdict["separates"]:
         return f"members are told apart (attack {verdict['attack']})"
-    return f"no attack tried tells members apart at level {verdict['level']:g}; others may"
+    records = f"{found['n_members']} members and {found['n_nonmembers']} non-members"
+    return f"no attack tried tells members apart at level {verdict['level']:g}, by {records}; others may"
 
 
 def rate_value(rate: float | dict | None) -> float | None:

@@ -7,20 +7,20 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from geoquant.cli.options import WHOLE, Device, Json, Model
+from geoquant.cli.options import WHOLE, AnyModel, Device, Json
 from geoquant.cli.screen import library, output, progress_display
 
 __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: Model,
+    model: AnyModel,
     /,
     *,
     text: Annotated[
-        str | None, Parameter(help="Text, .txt or .jsonl (default: the text every Python carries).")
+        str | None, Parameter(help="Text, .txt or .jsonl (default: the end of the text every Python carries).")
     ] = None,
-    windows: Annotated[int, Parameter(help="Windows measured, from the start of the text."), WHOLE] = 20,
+    windows: Annotated[int, Parameter(help="Windows measured, the first ones of --text."), WHOLE] = 20,
     window: Annotated[int, Parameter(help="Tokens per window."), WHOLE] = 512,
     tasks: Annotated[
         list[Path] | None,
@@ -40,7 +40,7 @@ def evaluate(
     For example:
 
       geoquant eval MODEL --text test.txt --windows 40
-      geoquant eval RUN/model --text test.txt --reference MODEL
+      geoquant eval RUN --text test.txt --reference MODEL
       geoquant eval MODEL --task piqa.jsonl --task arc.jsonl --items 500
 
     To see what a run cost in accuracy, give the same tasks to MODEL and to RUN. A line of a task file:
@@ -61,6 +61,7 @@ def show(measured: dict) -> None:
     print(f"perplexity  {measured['perplexity']:.3f}")
     spread = f"{measured['nll']:.4f} ± {measured['se']:.4f}"
     print(f"nll         {spread} nats per token, {measured['tokens']} tokens")
+    print(f"text        {measured['text']}")
     kl = measured.get("kl")
     if kl is not None:
         value = kl["value"] if isinstance(kl, dict) else kl

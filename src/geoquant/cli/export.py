@@ -36,12 +36,12 @@ def export(
         with progress_display() as progress:
             pipeline = library("pipeline", progress)
             written = pipeline.export(run, to, verify=verify, progress=progress)
-        result(written, lambda: show(written))
+        result(written, lambda: show(run, written))
 
 
-def show(written: dict) -> None:
-    """What was written, what that changed, and whether somebody could read it back."""
-    print(f"{written['format']}: {written['path']} ({written['bytes'] / 1e6:,.1f} MB)")
+def show(run: Path, written: dict) -> None:
+    """What was written where, what that changed, and whether somebody could read it back."""
+    print(f"{written['format']}: {run / written['path']} ({written['bytes'] / 1e6:,.1f} MB)")
     for note in written["notes"]:
         print(f"note: {note}")
     if written["unread"]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from geoquant.recipe import Recipe
 
-__all__ = ["WHOLE", "Device", "Json", "Model", "RecipeFlags", "command_line"]
+__all__ = ["WHOLE", "AnyModel", "Device", "Json", "Model", "RecipeFlags", "command_line"]
 
 
 def whole_number(_: object, tokens: Sequence[Token]) -> int:
@@ -36,6 +36,9 @@ def whole_number(_: object, tokens: Sequence[Token]) -> int:
 WHOLE = Parameter(converter=whole_number)
 
 Model = Annotated[str, Parameter(help="Hugging Face folder, hub id, .gguf file, or `demo`.")]
+AnyModel = Annotated[
+    str, Parameter(help="Run folder, Hugging Face folder (packed too), hub id, .gguf file, or `demo`.")
+]
 Json = Annotated[
     bool,
     Parameter(

@@ -84,14 +84,17 @@ class Lines:
     def __init__(self, stream, clock: Callable[[], float] = time.monotonic):
         self.stream, self.clock = stream, clock
         self.start = clock()
-        self.phases: dict[str, tuple[float, int]] = {}  # phase -> (when it began, steps done then)
+        self.previous = self.start  # when anything was last reported
+        self.phases: dict[str, tuple[float, float, int]] = {}  # phase -> (it began, first report, steps done then)
         self.last: dict[str, float] = {}
         self.ended: set[str] = set()
 
     def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
         now = self.clock()
         first = phase not in self.phases
-        began, base = self.phases.setdefault(phase, (now, done))
+        # A phase that first speaks when some of it is done began, as far as anyone can tell, when the last one ended.
+        began, heard, base = self.phases.setdefault(phase, (self.previous if done else now, now, done))
+        self.previous = now
         finished = total > 0 and done >= total
         if (finished and phase in self.ended) or not (first or finished or now - self.last[phase] >= LINE_SECONDS):
             return
@@ -103,7 +106,7 @@ class Lines:
             self.ended.add(phase)
             parts.append(f"done in {duration(now - began)}")
         elif total > 0 and done > base:
-            parts.append(f"about {duration((now - began) / (done - base) * (total - done))} left")
+            parts.append(f"about {duration((now - heard) / (done - base) * (total - done))} left")
         if note and not finished:
             parts.append(note)
         print("  ".join(parts), file=self.stream, flush=True)

@@ -100,7 +100,10 @@ def check(
     boxed = [name for name, grid in grids.items() if grid is not None]
     if format in OWN:
         if boxed:
-            raise UserError(f"format {format} holds codes of the lattice", fix="add --grid lattice")
+            raise UserError(
+                f"format {format} holds codes of the lattice",
+                fix="give quantize a --rate and nothing of a box (--bits, --group-size, --keep)",
+            )
         for name in grids:
             if type(model.get_submodule(name)).__name__ == "Conv1D":
                 raise UserError(f"{name} is no nn.Linear (Conv1D), which readers need", fix="use --format dense")

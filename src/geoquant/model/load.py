@@ -21,7 +21,7 @@ from torch import nn
 
 from geoquant.errors import UserError, missing_package
 from geoquant.model.paging import Pages, map_weights
-from geoquant.runs import file_hash
+from geoquant.runs import file_hash, inside
 
 __all__ = ["Loaded", "load", "load_tokenizer"]
 
@@ -101,7 +101,8 @@ def check_folder(folder: Path, *, quantized: bool = False) -> None:
     """Name what is missing or truncated in an HF folder before transformers tries to read it."""
     config = folder / "config.json"
     if not config.exists():
-        raise UserError(f"{folder} has no config.json", wanted="a Hugging Face model folder")
+        hint = inside(folder, "config.json", *(("manifest.json",) if quantized else ()))
+        raise UserError(f"{folder} has no config.json", wanted="a Hugging Face model folder", fix=hint)
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -215,14 +216,21 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def load_tokenizer(spec: str):
-    """The tokenizer that belongs to a model.
+def of_run(spec: str) -> str:
+    """The export of a run folder that stands for it; anything else is what it is."""
+    run = Path(spec)
+    names = ("model", "coded", "int4", "dense", "gguf/model.gguf", "gptq") if (run / "manifest.json").exists() else ()
+    return str(next((run / name for name in names if (run / name).exists()), spec))
+
+
+def load_tokenizer(spec: str, *, quantized: bool = False):
+    """The tokenizer that belongs to a model; `quantized` as in `load`.
 
     Raises UserError when the folder carries none.
     """
     from transformers import AutoTokenizer
 
-    where, extra, _ = locate(spec)
+    where, extra, _ = locate(of_run(spec) if quantized else spec)
     folder = Path(where)
     if (
         folder.is_dir()
@@ -323,11 +331,10 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     """
     import transformers
 
-    run = Path(spec)
-    adapter = None
-    if quantized and (run / "manifest.json").exists():
-        exports = (run / name for name in ("model", "coded", "int4", "dense", "gguf/model.gguf", "gptq"))
-        spec = str(next((path for path in exports if path.exists()), run))
+    run, adapter = Path(spec), None
+    of = run.resolve().name if quantized and (run / "manifest.json").exists() else None
+    if of is not None:
+        spec = of_run(spec)
         if (run / "adapter").is_dir() and spec.endswith(("model", "gptq")):
             adapter = run / "adapter"
         if adapter and spec.endswith("gptq"):
@@ -337,6 +344,7 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
             )
     check_device(device)
     where, extra, name = locate(spec)
+    name = of or name  # a run is called by its own name: its export is "model" in all of them
     if not extra and Path(where).is_dir():
         check_folder(Path(where), quantized=quantized)
         dtype = dtype or stored_dtype(Path(where))
@@ -372,7 +380,8 @@ def load(spec: str, *, dtype: torch.dtype | None = None, device: str = "cpu", qu
     check_values(model, map_weights(model))
     if quantized and getattr(model.config, "quantization_config", None) is not None:
         # The reader unpacks at the first forward pass of the whole model; parts of it cannot be called before.
-        model(torch.zeros(1, 1, dtype=torch.int64))
+        with quiet():
+            model(torch.zeros(1, 1, dtype=torch.int64))
         if adapter:
             model = merge_adapter(model, adapter)
     model.requires_grad_(False)

@@ -91,7 +91,9 @@ def leak_clause(privacy: dict | None, subject: str = "quantized") -> str:
     side = _side(attack)
     if side == 0:
         doubt = "chance" if attack.get("p_holm") is not None else "its interval"
-        return f"no attack tried separates members beyond {doubt} (strongest: {label}, AUC {auc})"
+        # With few records the interval is wide, and only that keeps this sentence from sounding like a clearance.
+        reach = figures.spread(attack.get("ci"), 2)
+        return f"no attack tried separates members beyond {doubt} (strongest: {label}, AUC {auc}, 95% {reach})"
     still = "still " if before and _side(before[0]) == side else ""
     if side < 0:
         return f"the {label} attack {still}separates members, with the sign reversed (AUC {auc})"
