@@ -1,0 +1,103 @@
+"""What one text does at one site: sums over its tokens, of inputs x and of loss gradients g at the outputs.
+
+Sums and not means: those of two sets of tokens add, and taking one set away again leaves the others. That is how every
+score gets its standard error (`jackknife`): the sums of each part of a text are kept, and the score is taken again
+without each part in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["BINS", "REACH", "SMALL", "Statistics", "jackknife", "summarise", "total"]
+
+SMALL = 0.01  # of the unit: an input below is taken for silent
+BINS = 65
+REACH = 7.0  # asinh of the largest value with a bin of its own: about 548 units
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over the tokens of a text, or of a part of it, at one site. g is in nats per unit of the output, of the
+    loss summed over tokens.
+
+    tokens:    how many. unit: root mean square of the site's inputs where it was first seen; of all texts the same.
+    hessian:   (in, in) `sum_t x x^T`, the plain metric A.
+    weighted:  (in, in) `sum_t ||g||^2 x x^T`, the token-weighted metric A_g (it holds tr G already).
+    output:    (out,) `sum_t g^2`, the diagonal of G.
+    fisher:    (out, in) `sum_t g_i^2 x_j^2`, the diagonal empirical Fisher of the weights, per token.
+    gradient:  (out, in) `sum_t g_i x_j`, the gradient of the summed loss.
+    fourth:    (in,) `sum_t x^4`.
+    largest:   (in,) `max_t |x|`; of a difference an upper limit only.
+    silent:    (in,) tokens with |x| below `SMALL` units.
+    histogram: (in, BINS) tokens by asinh(x / unit), a fixed grid; the ends take what lies beyond.
+    """
+
+    tokens: float
+    unit: float
+    hessian: Float[Tensor, "in in"]
+    weighted: Float[Tensor, "in in"]
+    output: Float[Tensor, " out"]
+    fisher: Float[Tensor, "out in"]
+    gradient: Float[Tensor, "out in"]
+    fourth: Float[Tensor, " in"]
+    largest: Float[Tensor, " in"]
+    silent: Float[Tensor, " in"]
+    histogram: Float[Tensor, "in bins"]
+
+    def __add__(self, other: Statistics) -> Statistics:
+        joined = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        return Statistics(**joined | {"unit": self.unit, "largest": torch.maximum(self.largest, other.largest)})
+
+    def __sub__(self, other: Statistics) -> Statistics:
+        rest = {field.name: getattr(self, field.name) - getattr(other, field.name) for field in fields(self)}
+        return Statistics(**rest | {"unit": self.unit, "largest": self.largest})
+
+
+def summarise(x: Float[Tensor, "tokens in"], g: Float[Tensor, "tokens out"], unit: float) -> Statistics:
+    """The statistics of some tokens."""
+    squares, energies = x.square(), g.square()
+    roots = x * energies.sum(1, keepdim=True).sqrt()
+    places = ((torch.asinh(x / unit) / REACH + 1) * (BINS / 2)).floor().clamp(0, BINS - 1).long()
+    columns = torch.arange(x.shape[1], device=x.device) * BINS
+    counts = torch.bincount((places + columns).flatten(), minlength=x.shape[1] * BINS)
+    return Statistics(
+        tokens=float(len(x)),
+        unit=unit,
+        hessian=x.T @ x,
+        weighted=roots.T @ roots,
+        output=energies.sum(0),
+        fisher=energies.T @ squares,
+        gradient=g.T @ x,
+        fourth=squares.square().sum(0),
+        largest=x.abs().amax(0),
+        silent=(x.abs() < SMALL * unit).float().sum(0),
+        histogram=counts.view(-1, BINS).float(),
+    )
+
+
+def total(parts: Sequence[Statistics]) -> Statistics:
+    """The statistics of all parts together."""
+    result = parts[0]
+    for part in parts[1:]:
+        result = result + part
+    return result
+
+
+def jackknife(parts: Sequence[Statistics], value: Callable[[Statistics], Tensor]) -> Tensor:
+    """Standard error of `value(total(parts))` by leaving out one part at a time.
+
+    `sqrt((K - 1) / K sum_k (v_k - mean)^2)`, Efron and Stein: The jackknife estimate of variance, Annals of
+    Statistics 1981. Parts are of about one size and independent of one another (whole sequences). NaN for one part.
+    """
+    count = len(parts)
+    whole = total(parts)
+    if count < 2:
+        return torch.full_like(value(whole), torch.nan)
+    left = torch.stack([value(whole - part) for part in parts])
+    return ((left - left.mean(0)).square().sum(0) * (count - 1) / count).sqrt()
