@@ -5,7 +5,7 @@ const cells = [...document.querySelectorAll("button.cell")];
 const named = (name) => data.scores.find((score) => score.name === name);
 const brief = (value) => value === null || value === undefined ? "–" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5
   ? String(Number(value.toPrecision(3))) : value.toExponential(2);
-let chosen = 0;
+let chosen = null;  // until somebody picks: the site with the most
 
 // Ranks, not values: one massive site would leave all others in one colour.
 function colour() {
@@ -23,13 +23,12 @@ function colour() {
   document.getElementById("unit").textContent = `${score.title}${score.unit ? `, in ${score.unit}` : ""}.`;
   const known = ordered.length;
   document.getElementById("scale").textContent = known ? `${brief(ordered[0])} to ${brief(ordered[known - 1])}, by rank` : "not measured";
-  show(chosen);
+  show(chosen ?? Math.max(0, values.indexOf(ordered[known - 1])));
 }
 
 function show(index) {
-  chosen = Number(index);
-  const site = data.sites[chosen], name = pick.value, one = site.scores[name], score = named(name);
-  for (const cell of cells) cell.setAttribute("aria-pressed", String(Number(cell.dataset.site) === chosen));
+  const site = data.sites[index], name = pick.value, one = site.scores[name], score = named(name);
+  for (const cell of cells) cell.setAttribute("aria-pressed", String(Number(cell.dataset.site) === index));
   document.getElementById("site").textContent = site.name;
   const words = document.getElementById("words"), curve = document.getElementById("curve");
   curve.replaceChildren();
@@ -64,7 +63,7 @@ function show(index) {
   draw("text", {x: width - 8, y: height - 8, "text-anchor": "end"}, `${one.axis} of ${size}, largest first${positive ? ", logarithmic" : ""}`);
 }
 
-for (const cell of cells) cell.addEventListener("click", () => show(cell.dataset.site));
+for (const cell of cells) cell.addEventListener("click", () => { chosen = Number(cell.dataset.site); show(chosen); });
 pick.addEventListener("change", colour);
 document.getElementById("explore").hidden = false;
 colour();

@@ -18,11 +18,12 @@ def render(found: dict) -> str:
     parts = list(dict.fromkeys(part_of(site["name"]) for site in found["sites"]))
     cells = {(site["block"], part_of(site["name"])): index for index, site in enumerate(found["sites"])}
     blocks = list(dict.fromkeys(site["block"] for site in found["sites"]))
+    under = counted(len(found["scores"]), "score")
     return rendered(
         "analysis.html.jinja",
         scripts=("copy.js", "analysis.js"),
         p=found,
-        headline=f"{found['model']['name']}: {len(found['sites'])} layers under {len(found['scores'])} scores.",
+        headline=f"{found['model']['name']}: {len(found['sites'])} layers under {under}.",
         fingerprint=mark,
         parts=parts,
         rows=[(block, [cells.get((block, part)) for part in parts]) for block in blocks],
@@ -35,6 +36,11 @@ def largest(sites: list[dict], name: str, count: int = 3) -> list[dict]:
     """The sites with the most of a score."""
     known = [site for site in sites if site["scores"].get(name, {}).get("value") is not None]
     return sorted(known, key=lambda site: -site["scores"][name]["value"])[:count]
+
+
+def counted(count: int, what: str) -> str:
+    """One score, two scores."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def part_of(name: str) -> str:
