@@ -82,7 +82,7 @@ def test_a_killed_analysis_goes_on_with_the_blocks_it_lacks(finished, tmp_path, 
 
 
 def test_another_analysis_does_not_go_on_in_the_folder(finished, tiny_model_dir):
-    with pytest.raises(UserError, match="another analysis"):
+    with pytest.raises(UserError, match="of another model"):
         analyze(tiny_model_dir, finished[0], windows=4, window=48)
 
 

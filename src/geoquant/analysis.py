@@ -26,6 +26,7 @@ from geoquant.data.text import Windows, read_text
 from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
 from geoquant.examine import check_context
+from geoquant.folders import begin, claim
 from geoquant.manifest import versions
 from geoquant.measure import builtin_ends
 from geoquant.model.identity import model_hash
@@ -42,7 +43,7 @@ from geoquant.outliers.scores import SCORES
 from geoquant.privacy.scoring import encode
 from geoquant.progress import Progress, silent
 from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
-from geoquant.runs import read_json, read_metadata, sweep, write_json, write_tensors
+from geoquant.runs import read_metadata, write_tensors
 
 __all__ = ["analyze"]
 
@@ -86,11 +87,11 @@ def analyze(
         for name, given in (("private", private), ("domain", domain))
         if given is not None
     }
-    folder, clock = _claimed(Path(out)), Clock()
+    folder, clock = claim(Path(out), OURS, "an analysis"), Clock()
     forget_peak_memory()
     with clock("load"):
         loaded = load(str(model), device=device)
-        public = _public(loaded, text, window, windows)
+        public = _windows(loaded, text, window, windows)
         check_context(loaded, window)
         texts = {"public": _even(public.tokens.tolist(), 0)}
         for name, side in sides.items():
@@ -112,7 +113,7 @@ def analyze(
         "settings": {"window": window, "bits": bits, "parts": PARTS, "seed": seed, "compute": compute},
         "scores": [_described(score) for score in scores],
     }
-    key = _begin(folder, facts, command)
+    key = begin(folder, facts, command, "an analysis", "scores")
     with clock("scores"):
         chosen = compute_dtype(compute, loaded.model.device)
         _score(folder, key, loaded, other, blocks, texts, scores, bits, seed, chosen, pages, progress)
@@ -262,7 +263,7 @@ def _beyond(found: dict) -> bool:
 # ---- texts and models
 
 
-def _public(loaded: Loaded, text: str | Path | None, length: int, count: int) -> Windows:
+def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -> Windows:
     if text is None:
         return builtin_ends(loaded.tokenizer, length, count, 0)[0]
     return cut_windows(loaded.tokenizer, read_text(text), length=length, count=count, source=str(text))
@@ -317,41 +318,6 @@ def _digest(sequences: Sequences) -> str:
 
 
 # ---- the folder
-
-
-def _claimed(folder: Path) -> Path:
-    """The folder for an analysis: new, empty, or one that was begun."""
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder} is a file", wanted="a folder")
-        if folder.exists():
-            sweep(folder)
-            if foreign := sorted({entry.name for entry in folder.iterdir()} - set(OURS)):
-                raise UserError(
-                    f"output folder {folder} holds {foreign[0]}, which is no part of an analysis",
-                    fix="choose a new folder",
-                )
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}", fix="choose another --out folder") from None
-    return folder
-
-
-def _begin(folder: Path, facts: dict, command: str) -> str:
-    """Write what is analysed, or see that it is the same as before. Returns its hash."""
-    key = hashlib.sha256(json.dumps([facts, versions()["geoquant"]], sort_keys=True).encode()).hexdigest()
-    path = folder / "manifest.json"
-    if path.exists():
-        if read_json(path, key=str)["key"] != key:
-            raise UserError(
-                f"{folder} holds another analysis (other model, texts or settings)", fix="choose a new folder"
-            )
-        return key
-    try:
-        (folder / "scores").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}", fix="choose another --out folder") from None
-    write_json(path, {"key": key, "command": command, **facts})
-    return key
 
 
 def _path(folder: Path, block: Block) -> Path:
