@@ -57,24 +57,19 @@ def null_context(context: SiteContext, generator: torch.Generator) -> SiteContex
 
     weight = shuffled(context.weight)
     base = None if context.base is None else weight - shuffled(context.weight - context.base)
-    public = _gaussian(context.public, generator)
+    public = _gaussian(context.public, generator, 1 if context.gradients is None else len(context.gradients))
     other = context.domain or context.public
-    private = None if context.private is None else _gaussian(_scaled(other, context.private.tokens), generator)
-    domain = None if context.domain is None else _gaussian(context.domain, generator)
-    gradients = context.gradients
-    if gradients is not None:
-        share = len(gradients) ** -0.5
-        gradients = torch.stack([_noise(context.public, generator) * share for _ in gradients])
-        public = replace(public, gradient=gradients.sum(0))
+    private = None if context.private is None else _gaussian(_scaled(other, context.private.tokens), generator)[0]
+    domain = None if context.domain is None else _gaussian(context.domain, generator)[0]
     return replace(
         context,
         weight=weight,
         delta=shuffled(context.delta),
         base=base,
-        public=public,
+        public=public[0],
         private=private,
         domain=domain,
-        gradients=gradients,
+        gradients=None if context.gradients is None else public[1],
     )
 
 
@@ -86,28 +81,36 @@ def _scaled(of: Statistics, tokens: float) -> Statistics:
     return Statistics(**sums | kept)
 
 
-def _gaussian(of: Statistics, generator: torch.Generator) -> Statistics:
-    """Statistics of Gaussian inputs of the same covariance that know nothing of the gradients."""
+def _gaussian(
+    of: Statistics, generator: torch.Generator, parts: int = 1
+) -> tuple[Statistics, Float[Tensor, "parts out in"]]:
+    """Statistics of Gaussian inputs of the same covariance that know nothing of the gradients; and the gradients of
+    equal parts.
+    """
     tokens, squares, energy = max(of.tokens, 1.0), of.hessian.diagonal(), of.output
     spread = (squares / tokens).sqrt().clamp_min(1e-30)
     # Scaled first: the largest edge over the smallest spread must stay a number.
     below = torch.special.ndtr(edges(of.unit).to(spread.device) / spread.double()[:, None])
     below[:, 0], below[:, -1] = 0.0, 1.0
+    gradients = _noise(of, generator, parts)
     counts = torch.poisson((below.diff(dim=1) * of.tokens).cpu(), generator).to(spread)
-    return replace(
+    null = replace(
         of,
         weighted=of.hessian * (energy.sum() / tokens),
         fisher=torch.outer(energy, squares) / tokens,
-        gradient=_noise(of, generator),
+        gradient=gradients.sum(0),
         fourth=3 * squares.square() / tokens,
         largest=spread * (2 * torch.tensor(max(tokens, 2.0)).log()).sqrt(),
         silent=of.tokens * torch.special.erf(SMALL * of.unit / (2**0.5 * spread)),
-        histogram=counts * (of.tokens / counts.sum(1, keepdim=True).clamp_min(1.0)),
+        histogram=counts * of.tokens / counts.sum(1, keepdim=True).clamp_min(1.0),
     )
+    return null, gradients
 
 
-def _noise(of: Statistics, generator: torch.Generator) -> Float[Tensor, "out in"]:
-    """`sum_t g x^T` of Gaussian x and independent g: rows of covariance `sum_t g_i^2 / tokens * sum_t x x^T`."""
+def _noise(of: Statistics, generator: torch.Generator, parts: int) -> Float[Tensor, "parts out in"]:
+    """`sum_t g x^T` of Gaussian x and independent g: rows of covariance `sum_t g_i^2 / tokens * sum_t x x^T`, made of
+    equal parts.
+    """
     scale = of.hessian.diagonal().double().sqrt().clamp_min(1e-30)
     correlation = of.hessian.double() / scale[:, None] / scale
     identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
@@ -116,7 +119,7 @@ def _noise(of: Statistics, generator: torch.Generator) -> Float[Tensor, "out in"
         lower, failed = torch.linalg.cholesky_ex(correlation + jitter * identity)
         if not failed:
             break
-    shape = (len(of.output), len(scale))
+    shape = (parts, len(of.output), len(scale))
     noise = torch.randn(shape, generator=generator, dtype=of.hessian.dtype).to(scale.device)
     mixed = noise @ (lower * scale[:, None]).mT.to(noise.dtype)
-    return mixed * (of.output / max(of.tokens, 1.0)).sqrt()[:, None]
+    return mixed * (of.output / (parts * max(of.tokens, 1.0))).sqrt()[:, None]

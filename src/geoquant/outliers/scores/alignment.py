@@ -5,9 +5,12 @@
 over a column, a row or the whole site, in [-1, 1]. Towards 1 one step serves both texts: what is done to such weights
 is done to both, they are shared. Towards -1 a step that serves private text costs public text, and taking it back costs
 public text nothing. Larger means: matters more to both alike. About 0 is what directions have that know nothing of each
-other, and also what noise makes of small gradients: a model that knows its text has nearly none left. On the null the
-gradients are independent. The spread of chance goes with how few directions the inputs have, not with the number of
-weights. Zero where a gradient is zero.
+other, and also what noise makes of small gradients: a model that knows its text has nearly none left. Zero where a
+gradient is zero.
+
+On the null gradients are independent; how widely their cosine then spreads goes with how few directions the inputs
+have, not with the number of weights. Any two texts of one language agree better than that: what is private about a
+figure shows beside the same cosine of unseen records (`text="domain"`).
 """
 
 from __future__ import annotations

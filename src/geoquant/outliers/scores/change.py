@@ -1,6 +1,7 @@
 """How far a weight has moved from the public base: |W - W_base| and its square.
 
-Measured on its own, it does not find memories; as a factor it does (see `privacy`).
+Measured on its own, it does not find memories; as a factor it does (see `privacy`). The null shuffles changes: it is a
+null for columns, rows and groups, not for a whole site, which keeps what it has.
 """
 
 from __future__ import annotations

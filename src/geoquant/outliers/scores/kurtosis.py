@@ -5,7 +5,8 @@ by that of all their weights: Zhang, Liu, Li, Lv, Wang, Bai: Towards superior qu
 approach, arXiv 2503.06518 (2025). Rows, columns and inputs are our readings of the same idea. Inputs are taken about
 zero, the point about which activations are quantized: their mean is not known here.
 
-Constant values, and a column that has no input, have zero.
+Constant values, and a column that has no input, have zero. Shuffling weights leaves the kurtosis of a whole site as it
+is: there the null says nothing, and what to compare with is a Gaussian's zero.
 """
 
 from __future__ import annotations
