@@ -78,6 +78,6 @@ def toy(seed: int = 0, plant: str = "", x_scale: float = 1.0, g_scale: float = 1
         w_scale * delta,
         **{text: total(own) for text, own in parts.items()},
         base=w_scale * (weight - 0.1 * change),
-        gradients=torch.stack([part.gradient for part in parts["public"]]),
+        **{f"{text}_gradients": torch.stack([part.gradient for part in own]) for text, own in parts.items()},
     )
     return Toy(context, parts, tokens)

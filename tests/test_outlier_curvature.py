@@ -126,22 +126,24 @@ def test_second_order_scores_agree_with_the_loss_where_they_should():
 # ---- Kronecker
 
 
-@pytest.mark.parametrize("plain", ["", "_plain"])
-def test_kronecker_costs_are_those_of_the_explicit_product(plain):
+@pytest.mark.parametrize(
+    ("suffix", "text"), [("", "public"), ("_plain", "public"), ("_private", "private"), ("_domain", "domain")]
+)
+def test_kronecker_costs_are_those_of_the_explicit_product(suffix, text):
     made = toy(5, plant="coupling")
-    x, g = (part.double() for part in made.tokens["public"])
+    x, g = (part.double() for part in made.tokens[text])
     delta = made.context.delta.double()
     output = g.square().mean(0)
-    if plain:
+    if suffix == "_plain":
         metric = torch.kron(torch.diag(output), x.T @ x / len(x))
     else:
         weighted = (x * g.square().sum(1, keepdim=True)).T @ x / len(x)
         metric = torch.kron(torch.diag(output) / output.sum(), weighted)
     flat = delta.flatten()
-    close(computed(f"kronecker_row{plain}", made.context).sum(), flat @ metric @ flat / 2)
+    close(computed(f"kronecker_row{suffix}", made.context).sum(), flat @ metric @ flat / 2)
     by_row = torch.stack([d @ m @ d / 2 for d, m in zip(delta, diagonal_blocks(metric), strict=True)])
-    close(computed(f"kronecker_row{plain}", made.context), by_row)
-    found = computed(f"kronecker_weight{plain}", made.context)
+    close(computed(f"kronecker_row{suffix}", made.context), by_row)
+    found = computed(f"kronecker_weight{suffix}", made.context)
     close(found, (metric.diagonal() * flat.square() / 2).view_as(delta))
     close(rows(SCORES["kronecker_weight"], found).sum(), (metric.diagonal() * flat.square()).sum() / 2)
 
@@ -261,13 +263,14 @@ def test_nothing_has_no_directions_and_energies_are_shares():
         nystrom(samples(), 3)
 
 
-def test_the_low_rank_score_is_the_quadratic_form_of_the_parts_gradients():
+@pytest.mark.parametrize("text", ["public", "private", "domain"])
+def test_the_low_rank_score_is_the_quadratic_form_of_the_parts_gradients(text):
     made = toy(7, plant="shared")
-    x, g = (part.double() for part in made.tokens["public"])
+    x, g = (part.double() for part in made.tokens[text])
     parts = torch.stack([b.T @ a for a, b in zip(x.split(64), g.split(64), strict=True)]).flatten(1)
     delta = made.context.delta.double().flatten()
     exact = (parts @ delta).square().sum() / len(x) / 2
-    found = computed("fisher_low_rank", made.context)
+    found = computed("fisher_low_rank" if text == "public" else f"fisher_low_rank_{text}", made.context)
     # What the last percent of the trace can hold of it.
     missing = 0.01 * parts.square().sum() / len(x) / 2 * delta.square().sum()
     assert exact - missing < found.double().sum() < exact * 1.0001

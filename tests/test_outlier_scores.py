@@ -14,7 +14,8 @@ from geoquant.outliers.statistics import Statistics, total
 from outlier_toy import COLUMN, IN, OUT, PARTS, ROW, toy
 
 ALL = list(SCORES.values())
-SIGNED = {name for name in SCORES if name.startswith(("kurtosis", "alignment"))} | {"privacy_excess", "fisher_low_rank"}
+SIGNED = {name for name in SCORES if name.startswith(("kurtosis", "alignment", "fisher_low_rank"))} | {"privacy_excess"}
+OPTIONAL = [field.name for field in fields(SiteContext) if field.default is None]
 AXES = {"weight": (OUT, IN), "column": (IN,), "row": (OUT,), "site": ()}
 by_name = pytest.mark.parametrize("score", ALL, ids=[score.name for score in ALL])
 
@@ -46,7 +47,7 @@ def test_shape_numbers_and_names(score):
     assert score.name in SIGNED or (values >= 0).all()
     assert score.combine in ("sum", "mean")
     assert score.title
-    assert set(score.needs) <= {"private", "domain", "base", "gradients"}
+    assert set(score.needs) <= set(OPTIONAL)
     assert SCORES[score.name] is score
 
 
@@ -65,8 +66,7 @@ def test_scores_are_pure_and_leave_their_input_alone(score):
 @by_name
 def test_a_score_reads_nothing_that_it_does_not_name(score):
     context = toy(2).context
-    optional = ("private", "domain", "base", "gradients")
-    bare = replace(context, **{name: None for name in optional if name not in score.needs})
+    bare = replace(context, **{name: None for name in OPTIONAL if name not in score.needs})
     assert bare.has(score.needs)
     assert torch.equal(score.compute(bare), score.compute(context))
     for name in score.needs:
@@ -103,7 +103,10 @@ def test_a_text_that_says_all_twice_says_nothing_else(score):
     """Scores are of means: the number of tokens is none of their business."""
     made = toy(4)
     twice = {text: total([*parts, *parts]) for text, parts in made.parts.items()}
-    doubled = replace(made.context, **twice, gradients=torch.cat([made.context.gradients] * 2))
+    pulls = {
+        f"{text}_gradients": torch.stack([part.gradient for part in parts] * 2) for text, parts in made.parts.items()
+    }
+    doubled = replace(made.context, **twice, **pulls)
     expected = score.compute(made.context)
     torch.testing.assert_close(score.compute(doubled), expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
@@ -167,6 +170,7 @@ def test_every_score_has_a_null(score):
 ERROR = {
     *("dsm", "fisher", "fisher_private", "fisher_domain", "hop_self", "hop_compensated", "hop_self_weighted"),
     *("hop_compensated_weighted", "kronecker_weight", "kronecker_weight_plain", "owq"),
+    *("kronecker_weight_private", "kronecker_weight_domain"),
 }
 PLANTS = {
     "error": ERROR,
@@ -230,7 +234,14 @@ def test_planted_rows_and_weights_are_found():
         assert int(SCORES["kurtosis_row"].compute(toy(seed, "tail").context).argmax()) == ROW
         quiet = toy(seed).context
         loud = replace(quiet, delta=quiet.delta * (1 + 4 * (torch.arange(OUT) == ROW))[:, None])
-        for name in ("hop_row", "hop_row_weighted", "kronecker_row", "kronecker_row_plain", "sensitivity"):
+        for name in (
+            "hop_row",
+            "hop_row_weighted",
+            "kronecker_row",
+            "kronecker_row_plain",
+            "sensitivity",
+            "kronecker_row_domain",
+        ):
             assert int(SCORES[name].compute(loud).argmax()) == ROW, name
 
 
@@ -248,7 +259,7 @@ def test_sites_with_more_to_find_have_more():
 def test_going_along_with_the_parts_costs_more_than_going_across():
     """The low-rank Fisher sees the direction of an error; no diagonal does."""
     context = toy(2, "shared").context
-    pull = context.gradients.mean(0)
+    pull = context.public_gradients.mean(0)
     along = 0.1 * pull / pull.norm()
     signs = torch.randint(0, 2, along.shape, generator=generator(13)) * 2.0 - 1
     costs = {
@@ -260,4 +271,4 @@ def test_going_along_with_the_parts_costs_more_than_going_across():
     }
     assert costs["fisher_low_rank"][0] > 5 * costs["fisher_low_rank"][1]
     torch.testing.assert_close(*costs["fisher"])
-    assert len(context.gradients) == PARTS
+    assert len(context.public_gradients) == PARTS

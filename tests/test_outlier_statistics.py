@@ -165,6 +165,8 @@ def test_errors_of_many_scores_are_the_jackknife_and_add_over_texts():
     assert not by_text["private"]["fisher"].any()  # private text does not enter it
     assert not both["change"].any()
     assert by_text["public"]["fisher_low_rank"].any()
+    assert by_text["private"]["fisher_low_rank_private"].any()
+    assert not by_text["public"]["fisher_low_rank_private"].any()
     one = standard_errors([SCORES["fisher"]], site.context, {"public": site.parts["public"][:1]})
     assert one["fisher"].isnan().all()
 
@@ -181,8 +183,8 @@ def test_errors_are_read_as_asked_and_needs_are_respected():
     assert set(standard_errors(list(SCORES.values()), poor, {})) == {
         name for name, score in SCORES.items() if "private" not in score.needs
     }
-    bad = replace(site.context, gradients=site.context.gradients[:3])
-    with pytest.raises(ValueError, match="got 3 gradients, wanted 8"):
+    bad = replace(site.context, public_gradients=site.context.public_gradients[:3])
+    with pytest.raises(ValueError, match="public text: got 3, wanted 8"):
         standard_errors([SCORES["fisher"]], bad, {"public": site.parts["public"]})
 
 
@@ -191,7 +193,7 @@ def test_errors_are_about_the_spread_over_independent_texts():
     spread of 60 has itself an error of 9%, the mean of SEs from 8 parts one of 4%). All have one set of weights."""
     names = ["fisher", "hop_row", "kronecker_row", "fisher_private", "awq"]
     scores = [SCORES[name] for name in names]
-    fixed = toy(0).context
+    fixed = replace(toy(0).context, public_gradients=None, private_gradients=None)
 
     def whole(score: Score, values):
         return values.sum() if score.combine == "sum" else values.mean()
@@ -204,7 +206,7 @@ def test_errors_are_about_the_spread_over_independent_texts():
             text: [summarise(*chunk, 1.0) for chunk in zip(a, b, strict=True)]
             for text, a, b in zip(("public", "private"), x, g, strict=True)
         }
-        context = replace(fixed, **{text: total(own) for text, own in parts.items()}, gradients=None)
+        context = replace(fixed, **{text: total(own) for text, own in parts.items()})
         found = standard_errors(scores, context, parts, whole)
         for score in scores:
             values[score.name].append(whole(score, score.compute(context)))
@@ -259,14 +261,14 @@ def test_the_null_pulls_in_directions_of_the_inputs_only(in_parts):
         histogram=context.public.histogram[:3],
     )
     parts = torch.zeros(5, 2, 3) if in_parts else None
-    small = replace(context, public=public, private=None, domain=None, gradients=parts)
+    small = replace(context, public=public, private=None, domain=None, public_gradients=parts)
     expected = torch.kron(torch.diag(public.output), inputs) / public.tokens
     sizes, chance = expected.diagonal().sqrt(), generator(16)
     nulls = [null_context(small, chance) for _ in range(1000)]
     drawn = [(torch.stack([null.public.gradient for null in nulls]), 1.0)]
     if in_parts:
-        drawn.append((torch.stack([null.gradients[3] for null in nulls]), 1 / 5))
-        torch.testing.assert_close(nulls[0].gradients.sum(0), nulls[0].public.gradient)
+        drawn.append((torch.stack([null.public_gradients[3] for null in nulls]), 1 / 5))
+        torch.testing.assert_close(nulls[0].public_gradients.sum(0), nulls[0].public.gradient)
     for matrices, share in drawn:
         rows = matrices.flatten(1) / sizes / share**0.5
         off = rows.T @ rows / 1000 - expected / torch.outer(sizes, sizes)
@@ -313,7 +315,7 @@ def test_columns_and_sites_without_input_have_a_null():
             assert text.silent[3] == 30
             assert not text.gradient[:, 3].abs().max() > 1e-12
     unseen = context.public - context.public
-    null = null_context(replace(context, public=unseen, gradients=None), generator(14))
+    null = null_context(replace(context, public=unseen, public_gradients=None), generator(14))
     assert all(torch.as_tensor(value).isfinite().all() for value in vars(null.public).values())
 
 

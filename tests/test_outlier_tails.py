@@ -72,7 +72,7 @@ def test_salience_is_the_mean_size_to_a_few_percent():
     # A column within the bin about zero: its mean is known to be no larger than its root mean square.
     assert ((found >= 0.97 * expected) & (found <= 1.0001 * x.square().mean(0).sqrt()))[~wide].all()
     assert found[:8].tolist() == found[:8].sort().values.tolist()
-    null = null_context(replace(context, gradients=None), generator(3))
+    null = null_context(context, generator(3))
     gaussian = (2 / torch.pi) ** 0.5 * x.square().mean(0).sqrt()
     torch.testing.assert_close(computed("awq", null)[wide], gaussian[wide], rtol=0.05, atol=0)
 
@@ -224,7 +224,7 @@ def test_alignment_of_unrelated_texts_is_as_wide_as_the_null_says():
             chance = generator(1000 * index + seed)
             x, g = torch.randn(200, 3, generator=chance) @ mixing, torch.randn(200, OUT, generator=chance)
             texts[text] = summarise(x, g, 1.0)
-        context = replace(fixed, **texts, gradients=None)
+        context = replace(fixed, **texts)
         found.append(computed("alignment_row", context))
         nulls.append(computed("alignment_row", null_context(context, generator(seed))))
     found, nulls = torch.cat(found), torch.cat(nulls)

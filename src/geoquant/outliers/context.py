@@ -22,7 +22,8 @@ class SiteContext:
     public:  statistics of public text. private: of private records. domain: of records of the same kind that the model
              has not seen. Each may be absent but the public one.
     base:    (out, in) the public base's weight, or None.
-    gradients: (parts, out, in) the gradient of each part of the public text, or None.
+    public_gradients, private_gradients, domain_gradients: (parts, out, in) the gradient of each part of the text, or
+             None. They add up to its `gradient`.
     """
 
     name: str
@@ -33,10 +34,12 @@ class SiteContext:
     private: Statistics | None = None
     domain: Statistics | None = None
     base: Float[Tensor, "out in"] | None = None
-    gradients: Float[Tensor, "parts out in"] | None = None
+    public_gradients: Float[Tensor, "parts out in"] | None = None
+    private_gradients: Float[Tensor, "parts out in"] | None = None
+    domain_gradients: Float[Tensor, "parts out in"] | None = None
 
     def has(self, needs: tuple[str, ...]) -> bool:
-        """Whether everything that a score needs is there (`private`, `domain`, `base`, `gradients`)."""
+        """Whether everything that a score needs is there (`private`, `domain`, `base`, or gradients)."""
         return all(getattr(self, name) is not None for name in needs)
 
 
@@ -57,20 +60,17 @@ def null_context(context: SiteContext, generator: torch.Generator) -> SiteContex
 
     weight = shuffled(context.weight)
     base = None if context.base is None else weight - shuffled(context.weight - context.base)
-    public = _gaussian(context.public, generator, 1 if context.gradients is None else len(context.gradients))
     other = context.domain or context.public
-    private = None if context.private is None else _gaussian(_scaled(other, context.private.tokens), generator)[0]
-    domain = None if context.domain is None else _gaussian(context.domain, generator)[0]
-    return replace(
-        context,
-        weight=weight,
-        delta=shuffled(context.delta),
-        base=base,
-        public=public[0],
-        private=private,
-        domain=domain,
-        gradients=None if context.gradients is None else public[1],
-    )
+    found: dict[str, Statistics | Tensor] = {}
+    for text in ("public", "private", "domain"):
+        own, parts = getattr(context, text), getattr(context, f"{text}_gradients")
+        if own is None:
+            continue
+        source = _scaled(other, own.tokens) if text == "private" else own
+        found[text], gradients = _gaussian(source, generator, 1 if parts is None else len(parts))
+        if parts is not None:
+            found[f"{text}_gradients"] = gradients
+    return replace(context, weight=weight, delta=shuffled(context.delta), base=base, **found)
 
 
 def _scaled(of: Statistics, tokens: float) -> Statistics:

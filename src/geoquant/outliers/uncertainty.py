@@ -52,11 +52,12 @@ def standard_errors(
 def _without_one(context: SiteContext, text: str, parts: Sequence[Statistics]) -> Iterator[SiteContext]:
     for index, rest in enumerate(left_out(parts)):
         changed = replace(context, **{text: rest})
-        gradients = context.gradients
-        if text == "public" and gradients is not None:
+        name = f"{text}_gradients"
+        gradients = getattr(context, name)
+        if gradients is not None:
             if len(gradients) != len(parts):
-                raise ValueError(f"one gradient per part: got {len(gradients)} gradients, wanted {len(parts)}")
-            changed = replace(changed, gradients=torch.cat([gradients[:index], gradients[index + 1 :]]))
+                raise ValueError(f"one gradient per part of {text} text: got {len(gradients)}, wanted {len(parts)}")
+            changed = replace(changed, **{name: torch.cat([gradients[:index], gradients[index + 1 :]])})
         yield changed
 
 

@@ -22,31 +22,45 @@ from geoquant.outliers.score import Score
 __all__ = ["SCORES", "kronecker_rows", "kronecker_weights"]
 
 
-def _factors(context: SiteContext, metric: str) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
+def _factors(context: SiteContext, metric: str, text: str) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
     """The output factor that pairs with the input factor `hessian` (A) or `weighted` (A_g), and that."""
-    output = context.public.mean("output")
+    seen = getattr(context, text)
+    output = seen.mean("output")
     if metric == "weighted":
         output = output / output.sum().clamp_min(1e-30)
-    return output, context.public.mean(metric)
+    return output, seen.mean(metric)
 
 
-def kronecker_rows(context: SiteContext, metric: str) -> Float[Tensor, " out"]:
-    """The cost of each row's error."""
-    output, inputs = _factors(context, metric)
+def kronecker_rows(context: SiteContext, metric: str = "weighted", text: str = "public") -> Float[Tensor, " out"]:
+    """The cost of each row's error on one of the context's texts."""
+    output, inputs = _factors(context, metric, text)
     return output * ((context.delta @ inputs) * context.delta).sum(1).clamp_min(0) / 2
 
 
-def kronecker_weights(context: SiteContext, metric: str) -> Float[Tensor, "out in"]:
+def kronecker_weights(context: SiteContext, metric: str = "weighted", text: str = "public") -> Float[Tensor, "out in"]:
     """The cost of each weight's error alone: the diagonal of both factors."""
-    output, inputs = _factors(context, metric)
+    output, inputs = _factors(context, metric, text)
     return output[:, None] * context.delta.square() * (inputs.diagonal() / 2)
 
 
 SCORES = tuple(
-    Score(f"kronecker_{axis}{suffix}", f"Kronecker-factored cost of {what}", "nats per token", axis, "sum", compute)
-    for suffix, metric, how in (("", "weighted", ""), ("_plain", "hessian", ", all tokens alike"))
+    Score(
+        f"kronecker_{axis}{suffix}",
+        f"Kronecker-factored cost of {what}{where}",
+        "nats per token",
+        axis,
+        "sum",
+        partial(compute, metric=metric, text=text),
+        () if text == "public" else (text,),
+    )
+    for suffix, metric, text, where in (
+        ("", "weighted", "public", ""),
+        ("_plain", "hessian", "public", ", all tokens alike"),
+        ("_private", "weighted", "private", " on private records"),
+        ("_domain", "weighted", "domain", " on unseen records of the same kind"),
+    )
     for axis, what, compute in (
-        ("row", f"a row's rounding error{how}", partial(kronecker_rows, metric=metric)),
-        ("weight", f"each weight's rounding error alone{how}", partial(kronecker_weights, metric=metric)),
+        ("row", "a row's rounding error", kronecker_rows),
+        ("weight", "each weight's rounding error alone", kronecker_weights),
     )
 )
