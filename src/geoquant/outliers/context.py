@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geoquant.outliers.statistics import BINS, REACH, SMALL, Statistics
+from geoquant.outliers.statistics import SMALL, Statistics, edges
 
 __all__ = ["SiteContext", "null_context"]
 
@@ -22,6 +22,8 @@ class SiteContext:
     public:  statistics of public text. private: of private records. domain: of records of the same kind that the model
              has not seen. Each may be absent but the public one.
     base:    (out, in) the public base's weight, or None.
+    public_gradients, private_gradients, domain_gradients: (parts, out, in) the gradient of each part of the text, or
+             None. They add up to its `gradient`.
     """
 
     name: str
@@ -32,18 +34,24 @@ class SiteContext:
     private: Statistics | None = None
     domain: Statistics | None = None
     base: Float[Tensor, "out in"] | None = None
+    public_gradients: Float[Tensor, "parts out in"] | None = None
+    private_gradients: Float[Tensor, "parts out in"] | None = None
+    domain_gradients: Float[Tensor, "parts out in"] | None = None
 
     def has(self, needs: tuple[str, ...]) -> bool:
-        """Whether everything that a score needs is there (`private`, `domain`, `base`)."""
+        """Whether everything that a score needs is there (`private`, `domain`, `base`, or gradients)."""
         return all(getattr(self, name) is not None for name in needs)
 
 
 def null_context(context: SiteContext, generator: torch.Generator) -> SiteContext:
-    """The same site with nothing left to find.
+    """The same site with nothing left to find but the energies of its inputs and outputs.
 
-    Weights, error and change from the base: shuffled among all places of the matrix. Inputs: Gaussian of the same
-    covariance, independent of the gradients, whose mean is zero. Private text: what the unseen records of the same
-    kind do, or without them public text.
+    Weights, error and change from the base: shuffled among all places of the matrix, all three alike. Inputs: Gaussian
+    of the same covariance, independent of the gradients, whose mean is zero and whose outputs are uncorrelated. Private
+    text: what the unseen records of the same kind do, or without them public text. Of what chance does, gradients and
+    histograms have their share; all else is as expected over many tokens.
+
+    What a score owes to the covariance of the inputs alone it keeps on the null.
     """
     order = torch.randperm(context.weight.numel(), generator=generator).to(context.weight.device)
 
@@ -52,45 +60,66 @@ def null_context(context: SiteContext, generator: torch.Generator) -> SiteContex
 
     weight = shuffled(context.weight)
     base = None if context.base is None else weight - shuffled(context.weight - context.base)
-    public = _gaussian(context.public, generator)
     other = context.domain or context.public
-    private = None if context.private is None else _gaussian(_scaled(other, context.private.tokens), generator)
-    domain = None if context.domain is None else _gaussian(context.domain, generator)
-    return replace(
-        context,
-        weight=weight,
-        delta=shuffled(context.delta),
-        base=base,
-        public=public,
-        private=private,
-        domain=domain,
-    )
+    found: dict[str, Statistics | Tensor] = {}
+    for text in ("public", "private", "domain"):
+        own, parts = getattr(context, text), getattr(context, f"{text}_gradients")
+        if own is None:
+            continue
+        source = _scaled(other, own.tokens) if text == "private" else own
+        found[text], gradients = _gaussian(source, generator, 1 if parts is None else len(parts))
+        if parts is not None:
+            found[f"{text}_gradients"] = gradients
+    return replace(context, weight=weight, delta=shuffled(context.delta), base=base, **found)
 
 
 def _scaled(of: Statistics, tokens: float) -> Statistics:
     """The same means over another number of tokens."""
-    share = tokens / of.tokens
+    share = tokens / max(of.tokens, 1.0)
     kept = {name: getattr(of, name) for name in ("unit", "largest")}
     sums = {name: value * share for name, value in vars(of).items() if name not in kept}
     return Statistics(**sums | kept)
 
 
-def _gaussian(of: Statistics, generator: torch.Generator) -> Statistics:
-    """Statistics of Gaussian inputs of the same covariance that know nothing of the gradients."""
-    tokens, squares, energy = of.tokens, of.hessian.diagonal(), of.output
+def _gaussian(
+    of: Statistics, generator: torch.Generator, parts: int = 1
+) -> tuple[Statistics, Float[Tensor, "parts out in"]]:
+    """Statistics of Gaussian inputs of the same covariance that know nothing of the gradients; and the gradients of
+    equal parts.
+    """
+    tokens, squares, energy = max(of.tokens, 1.0), of.hessian.diagonal(), of.output
     spread = (squares / tokens).sqrt().clamp_min(1e-30)
-    fisher = torch.outer(energy, squares) / tokens
-    noise = torch.randn(fisher.shape, generator=generator, dtype=fisher.dtype).to(fisher.device)
-    edges = ((torch.arange(BINS + 1, device=spread.device) / BINS * 2 - 1) * REACH).sinh() * of.unit
-    below = torch.special.ndtr(edges[None] / spread[:, None])
+    # Scaled first: the largest edge over the smallest spread must stay a number.
+    below = torch.special.ndtr(edges(of.unit).to(spread.device) / spread.double()[:, None])
     below[:, 0], below[:, -1] = 0.0, 1.0
-    return replace(
+    gradients = _noise(of, generator, parts)
+    counts = torch.poisson((below.diff(dim=1) * of.tokens).cpu(), generator).to(spread)
+    null = replace(
         of,
         weighted=of.hessian * (energy.sum() / tokens),
-        fisher=fisher,
-        gradient=noise * fisher.sqrt(),
+        fisher=torch.outer(energy, squares) / tokens,
+        gradient=gradients.sum(0),
         fourth=3 * squares.square() / tokens,
         largest=spread * (2 * torch.tensor(max(tokens, 2.0)).log()).sqrt(),
-        silent=tokens * torch.special.erf(SMALL * of.unit / (2**0.5 * spread)),
-        histogram=below.diff(dim=1) * tokens,
+        silent=of.tokens * torch.special.erf(SMALL * of.unit / (2**0.5 * spread)),
+        histogram=counts * of.tokens / counts.sum(1, keepdim=True).clamp_min(1.0),
     )
+    return null, gradients
+
+
+def _noise(of: Statistics, generator: torch.Generator, parts: int) -> Float[Tensor, "parts out in"]:
+    """`sum_t g x^T` of Gaussian x and independent g: rows of covariance `sum_t g_i^2 / tokens * sum_t x x^T`, made of
+    equal parts.
+    """
+    scale = of.hessian.diagonal().double().sqrt().clamp_min(1e-30)
+    correlation = of.hessian.double() / scale[:, None] / scale
+    identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+    # Single precision leaves a metric of few tokens a little indefinite.
+    for jitter in (1e-6, 1e-4, 1e-2, 1.0):
+        lower, failed = torch.linalg.cholesky_ex(correlation + jitter * identity)
+        if not failed:
+            break
+    shape = (parts, len(of.output), len(scale))
+    noise = torch.randn(shape, generator=generator, dtype=of.hessian.dtype).to(scale.device)
+    mixed = noise @ (lower * scale[:, None]).mT.to(noise.dtype)
+    return mixed * (of.output / (parts * max(of.tokens, 1.0))).sqrt()[:, None]

@@ -23,7 +23,7 @@ class Score:
     name:    as it is called everywhere. title: half a sentence for a person. unit: of the numbers, or "".
     axis:    what `compute` returns one number for: `weight` (out, in), `column` (in,), `row` (out,) or `site` ().
     combine: how numbers become one for a larger part: `sum` for energies, `mean` for ratios.
-    needs:   parts of the context that it cannot do without: `private`, `domain`, `base`.
+    needs:   what of the context it cannot do without: fields of `SiteContext` that may be absent.
     compute: a pure function of the context. Larger always means: matters more.
     paper:   where it comes from.
     """

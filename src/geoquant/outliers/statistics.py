@@ -7,14 +7,14 @@ without each part in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["BINS", "REACH", "SMALL", "Statistics", "jackknife", "summarise", "total"]
+__all__ = ["BINS", "REACH", "SMALL", "Statistics", "edges", "jackknife", "left_out", "summarise", "total"]
 
 SMALL = 0.01  # of the unit: an input below is taken for silent
 BINS = 65
@@ -55,12 +55,33 @@ class Statistics:
         return Statistics(**joined | {"unit": self.unit, "largest": torch.maximum(self.largest, other.largest)})
 
     def __sub__(self, other: Statistics) -> Statistics:
+        """What is left when `other`, a part of it, is taken away again."""
         rest = {field.name: getattr(self, field.name) - getattr(other, field.name) for field in fields(self)}
+        for name in ("output", "fisher", "fourth", "silent", "histogram"):
+            # Where a part held nearly all, rounding would leave sums of squares below zero.
+            rest[name] = rest[name].clamp_min(0)
+        for name in ("hessian", "weighted"):
+            rest[name].diagonal().clamp_min_(0)
         return Statistics(**rest | {"unit": self.unit, "largest": self.largest})
+
+    def mean(self, name: str) -> Tensor:
+        """One of the sums divided by the tokens; without tokens the sum, which is zero."""
+        return getattr(self, name) / max(self.tokens, 1.0)
+
+
+def edges(unit: float) -> Float[Tensor, " bins+1"]:
+    """Where the bins of `histogram` begin and end, in float64. The outer two take what lies beyond."""
+    places = torch.arange(BINS + 1, dtype=torch.float64) / BINS * 2 - 1
+    return (places * REACH).sinh() * unit
 
 
 def summarise(x: Float[Tensor, "tokens in"], g: Float[Tensor, "tokens out"], unit: float) -> Statistics:
-    """The statistics of some tokens."""
+    """The statistics of some tokens.
+
+    Raises ValueError for a unit that is not positive: the histogram would count nothing.
+    """
+    if not unit > 0:
+        raise ValueError(f"unit > 0 must hold, but got unit={unit}")
     squares, energies = x.square(), g.square()
     roots = x * energies.sum(1, keepdim=True).sqrt()
     places = ((torch.asinh(x / unit) / REACH + 1) * (BINS / 2)).floor().clamp(0, BINS - 1).long()
@@ -89,15 +110,24 @@ def total(parts: Sequence[Statistics]) -> Statistics:
     return result
 
 
+def left_out(parts: Sequence[Statistics]) -> Iterator[Statistics]:
+    """The statistics of all parts but one, leaving out each in turn; here `largest` is exact."""
+    whole = total(parts)
+    maxima = torch.stack([part.largest for part in parts])
+    for index, part in enumerate(parts):
+        others = torch.cat([maxima[:index], maxima[index + 1 :]])
+        yield replace(whole - part, largest=others.amax(0)) if len(others) else whole - part
+
+
 def jackknife(parts: Sequence[Statistics], value: Callable[[Statistics], Tensor]) -> Tensor:
     """Standard error of `value(total(parts))` by leaving out one part at a time.
 
     `sqrt((K - 1) / K sum_k (v_k - mean)^2)`, Efron and Stein: The jackknife estimate of variance, Annals of
     Statistics 1981. Parts are of about one size and independent of one another (whole sequences). NaN for one part.
+    It holds for values that are smooth functions of the sums; of a maximum or a quantile it says little.
     """
     count = len(parts)
-    whole = total(parts)
     if count < 2:
-        return torch.full_like(value(whole), torch.nan)
-    left = torch.stack([value(whole - part) for part in parts])
+        return torch.full_like(value(total(parts)), torch.nan)
+    left = torch.stack([value(rest) for rest in left_out(parts)])
     return ((left - left.mean(0)).square().sum(0) * (count - 1) / count).sqrt()

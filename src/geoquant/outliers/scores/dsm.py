@@ -20,8 +20,8 @@ __all__ = ["SCORES", "dsm"]
 def dsm(context: SiteContext) -> Float[Tensor, "out in"]:
     """The estimate, weight by weight."""
     public = context.public
-    curvature = public.output.sum() / (public.tokens * len(context.delta))
-    return context.delta.square() * (public.hessian.diagonal() / public.tokens) * (curvature / 2)
+    curvature = public.mean("output").mean()
+    return context.delta.square() * public.mean("hessian").diagonal() * (curvature / 2)
 
 
 SCORES = (Score("dsm", "diagonal second-order cost of the rounding error", "nats per token", "weight", "sum", dsm),)

@@ -1,0 +1,66 @@
+"""Kronecker-factored second-order cost of an error, gradients and inputs taken for independent.
+
+    1/2 sum_i G_ii delta_i^T A delta_i                 plain:    G (x) A
+    1/2 sum_i (G_ii / tr G) delta_i^T A_g delta_i      weighted: (G / tr G) (x) A_g
+
+in nats per token, with G = E g g^T, of which the diagonal is known, A = E x x^T, and A_g = E ||g||^2 x x^T, which
+holds tr G already: G (x) A_g would count it twice. Where ||g|| and x are independent the two agree.
+
+Martens and Grosse: Optimizing neural networks with Kronecker-factored approximate curvature, ICML 2015.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor
+
+from geoquant.outliers.context import SiteContext
+from geoquant.outliers.score import Score
+
+__all__ = ["SCORES", "kronecker_rows", "kronecker_weights"]
+
+
+def _factors(context: SiteContext, metric: str, text: str) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
+    """The output factor that pairs with the input factor `hessian` (A) or `weighted` (A_g), and that."""
+    seen = getattr(context, text)
+    output = seen.mean("output")
+    if metric == "weighted":
+        output = output / output.sum().clamp_min(1e-30)
+    return output, seen.mean(metric)
+
+
+def kronecker_rows(context: SiteContext, metric: str = "weighted", text: str = "public") -> Float[Tensor, " out"]:
+    """The cost of each row's error on one of the context's texts."""
+    output, inputs = _factors(context, metric, text)
+    return output * ((context.delta @ inputs) * context.delta).sum(1).clamp_min(0) / 2
+
+
+def kronecker_weights(context: SiteContext, metric: str = "weighted", text: str = "public") -> Float[Tensor, "out in"]:
+    """The cost of each weight's error alone: the diagonal of both factors."""
+    output, inputs = _factors(context, metric, text)
+    return output[:, None] * context.delta.square() * (inputs.diagonal() / 2)
+
+
+SCORES = tuple(
+    Score(
+        f"kronecker_{axis}{suffix}",
+        f"Kronecker-factored cost of {what}{where}",
+        "nats per token",
+        axis,
+        "sum",
+        partial(compute, metric=metric, text=text),
+        () if text == "public" else (text,),
+    )
+    for suffix, metric, text, where in (
+        ("", "weighted", "public", ""),
+        ("_plain", "hessian", "public", ", all tokens alike"),
+        ("_private", "weighted", "private", " on private records"),
+        ("_domain", "weighted", "domain", " on unseen records of the same kind"),
+    )
+    for axis, what, compute in (
+        ("row", "a row's rounding error", kronecker_rows),
+        ("weight", "each weight's rounding error alone", kronecker_weights),
+    )
+)

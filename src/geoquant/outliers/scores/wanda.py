@@ -1,0 +1,54 @@
+"""Wanda's importance of a weight, and OWL's share of weights far above it.
+
+    wanda   |W_ij| sqrt(E x_j^2)
+    owl     1 where wanda_ij > 5 mean(wanda), else 0: its mean over a site is the outlier ratio
+
+Sun, Liu, Bair, Kolter: A simple and effective pruning approach for large language models, ICLR 2024, with the norm of
+x_j over all tokens; here per token, so that sites seen by different numbers of tokens compare. Yin et al.: Outlier
+weighed layerwise sparsity (OWL), ICML 2024, over a whole block; here site by site. Neither knows of a rounding error.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+from geoquant.outliers.context import SiteContext
+from geoquant.outliers.score import Score
+
+__all__ = ["FAR", "SCORES", "owl", "wanda"]
+
+FAR = 5.0  # times the mean
+
+
+def wanda(context: SiteContext) -> Float[Tensor, "out in"]:
+    """Size of each weight's contribution to its output."""
+    return context.weight.abs() * context.public.mean("hessian").diagonal().sqrt()
+
+
+def owl(context: SiteContext) -> Float[Tensor, "out in"]:
+    """One for each weight far above the mean of its site."""
+    importance = wanda(context)
+    return (importance > FAR * importance.mean()).to(importance.dtype)
+
+
+SCORES = (
+    Score(
+        "wanda",
+        "size of a weight times that of its input",
+        "output",
+        "weight",
+        "mean",
+        wanda,
+        paper="Wanda, Sun et al., ICLR 2024",
+    ),
+    Score(
+        "owl",
+        "share of weights whose contribution is 5 times the mean",
+        "",
+        "weight",
+        "mean",
+        owl,
+        paper="OWL, Yin et al., ICML 2024",
+    ),
+)
