@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections import Counter
 
@@ -200,6 +201,24 @@ def test_a_model_whose_blocks_share_more_than_their_states_is_run_in_full():
         assert found.public.after == pytest.approx(perplexity(model, public()).nll, abs=1e-6)
 
 
+def grow(_, args):
+    args[0].mul_(1.3)
+
+
+def test_blocks_that_write_to_their_input_spoil_nothing():
+    model = make("llama")
+    for block in find_blocks(model)[1]:
+        block.input_layernorm.register_forward_pre_hook(grow)
+    base = open_baseline(model, make_tokenizer(), Material(public()))
+    assert base.resume.kept
+    part = Part("model.layers.2.self_attn.q_proj")
+    for _ in range(2):
+        found = effect(base, part, parse("zero"))
+        assert found.public.after == pytest.approx(
+            perplexity(by_hand(model, part, parse("zero")), public()).nll, abs=1e-5
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_come_back_bit_for_bit_whatever_happens(dtype):
     model = make("llama").to(dtype)
@@ -253,6 +272,8 @@ def test_a_destroyed_model_is_an_effect():
     base = open_baseline(model, make_tokenizer(), Material(public(), records(12, 0), records(12, 1)))
     found = effect(base, Part(DOWN), parse("revert"), base=lambda _: torch.full((32, 48), math.nan))
     assert found.public.value == math.inf
+    kept = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert (kept["public"]["value"], kept["public"]["p"], kept["part"]) == (None, 0, DOWN)
     assert not found.attacks
     assert labels([found])[0].name == "functional"
 

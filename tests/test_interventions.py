@@ -76,7 +76,9 @@ def test_noise_has_the_size_of_the_part_and_comes_from_its_seed():
     assert torch.corrcoef(torch.stack([change[:, :100].flatten(), weight[:, :100].flatten()]))[0, 1].abs() < 0.03
     again = intervene(weight, part, parse("noise@0.2")) - weight
     other = intervene(weight, part, parse("noise@0.2", seed=1)) - weight
+    elsewhere = intervene(weight, block_of_columns("another", 0, 100), parse("noise@0.2")) - weight
     assert torch.equal(change, again)
+    assert not torch.equal(change, elsewhere)
     assert not torch.equal(change, other)
 
 

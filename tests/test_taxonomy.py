@@ -217,6 +217,15 @@ def test_a_rise_of_a_measure_is_no_fall():
     found = labels([effect(exposure=down, attacks={"loss": STAYED})])[0]
     assert found.sensitive
     assert found.by == "exposure"
+    assert "and exposure falls with p" in found.sentence
+
+
+def test_attacks_can_be_asked_one_by_one():
+    found = [effect(attacks={"loss": FELL, "reference": STAYED})]
+    assert labels(found, measures=["loss"])[0].sensitive
+    assert not labels(found, measures=["reference"])[0].sensitive
+    assert labels(found, measures=["loss"])[0].p == pytest.approx(FELL.p)
+    assert labels(found)[0].p == pytest.approx(2 * FELL.p)
 
 
 def test_many_groups_are_corrected_together():

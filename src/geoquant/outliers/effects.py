@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from time import perf_counter
 
@@ -111,6 +111,18 @@ class Effect:
     exposure: Shift | None = None
     tasks: dict[str, FlipShift] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def to_dict(self) -> dict:
+        """For JSON: None stands for what is not finite."""
+        return _plain(asdict(self))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

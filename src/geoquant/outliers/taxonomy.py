@@ -12,7 +12,7 @@ asks for a size and not for a sign. Neither is no proof of absence: it holds for
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -73,7 +73,8 @@ class Label:
     def sentence(self) -> str:
         """The decision in words."""
         spread = "" if self.se is None else f" +- {self.se:.4f}"
-        private = f"{self.by} falls with p = {self.p:.2g}" if self.sensitive else "no privacy measure falls surely"
+        what = self.by if self.by in ("exposure", "extraction") else f"the advantage of the {self.by} attack"
+        private = f"{what} falls with p = {self.p:.2g}" if self.sensitive else "no privacy measure falls surely"
         if self.by is None:
             private = "no privacy measure was taken"
         return (
@@ -89,9 +90,20 @@ def threshold(perplexity: float, rise: float = RISE) -> float:
     return math.log1p(rise / perplexity)
 
 
-def labels(found: Sequence[Effect], *, level: float = LEVEL, rise: float = RISE) -> tuple[Label, ...]:
-    """A label for each effect; the privacy tests of all of them are corrected together."""
-    tests = [(index, name, p) for index, one in enumerate(found) for name, p in _falls(one).items()]
+def labels(
+    found: Sequence[Effect], *, measures: Collection[str] | None = None, level: float = LEVEL, rise: float = RISE
+) -> tuple[Label, ...]:
+    """A label for each effect; the privacy tests of all of them are corrected together.
+
+    measures: the only ones to count (names of attacks, `exposure`, `extraction`), to compare labelings by different
+    attacks; all that were taken by default.
+    """
+    tests = [
+        (index, name, p)
+        for index, one in enumerate(found)
+        for name, p in _falls(one).items()
+        if measures is None or name in measures
+    ]
     corrected = holm([p for *_, p in tests]) if tests else []
     surest: dict[int, tuple[float, str]] = {}
     for (index, name, _), p in zip(tests, corrected, strict=True):
@@ -120,7 +132,7 @@ def labels(found: Sequence[Effect], *, level: float = LEVEL, rise: float = RISE)
 
 def _falls(one: Effect) -> dict[str, float]:
     """p-values of "this privacy measure fell", by measure; 1 for one that rose."""
-    found = {f"the advantage of the {name} attack": shift.p for name, shift in one.attacks.items()}
+    found = {name: shift.p for name, shift in one.attacks.items()}
     others = {"exposure": one.exposure, "extraction": one.extraction}
     return found | {name: shift.p if shift.value < 0 else 1.0 for name, shift in others.items() if shift is not None}
 
@@ -162,6 +174,9 @@ def overlap_weight(
     for name, values in (("S_func", own), ("S_priv", other), ("lambda", np.asarray(preference))):
         if not ((values >= 0) & (values <= 1)).all():
             raise ValueError(f"{name} must lie in [0, 1], got {values}")
+    # Only their ratio counts, which keeps the smallest numbers from vanishing in a product.
+    top = np.maximum(own, other)
+    own, other = (np.divide(one, top, out=np.zeros_like(top), where=top > 0) for one in (own, other))
     weight = preference * other
     whole = (1 - preference) * own + weight
     return np.where(whole > 0, weight / np.where(whole > 0, whole, 1.0), preference)
