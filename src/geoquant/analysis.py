@@ -292,8 +292,8 @@ def _same_shape(other: Loaded, loaded: Loaded) -> Loaded:
 
 
 def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:
-    given = {*sides, *(() if other is None else ("base",))}
-    return set(score.needs) <= given
+    given = {"public", *sides, *(() if other is None else ("base",))}
+    return {need.removesuffix("_gradients") for need in score.needs} <= given
 
 
 def _facts(loaded: Loaded) -> dict:

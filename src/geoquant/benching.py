@@ -97,17 +97,11 @@ def bench(
         "model": told["model"],
         "analysis_sha256": hashlib.sha256((Path(analysis) / "analysis.json").read_bytes()).hexdigest(),
         "texts": {
-            "public": {"source": public.source, "sha256": public.sha256},
-            "private": len(sides[0]),
-            "domain": len(sides[1]),
+            "public": {"source": public.source, "sha256": public.sha256, "windows": windows, "window": window},
+            "private": _side(sides[0]),
+            "domain": _side(sides[1]),
         },
-        "settings": {
-            "window": window,
-            "windows": windows,
-            "bits": list(bits),
-            "seed": seed,
-            "reference": base is not None,
-        },
+        "settings": {"bits": list(bits), "seed": seed, "reference": base is not None},
     }
     begin(folder, facts, command, "a benchmark")
     with clock("effects"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from geoquant.outliers import score as reading
 from geoquant.outliers.context import SiteContext, null_context
 from geoquant.outliers.score import Score
 from geoquant.outliers.statistics import Statistics, summarise, total
+from geoquant.outliers.uncertainty import standard_errors
 
 __all__ = ["Appraisal", "Collected", "appraise"]
 
@@ -84,17 +85,20 @@ def appraise(
 
     bits: of the plain rounding (symmetric, groups of 64) whose error scores weigh.
     """
-    delta = rounded(weight, bits) - weight
-    whole = {name: total(parts) for name, parts in texts.items() if parts}
-    context = SiteContext(site.name, site.kind, weight, delta, base=base, **whole)
-    # Every text lacks its k-th part in turn, all at once: their parts are as independent as a text's own.
-    count = min(len(parts) for parts in texts.values() if parts)
-    left = [
-        replace(context, **{name: whole[name] - parts[k] for name, parts in texts.items() if parts})
-        for k in range(count if count > 1 else 0)
-    ]
+    given = {name: parts for name, parts in texts.items() if parts}
+    context = SiteContext(
+        site.name,
+        site.kind,
+        weight,
+        rounded(weight, bits) - weight,
+        base=base,
+        **{name: total(parts) for name, parts in given.items()},
+        **{f"{name}_gradients": torch.stack([part.gradient for part in parts]) for name, parts in given.items()},
+    )
+    used = [score for score in scores if context.has(score.needs)]
+    errors = standard_errors(used, context, given, _read)
     empty = null_context(context, torch.Generator().manual_seed(seed))
-    return [_one(score, context, left, empty) for score in scores if context.has(score.needs)]
+    return [_one(score, context, errors[score.name], empty) for score in used]
 
 
 def rounded(weight: Float[Tensor, "out in"], bits: int) -> Float[Tensor, "out in"]:
@@ -103,29 +107,23 @@ def rounded(weight: Float[Tensor, "out in"], bits: int) -> Float[Tensor, "out in
     return rtn.solve(Problem(weight, metric, grid=Grid(bits=bits))).dequantize()
 
 
-def _one(score: Score, context: SiteContext, left: list[SiteContext], empty: SiteContext) -> Appraisal:
+def _one(score: Score, context: SiteContext, errors: Float[Tensor, " 1+n"], empty: SiteContext) -> Appraisal:
     values = score.compute(context)
-    columns, rows = reading.columns(score, values), reading.rows(score, values)
-    finest = columns if columns is not None else rows
-    others = [score.compute(other) for other in left]
-    part_errors = None
-    if others and finest is not None:
-        read = reading.columns if columns is not None else reading.rows
-        part_errors = _spread(torch.stack([read(score, other) for other in others]))
-    sites = torch.stack([reading.site(score, other) for other in others]) if others else torch.tensor([torch.nan])
     return Appraisal(
         score,
-        reading.site(score, values).item(),
-        _spread(sites).item() if others else float("nan"),
-        reading.site(score, score.compute(empty)).item(),
-        columns,
-        rows,
-        reading.groups(score, values),
-        part_errors,
+        site=reading.site(score, values).item(),
+        error=errors[0].item(),
+        null=reading.site(score, score.compute(empty)).item(),
+        columns=reading.columns(score, values),
+        rows=reading.rows(score, values),
+        groups=reading.groups(score, values),
+        part_errors=errors[1:] if len(errors) > 1 else None,
     )
 
 
-def _spread(left: Float[Tensor, "k ..."]) -> Tensor:
-    """Jackknife standard error of k values, each without one part (see statistics.jackknife)."""
-    count = len(left)
-    return ((left - left.mean(0)).square().sum(0) * (count - 1) / count).sqrt()
+def _read(score: Score, values: Tensor) -> Float[Tensor, " 1+n"]:
+    """The whole site, then its columns, or its rows where a score knows no columns."""
+    finest = reading.columns(score, values)
+    finest = reading.rows(score, values) if finest is None else finest
+    whole = reading.site(score, values).reshape(1)
+    return whole if finest is None else torch.cat([whole, finest])

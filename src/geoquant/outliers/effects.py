@@ -98,7 +98,7 @@ class Effect:
     """What one intervention on one part (or several parts together) does; see the head of this file.
 
     public: where the model became one that gives no probabilities (NaN), its value is infinite and nothing else was
-    measured.
+    measured. changes: of public text, window by window.
     """
 
     part: str
@@ -111,6 +111,7 @@ class Effect:
     exposure: Shift | None = None
     tasks: dict[str, FlipShift] = field(default_factory=dict)
     seconds: float = 0.0
+    changes: tuple[float, ...] = ()
 
     def to_dict(self) -> dict:
         """For JSON: None stands for what is not finite."""
@@ -264,7 +265,7 @@ def compare(before: Measured, after: Measured, material: Material) -> Effect:
     """The paired changes between two states of one model; who did what to whom is left open."""
     if math.isnan(after.public.nll):
         lost = Shift(before.public.nll, math.inf, math.inf, 0.0, None, 0.0, len(before.public.windows))
-        return Effect("", "", lost)
+        return Effect("", "", lost, changes=(math.inf,) * len(before.public.windows))
     attacks, gap, spans = {}, None, None
     if before.members is not None:
         scores = [_attack_scores(state, material) for state in (before, after)]
@@ -286,6 +287,7 @@ def compare(before: Measured, after: Measured, material: Material) -> Effect:
         extraction=spans,
         exposure=_exposure_shift(before, after, material.canaries),
         tasks={old.name: flip_shift(old.correct, new.correct) for old, new in zip(before.tasks, after.tasks)},
+        changes=tuple(new - old for old, new in zip(before.public.windows, after.public.windows)),
     )
 
 

@@ -77,7 +77,7 @@ def _correlated(
     # A resample whose values are all equal has no correlation.
     low, high = np.nanpercentile(again, [2.5, 97.5]) if np.isfinite(again).any() else (np.nan, np.nan)
     orders = generator.permuted(np.tile(np.arange(count), (resamples, 1)), axis=1)
-    null = _spearman(np.broadcast_to(score, orders.shape), effect[orders])
+    null = _pearson(rankdata(score)[None], rankdata(effect)[orders])  # ranks of a permutation are permuted ranks
     p = (1 + (np.abs(null) >= abs(rho) - 1e-12).sum()) / (resamples + 1) if np.isfinite(rho) else 1.0
     top = min(worst, count)
     hits = len(set(np.argsort(-score, kind="stable")[:top]) & set(np.argsort(-effect, kind="stable")[:top]))
@@ -86,8 +86,11 @@ def _correlated(
 
 def _spearman(one: Float[np.ndarray, "k n"], other: Float[np.ndarray, "k n"]) -> Float[np.ndarray, " k"]:
     """Spearman's rank correlation of each row; NaN where a row is constant."""
-    x, y = (rankdata(values, axis=1) for values in (one, other))
-    x, y = (values - values.mean(1, keepdims=True) for values in (x, y))
+    return _pearson(*(rankdata(values, axis=1) for values in (one, other)))
+
+
+def _pearson(one: Float[np.ndarray, "k n"], other: Float[np.ndarray, "k n"]) -> Float[np.ndarray, " k"]:
+    x, y = (values - values.mean(1, keepdims=True) for values in (one, other))
     lengths = np.sqrt((x * x).sum(1) * (y * y).sum(1))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(lengths > 0, (x * y).sum(1) / lengths, np.nan)
