@@ -28,11 +28,10 @@ from geoquant.outliers.outlier_ratio import OutlierRatio, OutlierRatios, outlier
 from geoquant.outliers.residual import MASSIVE, Boundary, Residuals, boundary, cosines, summarise_residuals
 from geoquant.outliers.sinks import AttentionProbe, Heads, Sinks, summarise_sinks
 from geoquant.outliers.super_weight import (
-    Effect,
     SuperWeight,
     SuperWeights,
+    candidates,
     effect,
-    largest_term,
     like_sized,
     random_places,
     zeroed,
@@ -46,12 +45,14 @@ __all__ = ["Origins", "Settings", "origins"]
 class Settings:
     """bits, sizes: of the scales whose clipping is measured (None: one scale per row).
 
-    births: massive activations that are traced at most, the earliest first. peers: weights of its size that are zeroed
-    beside each suspect. many: random weights zeroed at once. seed: of what is drawn.
+    massive: what is massive in the residual stream, over its median. births: massive activations that are traced at
+    most, the earliest first. peers: weights of its size that are zeroed beside each suspect. many: random weights
+    zeroed at once. seed: of what is drawn.
     """
 
     bits: int = 4
     sizes: tuple[int | None, ...] = (64, None)
+    massive: float = MASSIVE
     births: int = 4
     peers: int = 2
     many: int = 64
@@ -87,6 +88,7 @@ class Origins:
         return tuple(getattr(self, name).finding() for name in PARTS)
 
 
+NOTHING = 0.01  # of a birth: a weight that makes less of it is not behind it
 PARTS = ("sinks", "norms", "residuals", "super_weights", "clipping", "outliers")
 
 
@@ -159,7 +161,7 @@ def origins(
     return Origins(
         sinks=summarise_sinks(sums.heads),
         norms=NormGains(tuple(sums.gains)),
-        residuals=summarise_residuals(sums.boundaries, sums.turns),
+        residuals=summarise_residuals(sums.boundaries, sums.turns, settings.massive),
         super_weights=SuperWeights(tuple(found)),
         clipping=Clipping(settings.bits, tuple(sums.splits), _normal_splits(settings, widest)),
         outliers=OutlierRatios(tuple(sums.ratios), tuple(sums.wholes)),
@@ -255,77 +257,26 @@ def _trace(
 ) -> None:
     """Put the weights behind this block's births on trial."""
     before, now = sums.boundaries[-2:]
-    born = (now.ratios >= MASSIVE) & (before.ratios < MASSIVE)
+    born = (now.ratios >= settings.massive) & (before.ratios < settings.massive)
     for dimension in sorted(born.nonzero().flatten().tolist(), key=lambda d: -now.ratios[d]):
         if len(sums.suspects) >= settings.births:
             sums.notes.append(f"the birth of dimension {dimension} in {block.name} was not traced: one too many")
             continue
         window = int(now.peaks[:, dimension].argmax())
-        position = int(now.places[window, dimension])
-        old, new = (torch.cat(list(x))[window, position, dimension].item() for x in (hidden, after))
-        token = window * after[0].shape[1] + position
-        site = _writer(work, block, inputs, dimension, token, after, new - old)
-        if site is None:
-            sums.notes.append(f"no site of {block.name} was found to write dimension {dimension} (position {position})")
+        place = window, int(now.places[window, dimension]), dimension
+        known = max(candidates(work, block, call, hidden, after, inputs, place), key=lambda x: x.removed, default=None)
+        if known is None or known.removed < NOTHING:
+            sums.notes.append(f"no weight of the sites of {block.name} was found behind the birth of {dimension}")
             continue
-        name, module, x, written = site
-        weight = read_weight(module)
-        column, term = largest_term(weight[dimension], x)
-        place = dimension, column
-        peers = like_sized(weight, place, settings.peers)
-        many = random_places(weight, place, settings.many, generator)
+        module = work.get_submodule(known.site.removeprefix(f"{block.name}."))
+        weight, own = read_weight(module), (known.row, known.column)
+        peers = like_sized(weight, own, settings.peers)
+        many = random_places(weight, own, settings.many, generator)
         branches = []
-        for places in ([place], *([peer] for peer in peers), many):
+        for places in ([own], *([peer] for peer in peers), many):
             with zeroed(module, places):
                 branches.append([run_block(work, call, x.clone()) for x in hidden])
-        nothing = Effect(0.0, None, ())
-        known = SuperWeight(
-            block=block.index,
-            dimension=dimension,
-            window=window,
-            position=position,
-            site=name,
-            row=dimension,
-            column=column,
-            weight=weight[place].item(),
-            input=x[column].item(),
-            share=term / written,
-            written=written / (new - old),
-            rank=int((weight.abs() > weight[place].abs()).sum()) + 1,
-            zeroing=nothing,
-            like_sized=(),
-            random=nothing,
-            many=len(many),
-        )
-        sums.suspects.append(_Suspect(known, branches))
-
-
-def _writer(
-    work: nn.Module,
-    block: Block,
-    inputs: dict[str, Tensor],
-    dimension: int,
-    token: int,
-    after: Sequence[Tensor],
-    change: float,
-) -> tuple[str, nn.Module, Tensor, float] | None:
-    """The site that adds most to `change` of a coordinate: name, module, its input there, what it writes.
-
-    Only sites that read every token can be told; None where none writes in the direction of the change.
-    """
-    count, width = sum(x.shape[0] * x.shape[1] for x in after), after[0].shape[2]
-    found = []
-    for stage in block.stages:
-        x = inputs.get(stage.name)
-        for site in stage.sites:
-            if x is None or len(x) != count or site.shape[0] != width or site.kind.endswith("_in"):
-                continue
-            module = work.get_submodule(site.name.removeprefix(f"{block.name}."))
-            row = read_weight(module)[dimension]
-            bias = 0.0 if module.bias is None else module.bias[dimension].item()
-            found.append((site.name, module, x[token], (row @ x[token]).item() + bias))
-    best = max(found, key=lambda item: item[3] * change, default=None)
-    return best if best and best[3] * change > 0 else None
+        sums.suspects.append(_Suspect(replace(known, many=len(many)), branches))
 
 
 def _weigh(work: nn.Module, block: Block, inputs: dict[str, Tensor], sums: _Sums, settings: Settings) -> None:

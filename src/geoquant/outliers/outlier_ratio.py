@@ -37,17 +37,17 @@ class Tails:
     count: int
 
 
-def tails(x: Float[Tensor, "tokens in"]) -> Tails:
+def tails(x: Float[Tensor, "tokens in"], deviations: float = DEVIATIONS, medians: float = MEDIANS) -> Tails:
     """Exact counts, deviations in double precision."""
     # A massive activation squared is beyond what single precision adds up beside ordinary ones.
     mean = x.mean(dtype=torch.float64)
     variance = x.square().mean(dtype=torch.float64) - mean.square()
     sizes = x.abs()
     median = sizes.median().clamp_min(1e-30)
-    far = (x - mean.float()).abs_() > DEVIATIONS * variance.clamp_min(0).sqrt().float()
+    far = (x - mean.float()).abs_() > deviations * variance.clamp_min(0).sqrt().float()
     return Tails(
         six_sigma=far.sum().item() / x.numel(),
-        medians=(sizes > MEDIANS * median).sum().item() / x.numel(),
+        medians=(sizes > medians * median).sum().item() / x.numel(),
         largest=(sizes.max() / median).item(),
         count=x.numel(),
     )
@@ -116,7 +116,7 @@ class OutlierRatios:
         return (
             f"Outlier ratios: {min(ratios):.2%} to {most.ratio:.2%} of a block's |W| ||x|| exceed {MEANS:.0f} times "
             f"their mean (most in block {most.block}, where normal weights on the same inputs give {most.null:.2%}; "
-            f"median over blocks {excess:.1f} times what these give); inputs beyond 6 deviations: at most {far.tails.six_sigma:.3%} "
-            f"({far.site}; normal numbers {normal_tail(DEVIATIONS):.0e}); the largest input is {high.tails.largest:,.0f} times the "
-            f"median ({high.site})."
+            f"median over blocks {excess:.1f} times what these give); inputs beyond 6 deviations: at most "
+            f"{far.tails.six_sigma:.3%} ({far.site}; normal numbers {normal_tail(DEVIATIONS):.0e}); the largest input "
+            f"is {high.tails.largest:,.0f} times the median ({high.site})."
         )

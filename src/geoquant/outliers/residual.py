@@ -129,7 +129,7 @@ class Residuals:
     largest, typical: largest and median |h|; position, dimension: of the largest. lives: see `Life`.
     massive_cosine, ordinary_cosine: median cosine of a block's output with its input, over the positions that hold a
     massive activation in some block (None without any), and over all others.
-    gaussian: the null of largest / typical, for normal numbers.
+    gaussian: the null of largest / typical, for normal numbers. threshold: from which ratio on one is massive.
     """
 
     largest: tuple[float, ...]
@@ -140,6 +140,7 @@ class Residuals:
     massive_cosine: tuple[float | None, ...]
     ordinary_cosine: tuple[float, ...]
     gaussian: float
+    threshold: float
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -151,7 +152,7 @@ class Residuals:
             return (
                 f"Residual stream: no massive activation; the largest number is {ratios[top]:.0f} times the median "
                 f"({_after(top - 1)}, dimension {self.dimension[top]}; normal numbers: {self.gaussian:.0f}, massive "
-                f"from {MASSIVE:.0f})."
+                f"from {self.threshold:.0f})."
             )
         life = self.lives[0]
         other = len(self.lives) - 1
@@ -172,14 +173,16 @@ class Residuals:
         return text + (f"; {other} more lives" if other > 1 else "; 1 more life" if other else "") + "."
 
 
-def summarise_residuals(boundaries: Sequence[Boundary], turns: Sequence[Float[Tensor, "windows length"]]) -> Residuals:
+def summarise_residuals(
+    boundaries: Sequence[Boundary], turns: Sequence[Float[Tensor, "windows length"]], threshold: float = MASSIVE
+) -> Residuals:
     """Of all boundaries and, between each two, the cosines."""
-    found = lives(boundaries)
+    found = lives(boundaries, threshold)
     tops = [part.largest for part in boundaries]
     held = torch.zeros(turns[0].shape, dtype=torch.bool)
     for life in found:
         at = boundaries[life.block + 1]
-        for window in (at.peaks[:, life.dimension] >= MASSIVE * at.typical).nonzero().flatten().tolist():
+        for window in (at.peaks[:, life.dimension] >= threshold * at.typical).nonzero().flatten().tolist():
             held[window, at.places[window, life.dimension]] = True
     return Residuals(
         largest=tuple(top[0] for top in tops),
@@ -190,6 +193,7 @@ def summarise_residuals(boundaries: Sequence[Boundary], turns: Sequence[Float[Te
         massive_cosine=tuple(turn[held].median().item() if held.any() else None for turn in turns),
         ordinary_cosine=tuple(turn[~held].median().item() for turn in turns),
         gaussian=_gaussian(boundaries[0].count),
+        threshold=threshold,
     )
 
 

@@ -17,9 +17,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from geoquant.model.walk import read_weight, write_weight
+from geoquant.model.walk import Block, read_weight, write_weight
+from geoquant.observe.stream import BlockCall, run_block
 
-__all__ = ["Effect", "SuperWeight", "SuperWeights", "effect", "largest_term", "like_sized", "random_places", "zeroed"]
+__all__ = [
+    "Effect",
+    "SuperWeight",
+    "SuperWeights",
+    "candidates",
+    "effect",
+    "largest_term",
+    "like_sized",
+    "random_places",
+    "zeroed",
+]
 
 Place = tuple[int, int]  # row, column
 
@@ -81,13 +92,17 @@ def effect(before: Float[Tensor, " windows"], after: Float[Tensor, " windows"]) 
     return Effect(change.mean().item(), error, tuple(change.tolist()))
 
 
+UNTRIED = Effect(0.0, None, ())
+
+
 @dataclass(frozen=True)
 class SuperWeight:
     """The weight behind one massive coordinate.
 
     block, dimension, window, position: where that was born. site, row, column: the weight. weight, input: the two
-    factors. share: of their product in what the site writes there. written: of that in the change of the residual.
-    rank: place of |weight| in its matrix, the largest first. zeroing: its effect.
+    factors. share: of their product in what the site writes there. removed: of the coordinate after
+    the block, what is gone without the weight. rank: place of |weight| in its matrix, the largest first.
+    zeroing: its effect.
     like_sized: effects of weights of its size, one at a time. random, many: effect of `many` random ones at once.
     """
 
@@ -101,7 +116,7 @@ class SuperWeight:
     weight: float
     input: float
     share: float
-    written: float
+    removed: float
     rank: int
     zeroing: Effect
     like_sized: tuple[Effect, ...]
@@ -113,6 +128,57 @@ class SuperWeight:
         """Zeroing it costs something, and more than each of the nulls does."""
         nulls = [*self.like_sized, self.random]
         return self.zeroing.clear and all(self.zeroing.delta > null.delta for null in nulls)
+
+
+def candidates(
+    work: nn.Module,
+    block: Block,
+    call: BlockCall,
+    hidden: Sequence[Tensor],
+    after: Sequence[Tensor],
+    inputs: dict[str, Tensor],
+    place: tuple[int, int, int],
+) -> Iterator[SuperWeight]:
+    """Of every site that writes to the residual stream, the weight of the largest term, and what it removes there.
+
+    Only sites that read every token can be told which row is the token's. hidden, after: what enters and leaves the
+    block. inputs: of its stages, (tokens, in). place: window, position, dimension of a coordinate that is not zero.
+    """
+    window, position, dimension = place
+    size, length, width = after[0].shape
+    batch, row = divmod(window, size)
+    new = after[batch][row, position, dimension].item()
+    for stage in block.stages:
+        seen = inputs.get(stage.name)
+        for site in stage.sites:
+            if seen is None or len(seen) != len(after) * size * length:
+                continue
+            if site.shape[0] != width or site.kind.endswith("_in"):
+                continue
+            module = work.get_submodule(site.name.removeprefix(f"{block.name}."))
+            weight, x = read_weight(module), seen[window * length + position]
+            column, term = largest_term(weight[dimension], x)
+            written = (weight[dimension] @ x).item() + (0.0 if module.bias is None else module.bias[dimension].item())
+            with zeroed(module, [(dimension, column)]):
+                left = run_block(work, call, hidden[batch].clone())[row, position, dimension].item()
+            yield SuperWeight(
+                block=block.index,
+                dimension=dimension,
+                window=window,
+                position=position,
+                site=site.name,
+                row=dimension,
+                column=column,
+                weight=weight[dimension, column].item(),
+                input=x[column].item(),
+                share=term / written if written else 0.0,
+                removed=1 - left / new,
+                rank=int((weight.abs() > weight[dimension, column].abs()).sum()) + 1,
+                zeroing=UNTRIED,
+                like_sized=(),
+                random=UNTRIED,
+                many=0,
+            )
 
 
 @dataclass(frozen=True)
