@@ -49,6 +49,16 @@ def test_gain_and_amplitudes_are_read_from_what_passes(name, place, gain):
     torch.testing.assert_close(amplitude.double(), expected, rtol=1e-3, atol=0)
 
 
+def test_what_a_norm_adds_to_the_variance_counts_where_tokens_are_small():
+    norm = build("llama").model.layers[0].input_layernorm
+    x = torch.randn(6, 10, 24, generator=generator()) * torch.logspace(-5, 0, 10)[:, None]
+    found, amplitude = summed(norm, x)
+    torch.testing.assert_close(found, norm.weight.detach(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        expected = (norm(x) / norm.weight).square().sum((0, 1)).sqrt()
+    torch.testing.assert_close(amplitude, expected, rtol=1e-4, atol=0)
+
+
 def test_what_mixes_channels_is_no_gain():
     class MixingNorm(nn.Module):
         def forward(self, x):

@@ -56,13 +56,19 @@ def test_tails_against_counting():
     assert found.largest == pytest.approx(900 / median.item())
 
 
-def test_a_massive_activation_hides_no_other_by_rounding():
-    """Sums of squares in single precision would lose the ordinary numbers beside 3e4 squared."""
+def test_a_massive_activation_widens_what_counts_as_far():
+    """One number of 3e4 among 600,000 normal ones has half of a variance of 2501: only it is beyond six deviations."""
     x = torch.randn(2000, 300, generator=generator(3))
     x[0, 0] = 3e4
-    found = tails(x)
     deviation = math.sqrt((3e4**2 + x.numel()) / x.numel())
-    assert within(found.six_sigma, normal_tail(6 * deviation), found.count)
+    assert tails(x).six_sigma == 1 / x.numel()
+    found = tails(x, 2 / deviation)
+    assert within(found.six_sigma, normal_tail(2), found.count)
+
+
+def test_a_common_shift_moves_nothing():
+    x = torch.randn(500, 200, generator=generator(10))
+    assert tails(x + 4000.0, 3.0).six_sigma == pytest.approx(tails(x, 3.0).six_sigma, rel=0.02)
 
 
 def test_the_ratio_counts():

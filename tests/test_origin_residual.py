@@ -22,6 +22,7 @@ def planted():
         states[index][:2, 4, 17] = size
     states[0][2, 9, 3] = 3000.0
     states[8][0, 1, 25] = 4000.0
+    states[8][2, 7, 25] = -3900.0
     return states
 
 
@@ -66,7 +67,7 @@ def test_tokens_that_hold_one_are_told_from_the_others():
         torch.testing.assert_close(turn.double(), expected, rtol=0, atol=1e-5)
     found = summarise_residuals(boundaries, turns)
     held = torch.zeros(WINDOWS, LENGTH, dtype=torch.bool)
-    held[0, 4] = held[1, 4] = held[0, 1] = held[2, 9] = True
+    held[0, 4] = held[1, 4] = held[0, 1] = held[2, 7] = held[2, 9] = True
     for block, turn in enumerate(turns):
         assert found.massive_cosine[block] == turn[held].median()
         assert found.ordinary_cosine[block] == turn[~held].median()

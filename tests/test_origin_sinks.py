@@ -67,6 +67,27 @@ def test_value_norms_are_those_of_the_projected_values(name, site, implementatio
         torch.testing.assert_close(window.values, expected.expand(3, LENGTH), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["causal", "numbers", "flags"])
+def test_scales_masks_and_shared_heads_by_hand(case):
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(2, 4, LENGTH, 5, generator=generator)
+    key, value = torch.randn(2, 2, 2, LENGTH, 5, generator=generator)
+    future = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    bias = torch.randn(2, 1, LENGTH, LENGTH, generator=generator).masked_fill(future, torch.finfo().min)
+    given = {"causal": {"is_causal": True}, "numbers": {"attn_mask": bias}, "flags": {"attn_mask": ~future}}[case]
+    probe = AttentionProbe(LENGTH)
+    with probe:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3, enable_gqa=True, **given)
+    for window, found in enumerate(probe.take()):
+        for head in range(4):
+            logits = 0.3 * query[window, head] @ key[window, head // 2].T
+            logits = (logits + bias[window, 0] if case == "numbers" else logits).masked_fill(future, -torch.inf)
+            expected = logits.softmax(-1)[HALF:, :HALF].mean(0)
+            torch.testing.assert_close(found.received[head], expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found.values[head], value[window, head // 2].norm(dim=-1))
+    assert window == 1
+
+
 def test_a_planted_sink_is_found_with_its_value():
     generator = torch.Generator().manual_seed(0)
     windows = []

@@ -147,6 +147,26 @@ def test_experts_that_are_no_sites_are_not_blamed_on_others():
     assert found.notes == (f"no weight of the sites of model.layers.1 was found behind the birth of {DIMENSION}",)
 
 
+def test_the_input_is_that_of_the_token_that_is_largest():
+    """The mark stands elsewhere in every window, and its neighbours make it stronger in some."""
+    model, tokens = planted(), text()
+    tokens[:, POSITION] = 9
+    for window, position in enumerate((3, 9, 14, 20)):
+        tokens[window, position] = MARK
+    seen = []
+    down = model.model.layers[BLOCK].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(tokens)
+    handle.remove()
+    (weight,) = origins(model, tokens, Settings(peers=0, many=1)).super_weights.found
+    units = seen[0][..., UNIT].abs()
+    window, position = divmod(int(units.argmax()), tokens.shape[1])
+    assert (weight.window, weight.position) == (window, position)
+    assert abs(weight.input) == pytest.approx(units.max().item(), rel=1e-4)
+    assert window > 0
+
+
 def test_a_higher_threshold_finds_nothing_to_trace():
     found = origins(planted(), text(), Settings(massive=1e9))
     assert found.super_weights.found == ()

@@ -39,7 +39,7 @@ class Tails:
 
 def tails(x: Float[Tensor, "tokens in"], deviations: float = DEVIATIONS, medians: float = MEDIANS) -> Tails:
     """Exact counts, deviations in double precision."""
-    # A massive activation squared is beyond what single precision adds up beside ordinary ones.
+    # In single precision the difference of squares would lose a spread that is small beside the mean.
     mean = x.mean(dtype=torch.float64)
     variance = x.square().mean(dtype=torch.float64) - mean.square()
     sizes = x.abs()

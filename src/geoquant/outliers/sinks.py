@@ -132,7 +132,7 @@ class AttentionProbe(TorchFunctionMode):
                 future = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).triu(half + 1)
                 logits.masked_fill_(future, -torch.inf)
             if attn_mask is not None:
-                mask = attn_mask.expand(len(query), *attn_mask.shape[1:])[window][..., half:, :]
+                mask = attn_mask.broadcast_to(*query.shape[:3], self.length)[window, :, half:]
                 logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
             norms = value[window].float().norm(dim=-1).repeat_interleave(query.shape[1] // value.shape[1], dim=0)
             self.found.append(head_statistics(logits, torch.softmax(logits, -1), norms))
