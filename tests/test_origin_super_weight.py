@@ -147,6 +147,26 @@ def test_experts_that_are_no_sites_are_not_blamed_on_others():
     assert found.notes == (f"no weight of the sites of model.layers.1 was found behind the birth of {DIMENSION}",)
 
 
+def test_sinks_and_massive_activations_are_told_together():
+    """Attention that is made to fall on the marked token from the block on that reads it."""
+    model = planted()
+    with torch.no_grad():
+        # The massive coordinate outshines all others behind the norm: keys that read it stand out whatever the query.
+        layer = model.model.layers[BLOCK + 1].self_attn
+        layer.q_proj.weight.zero_()
+        layer.q_proj.bias = nn.Parameter(torch.ones(32))
+        layer.k_proj.weight[:, DIMENSION] = 3.0
+    tokens = text()
+    tokens[:, 0], tokens[:, POSITION] = MARK, 9
+    found = origins(model, tokens, Settings(peers=0, many=1))
+    assert found.sinks.positions == (0, 0, 0, 0)
+    means = [sum(row) / len(row) for row in found.sinks.mass]
+    assert means[BLOCK + 1] > 0.5
+    text_found = found.findings()[6]
+    expected = f"the blocks that read it (1 of 4) put {means[3]:.0%} of their attention there, the others "
+    assert expected + f"{sum(means[:3]) / 3:.0%}" in text_found
+
+
 def test_the_input_is_that_of_the_token_that_is_largest():
     """The mark stands elsewhere in every window, and its neighbours make it stronger in some."""
     model, tokens = planted(), text()

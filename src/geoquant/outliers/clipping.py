@@ -146,12 +146,12 @@ class Clipping:
         for null in self.gaussian:
             own = [split for split in self.splits if split.size == null.size]
             most = max(own, key=lambda split: split.gain)
-            moved = sum(split.best_weighted > split.best for split in own)
+            higher, lower = (sum(sign * (x.best_weighted - x.best) > 0 for x in own) for sign in (1, -1))
             best = torch.tensor([split.best for split in own]).median().item()
             parts.append(
                 f"one scale per {'row' if null.size is None else f'{null.size} weights'}: best at {best:.2f} of the "
                 f"largest weight (median; normal weights {null.best:.2f}), which saves up to {most.gain:.0%} of the "
-                f"error ({most.site}; normal weights {null.gain:.0%}); weighted by the inputs, the best clip is higher "
-                f"at {moved} of {len(own)} sites"
+                f"error ({most.site}; normal weights {null.gain:.0%}); weighted by the inputs, it is higher at "
+                f"{higher} and lower at {lower} of {len(own)} sites"
             )
         return f"Clipping at {self.bits} bits, {'; '.join(parts)}."

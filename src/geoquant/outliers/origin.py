@@ -84,8 +84,25 @@ class Origins:
         }
 
     def findings(self) -> tuple[str, ...]:
-        """One sentence for each part."""
-        return tuple(getattr(self, name).finding() for name in PARTS)
+        """One sentence for each part, and one that joins sinks and massive activations where there are both."""
+        return (*(getattr(self, name).finding() for name in PARTS), *self._together())
+
+    def _together(self) -> tuple[str, ...]:
+        """Attention on the sink in the blocks that read the largest massive activation, and in the others."""
+        if not self.residuals.lives or not set(self.sinks.positions) <= {self.residuals.lives[0].position}:
+            return ()
+        life = self.residuals.lives[0]
+        last = len(self.sinks.mass) - 1 if life.died is None else life.died
+        means = [(index, sum(row) / len(row)) for index, row in enumerate(self.sinks.mass) if row is not None]
+        within = [mean for index, mean in means if life.born < index <= last]
+        without = [mean for index, mean in means if not life.born < index <= last]
+        if not within or not without:
+            return ()
+        return (
+            f"Together: the massive activation stands on the sink; the blocks that read it ({len(within)} of "
+            f"{len(means)}) put {sum(within) / len(within):.0%} of their attention there, the others "
+            f"{sum(without) / len(without):.0%}.",
+        )
 
 
 NOTHING = 0.01  # of a birth: a weight that makes less of it is not behind it
