@@ -174,12 +174,12 @@ def origins(
             pages.release(module.parameters())
             progress("origins", block.index + 1, len(blocks), block.name)
         widest = max(stage.columns for block in blocks for stage in block.stages)
-        found = _judge(model, modules, wrapped, tokens, hidden, sums.suspects) if sums.suspects else ()
+        found = tuple(_judge(model, modules, wrapped, tokens, hidden, sums.suspects)) if sums.suspects else ()
     return Origins(
         sinks=summarise_sinks(sums.heads),
         norms=NormGains(tuple(sums.gains)),
         residuals=summarise_residuals(sums.boundaries, sums.turns, settings.massive),
-        super_weights=SuperWeights(tuple(found)),
+        super_weights=SuperWeights(found),
         clipping=Clipping(settings.bits, tuple(sums.splits), _normal_splits(settings, widest)),
         outliers=OutlierRatios(tuple(sums.ratios), tuple(sums.wholes)),
         notes=tuple(sums.notes),
