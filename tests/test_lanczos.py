@@ -143,3 +143,14 @@ def test_one_probe_has_no_standard_error():
     found = stochastic_trace(lambda v: v, 4, 1, torch.Generator())
     assert found.value == 4
     assert found.se != found.se
+
+
+def test_a_rest_that_was_not_searched_to_the_end_is_not_passed_over():
+    """The giant is found at once; whether anything like it is left is not known within the limit."""
+    a = matrix(SPECTRA["one giant"])
+    once, twice = (
+        top_eigenpairs(lambda v: a @ v, SIZE, 1, tolerance=1e-10, limit=25, again=again) for again in (False, True)
+    )
+    assert once.converged
+    assert twice.residuals[0] < 1e-10
+    assert not twice.converged
