@@ -131,6 +131,10 @@ def test_isolation_that_is_length_is_reported_as_such():
     weight = torch.randn(ROWS, COLUMNS, generator=draw) * torch.linspace(1, 3, ROWS)[:, None]
     found = fsgd(site(weight=weight)[0], generator(), axis="row")
     assert found.lengths > 0.9
+    directions = fsgd(site(weight=weight)[0], generator(), axis="row", unit=True)
+    assert abs(directions.lengths) < 0.4  # deviation 0.13 by chance
+    expected = local_outlier_factor(weight / weight.norm(dim=1, keepdim=True))
+    torch.testing.assert_close(directions.measures.isolation, expected, rtol=1e-5, atol=0)
 
 
 @given(

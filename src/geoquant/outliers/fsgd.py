@@ -3,7 +3,7 @@
     curvature   c = sum_i delta_i^T A_g delta_i / ||delta||^2     rounding error in the token-weighted metric
     alignment   a = ||W U_k||^2 / ||W||^2 / (k / in)              weights in the k leading eigenvectors of A_g
     sparsity    s = share of tokens with |x_j| < 0.01 RMS         inputs that the group reads, weighted by w_ij^2
-    isolation   local outlier factor of the rows, or of the columns, of W
+    isolation   local outlier factor of the rows, or of the columns, of W, or of their directions
 
 with delta and W zero outside the group. A spike is curved above all; an island stands alone, reads what is mostly
 silent and is not curved; the core is aligned; the rest is bulk. Alignment is a multiple of what a random direction has,
@@ -11,6 +11,10 @@ which is small in any space of many dimensions.
 
 Cutoffs are quantiles, so that every site has its one percent of spikes, one without any structure too. Numbers of
 groups therefore stand beside those that the null reaches by the same cutoffs; or the cutoffs are quantiles of the null.
+
+Two of the measures say less than their names. Isolation of rows is mostly their length (`Classes.lengths`), which
+directions are free of. Alignment of a single column does not depend on its weights: it is the column's part of the
+eigenvectors.
 """
 
 from __future__ import annotations
@@ -119,14 +123,16 @@ def fsgd(
     given: Cutoffs | None = None,
     leading: int = LEADING,
     nulls: int = 1,
+    unit: bool = False,
 ) -> Classes:
     """Classes of a site's groups of `size` neighbouring input columns, or of its rows (`axis="row"`, size 1).
 
     by_null: take the quantiles of the nulls, so that a class holds more than its share only where there is more of it
     than in a site without structure. given: cutoffs from elsewhere (of all sites of a model, say) instead.
+    unit: isolation of directions, whatever the lengths.
     """
-    own, pairs = measures(context, axis, size, leading)
-    others = [measures(null_context(context, generator), axis, size, leading)[0] for _ in range(nulls)]
+    own, pairs = measures(context, axis, size, leading, unit)
+    others = [measures(null_context(context, generator), axis, size, leading, unit)[0] for _ in range(nulls)]
     cuts = given or cutoffs(others if by_null else [own], thresholds)
     labels = classify(own, cuts)
     beside = [_counted(classify(other, cuts)) for other in others]
@@ -147,7 +153,7 @@ def fsgd(
 
 
 def measures(
-    context: SiteContext, axis: str = "column", size: int = GROUP, leading: int = LEADING
+    context: SiteContext, axis: str = "column", size: int = GROUP, leading: int = LEADING, unit: bool = False
 ) -> tuple[Measures, Eigenpairs]:
     """The four measures of every group, and the eigenpairs of the metric that the alignment is taken in.
 
@@ -162,6 +168,8 @@ def measures(
     vectors = pairs.vectors.to(weight)
     energies = weight.square()
     points = weight if axis == "row" else weight.T
+    if unit:
+        points = points / points.norm(dim=1, keepdim=True).clamp_min(1e-300)
     factor = local_outlier_factor(points, min(NEIGHBOURS, len(points) - 1)).to(weight)
     if axis == "row":
         error = ((delta @ metric) * delta).sum(1), delta.square().sum(1)
