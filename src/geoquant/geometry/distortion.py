@@ -19,7 +19,16 @@ from torch import Tensor
 
 from geoquant.geometry.tangent import NEIGHBOURS, SHARE, frames
 
-__all__ = ["Cache", "Distortion", "attention_distortion", "cache", "distortion", "expert_distortion", "quick"]
+__all__ = [
+    "Cache",
+    "Distortion",
+    "attention_distortion",
+    "cache",
+    "distortion",
+    "distortions",
+    "expert_distortion",
+    "quick",
+]
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,26 @@ def distortion(
     rows: Int[Tensor, " m"] | None = None,
 ) -> Distortion:
     """MD of every row, or of `rows` only (of outliers, say: the cost goes with their number, neighbours are exact)."""
-    found = []
+    return distortions(points, (changes,), k, share, rows)[0]
+
+
+def distortions(
+    points: Float[Tensor, "n D"],
+    changes: Sequence[Float[Tensor, "n D"]],
+    k: int = NEIGHBOURS,
+    share: float = SHARE,
+    rows: Int[Tensor, " m"] | None = None,
+) -> list[Distortion]:
+    """MD of several changes of the same points, the tangent spaces found once."""
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in changes]
     for part in frames(points, k, share, rows):
-        delta, offset = changes[part.points], points[part.points] - part.centres
-        moved, own = part.normal_squares(delta, offset)
+        offset, deltas = points[part.points] - part.centres, [change[part.points] for change in changes]
+        own, *moved = part.normal_squares(offset, *deltas)
         inside = own <= 1e-8 * offset.square().sum(1)  # within single precision nothing is left of the distance
-        md = torch.where(inside, torch.inf, (moved / own).sqrt())
-        found.append((md, (moved / delta.square().sum(1)).sqrt(), part.dims))
-    return Distortion(*(torch.cat(column) for column in zip(*found, strict=True)))
+        for parts, delta, normal in zip(found, deltas, moved, strict=True):
+            md = torch.where(inside, torch.inf, (normal / own).sqrt())
+            parts.append((md, (normal / delta.square().sum(1)).sqrt(), part.dims))
+    return [Distortion(*(torch.cat(column) for column in zip(*parts, strict=True))) for parts in found]
 
 
 # ---- a check that is quick enough for a device
