@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import statistics
 import time
 
 import torch
@@ -26,7 +25,7 @@ from geoquant.geometry.tangent import NEIGHBOURS, neighbours
 
 K = NEIGHBOURS
 SPARSE = 0.05
-CACHED = 64  # rows of the quick check
+CACHED = (16, 64)  # rows of the quick check
 MODELS = {
     "8B": (32, [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]),
     "70B": (80, [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]),
@@ -44,28 +43,36 @@ def main() -> None:
     peak = gemm(device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU thread"
     print(f"{where}, float32 matrix product {peak / 1e9:.0f} GFLOP/s\n")
-    print("| site | rows | wall s | CPU s | GB more | GFLOP | share of the product's rate |\n|---" + "|---" * 6 + "|")
+    start = memory(device)
+    print("| site | rows | wall s | CPU s | GFLOP | share of the product's rate |\n|---" + "|---" * 5 + "|")
     near, rest = measured(size, size, None, device, peak)
     measured(size, size, SPARSE, device, peak)
     small = size // 4
     took = sum(measured(small, size, None, device, peak))
     expected = seconds(small, size, 1.0, near, rest)
-    print(f"\nThe rates of the first site give the last {expected:.2f} s; it took {took:.2f}.\n")
+    print(f"\nPeak memory {memory(device):.2f} GB, {start:.2f} of it before the first site.")
+    print(f"The rates of the first site give the last {expected:.2f} s; it took {took:.2f}.\n")
     print("| model | rows | extrapolated | published, other hardware |\n|---|---|---|---|")
     for name, (blocks, shapes) in MODELS.items():
         for share in (1.0, SPARSE):
             total = blocks * sum(seconds(*shape, share, near, rest) for shape in shapes)
             told = f"{total:.0f} s" if total < 600 else f"{total / 3600:.1f} h"
             print(f"| {name} | {share:.0%} | {told} | {PUBLISHED[name]} |")
-    print(f"\nQuick check of {CACHED} cached rows, one change:")
+    print("\nQuick check of cached rows, ms a site:\n\n| columns | " + " | ".join(f"{n} rows" for n in CACHED) + " |")
+    print("|---" * (1 + len(CACHED)) + "|")
     for columns in (576, 4096, 14336):
-        print(f"  {columns} columns: {check(columns, device):.2f} ms a site")
+        print(f"| {columns} | " + " | ".join(f"{check(columns, count, device):.2f}" for count in CACHED) + " |")
 
 
 def gemm(device: torch.device, size: int = 2048) -> float:
     """FLOP/s of the best of five products."""
     a = torch.randn(size, size, device=device)
-    return 2 * size**3 / min(clocked(lambda: a @ a, device)[0] for _ in range(5))
+    return 2 * size**3 / min(used(clocked(lambda: a @ a, device), device) for _ in range(5))
+
+
+def used(clocks: tuple[float, float], device: torch.device) -> float:
+    """The CPU seconds on a CPU, which others may share; else the wall's."""
+    return clocks[0] if device.type == "cuda" else clocks[1]
 
 
 def clocked(run, device: torch.device) -> tuple[float, float]:
@@ -97,39 +104,34 @@ def seconds(n: int, d: int, share: float, near: float, rest: float) -> float:
 
 
 def measured(n: int, d: int, share: float | None, device: torch.device, peak: float) -> tuple[float, float]:
-    """A row of the table; seconds per FLOP of the distances and of the rest, or seconds where the site is not square.
-
-    CPU time counts on a CPU, which others may share.
-    """
+    """Print a row; seconds per FLOP of the distances and of the rest, or seconds where the site is not square."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(n, d, generator=generator, device=device)
     step = weight.abs().amax(1, keepdim=True) / 7
     change = (weight / step).round() * step - weight
     rows = None if share is None else torch.randperm(n, generator=generator, device=device)[: round(share * n)]
-    before = memory(device)
-    wall, cpu = clocked(lambda: distortion(weight, change, rows=rows), device)
-    more = memory(device) - before
+    clocks = clocked(lambda: distortion(weight, change, rows=rows), device)
     flops = work(n, d, share or 1.0)
-    used = wall if device.type == "cuda" else cpu
-    rate = sum(flops) / used
+    whole = used(clocks, device)
+    count = n if rows is None else len(rows)
     print(
-        f"| {n} x {d} | {n if rows is None else len(rows)} | {wall:.2f} | {cpu:.2f} | {more:.2f} |"
-        f" {sum(flops) / 1e9:.0f} | {rate / peak:.0%} |",
+        f"| {n} x {d} | {count} | {clocks[0]:.2f} | {clocks[1]:.2f} | {sum(flops) / 1e9:.0f} |"
+        f" {sum(flops) / whole / peak:.0%} |",
         flush=True,
     )
-    own = clocked(lambda: neighbours(weight, rows=rows), device)
-    near = own[0] if device.type == "cuda" else own[1]
-    parts = near, used - near
+    near = used(clocked(lambda: neighbours(weight, rows=rows), device), device)
+    parts = near, whole - near
     return (parts[0] / flops[0], parts[1] / flops[1]) if n == d else parts
 
 
-def check(columns: int, device: torch.device) -> float:
-    """Milliseconds of the quick check, the median of 21."""
+def check(columns: int, count: int, device: torch.device) -> float:
+    """Milliseconds of the quick check of some rows: the mean of 50, after one."""
     generator = torch.Generator(device).manual_seed(0)
     points = torch.randn(600, columns, generator=generator, device=device)
-    known = cache(points, torch.arange(CACHED, device=device))
-    changes = torch.randn(CACHED, columns, generator=generator, device=device)
-    return 1e3 * statistics.median(clocked(lambda: quick(known, changes), device)[0] for _ in range(21))
+    known = cache(points, torch.arange(count, device=device))
+    changes = torch.randn(count, columns, generator=generator, device=device)
+    quick(known, changes)
+    return 1e3 * used(clocked(lambda: [quick(known, changes) for _ in range(50)], device), device) / 50
 
 
 if __name__ == "__main__":

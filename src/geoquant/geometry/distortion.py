@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+PIECE = 1 << 17  # numbers of the cached bases at once
+
+
 @dataclass(frozen=True)
 class Distortion:
     """Of each row: MD, the share of the change that is normal, and the tangent dimension.
@@ -100,7 +103,10 @@ def cache(points: Float[Tensor, "n D"], rows: Int[Tensor, " m"], k: int = NEIGHB
 
 def quick(known: Cache, changes: Float[Tensor, "m D"]) -> Float[Tensor, " m"]:
     """MD of the cached rows, given their changes."""
-    inside = (known.bases.to(changes.dtype) @ changes[:, :, None]).square().sum((1, 2))
+    # A few rows at a time: what is converted stays in the processor's cache.
+    step = max(1, PIECE // max(1, known.bases[0].numel()))
+    pairs = zip(known.bases.split(step), changes.split(step), strict=True)
+    inside = torch.cat([(bases.to(own.dtype) @ own[:, :, None]).square().sum((1, 2)) for bases, own in pairs])
     return (changes.square().sum(1) - inside).clamp_min(0).sqrt() / known.normals
 
 
