@@ -140,7 +140,8 @@ def drift_null(
 ) -> Float[Tensor, " draws"]:
     """Drifts between averages over so many tokens each of Gaussian inputs that do not drift at all.
 
-    tokens: what both averages are worth, before and after; more than 16384 count as so many.
+    tokens: what both averages are worth, before and after; more than 16384 count as so many. Inputs of heavy tails, or
+    that come in runs, turn more than Gaussian ones do: just above this null is not yet a drift.
     """
     values, vectors = torch.linalg.eigh(covariance.double())
     root = vectors * values.clamp_min(0).sqrt()
@@ -173,5 +174,9 @@ def neighbourhood(together: Int[Tensor, "experts experts"]) -> Float[Tensor, "ex
 def smoothed(
     values: Float[Tensor, "experts ..."], steps: Float[Tensor, "experts experts"]
 ) -> Float[Tensor, "experts ..."]:
-    """`sum_j P_ij v_j`: each expert's value, or covariance, mixed with those of its neighbours."""
+    """`sum_j P_ij v_j`: each expert's value, or covariance, mixed with those of its neighbours.
+
+    Of covariances it lowers the error only where an expert has seen fewer tokens than about a column count; with more,
+    what makes experts differ is smoothed away (benchmarks/experts.py).
+    """
     return torch.tensordot(steps.to(values.dtype), values, dims=1)
