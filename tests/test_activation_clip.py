@@ -317,3 +317,25 @@ def test_chance_passes_at_the_stated_rate():
         random = torch.rand(3, 30, generator=generator(seed))
         low += judge_mixed(random[0], random[1] + 0.1, random[2] + 0.1, 0.5, permutations=49, seed=seed).p <= 0.1
     assert low <= 22
+
+
+def test_dead_sites_do_not_count():
+    kurtosis = torch.tensor([1.0, 2.0, math.nan, 3.0, 4.0])
+    squared = torch.tensor([1.0, 1.0, math.nan, 5.0, 0.0])
+    divergence = torch.tensor([2.0, 2.0, math.nan, 1.0, 0.0])
+    assert adapt_tau(kurtosis, squared, divergence) == 2.5
+    assert judge_mixed(kurtosis, squared, divergence, 2.5).share == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="none of 2 sites"):
+        adapt_tau(kurtosis[:2], torch.zeros(2), torch.zeros(2))
+
+
+def test_first_tokens_that_cannot_be_told_are_refused():
+    model = tiny_llama()
+    tokens = torch.randint(3, 300, (2, 8), generator=generator())
+    blocks = walk(model, tokens[:1])
+    mlp, plain = model.model.layers[1].mlp, model.model.layers[1].mlp.forward
+    mlp.forward = lambda x: plain(x.flatten(0, 1)).view_as(x)  # as experts see their tokens
+    assert input_histograms(model, blocks, tokens)[blocks[1].stages[2].name].count == 16 * 32
+    with pytest.raises(ValueError, match=r"first tokens of .*layers.1.mlp.* are not known: its input is \(16, 32\)"):
+        input_histograms(model, blocks, tokens, skip=1)
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -67,11 +67,14 @@ def input_histograms(
 ) -> dict[str, Histogram]:
     """The histogram of each stage's inputs, by the name of the stage, without the first `skip` tokens of each window.
 
-    A stage that no token reached (an idle expert) is absent.
+    A stage that no token reached (an idle expert) is absent. Raises ValueError for a `skip` where a stage's tokens
+    come without their places (most experts').
     """
     found: dict[str, Histogram] = {}
 
     def see(stage: Stage, x: Tensor) -> None:
+        if skip and x.ndim != 3:
+            raise ValueError(f"the first tokens of {stage.name} are not known: its input is {tuple(x.shape)}")
         part = collect(x[:, skip:] if skip else x)
         found[stage.name] = found[stage.name] + part if stage.name in found else part
 
@@ -117,8 +120,10 @@ def adapt_tau(
     """The threshold at which `mixed` has the least geometric mean of the errors of these sites.
 
     squared, divergence: each site's error by either rule. Infinite where one rule is best everywhere: +inf for
-    squared error always, -inf for divergence always. Between two sites, the middle.
+    squared error always, -inf for divergence always. Between two sites, the middle. Raises ValueError where no site
+    has errors above zero; others do not count.
     """
+    kurtosis, squared, divergence = _alive(kurtosis, squared, divergence)
     order = kurtosis.double().argsort()
     sizes, gain = kurtosis.double()[order], (divergence.double() / squared.double()).log()[order]
     # Divergence for all sites from place k on: sites with equal kurtosis cannot be parted.
@@ -159,8 +164,10 @@ def judge_mixed(
 ) -> Mixed:
     """Does `divergence where the kurtosis reaches tau` beat the better single rule?
 
-    Errors must be of tokens that neither a clip nor tau was chosen on.
+    Errors must be of tokens that neither a clip nor tau was chosen on. Raises ValueError where no site has errors above
+    zero; others do not count.
     """
+    kurtosis, squared, divergence = _alive(kurtosis, squared, divergence)
     logs = torch.stack([squared.double().log(), divergence.double().log()])
     heavy = kurtosis >= tau
     single = int(logs.mean(1).argmin())
@@ -178,3 +185,11 @@ def judge_mixed(
         best=(logs.amin(0) - logs[single]).mean().item(),
         p=(1 + reached) / (1 + permutations),
     )
+
+
+def _alive(kurtosis: Tensor, *errors: Tensor) -> tuple[Tensor, ...]:
+    """The sites whose errors have a logarithm: not those whose inputs, or whose outputs, are all zero."""
+    alive = torch.stack([(error > 0) & error.isfinite() for error in errors]).all(0)
+    if not alive.any():
+        raise ValueError(f"none of {len(kurtosis)} sites has errors above zero")
+    return tuple(given[alive] for given in (kurtosis, *errors))
