@@ -2,9 +2,10 @@
 
     python benchmarks/activation_clip.py MODEL --calibration VALID.txt --text TEST.txt
 
-Clips, and the tail weight tau of `mixed` (squared error below it, KL divergence from it on), come from the calibration
-windows; errors of the outputs and perplexities are of the text. Weights of 4 bits: rounded to nearest, groups of 64, or
-the model in `--weights`. Without `--text` both come from the text that Python carries: a check that it runs, no figure.
+Clips, and the tail weight tau of `mixed` (squared error below it, KL divergence at and above it), come from the
+calibration windows; errors of the outputs and perplexities are of the text. Weights of 4 bits: rounded to nearest,
+groups of 64, or the model in `--weights`. Without `--text` both come from the text that Python carries: a check that it
+runs, no figure.
 
 `first token apart`: the first token of every window is left out of the calibration and keeps its activations at full
 precision, as runtimes can that hold a fixed prefix in the cache: what of the damage is the attention sink's.
@@ -30,6 +31,8 @@ from geoquant.model.walk import read_weight, walk, write_weight
 from geoquant.outliers.activation_clip import RULES, choose, mixed, per_token, quantize
 from geoquant.outliers.activation_error import adapt_tau, input_histograms, judge_mixed, output_errors
 from geoquant.outliers.tails import normal_tails, tails_of
+
+KL = ("divergence", "divergence, even bins")
 
 
 def first_apart(quantizer, x: torch.Tensor) -> torch.Tensor:
@@ -94,20 +97,21 @@ def error_table(stages, errors, rules, judge: str, title: str) -> None:
         print(f"| {kind} | {' | '.join(f'{mean:.2e}' for mean in means)} | {best} |")
 
 
-def verdict(stages, calibrated, errors, tails, judge: str) -> dict[str, str]:
+def verdict(stages, calibrated, errors, tails, judge: str, heavy: str) -> dict[str, str]:
     """Print what mixing is worth; the rule of each site with the tau that the calibration tokens chose."""
     kurtosis = torch.tensor([tails[stage.name].kurtosis for stage in stages])
 
     def column(source, rule: str) -> torch.Tensor:
         return torch.tensor([getattr(source[stage.name][rule], judge) for stage in stages])
 
-    tau = adapt_tau(kurtosis, column(calibrated, "squared"), column(calibrated, "divergence"))
-    found = judge_mixed(kurtosis, column(errors, "squared"), column(errors, "divergence"), tau)
+    tau = adapt_tau(kurtosis, column(calibrated, "squared"), column(calibrated, heavy))
+    found = judge_mixed(kurtosis, column(errors, "squared"), column(errors, heavy), tau)
+    single = heavy if found.single == "divergence" else found.single
     print(
-        f"| {judge} | {tau:.3g} | {found.share:.0%} | {found.single} | {found.gain:+.3f} ± {found.se:.3f} "
+        f"| {heavy} | {judge} | {tau:.3g} | {found.share:.0%} | {single} | {found.gain:+.3f} ± {found.se:.3f} "
         f"| {found.best:+.3f} | {found.p:.3f} |"
     )
-    return {stage.name: mixed(tails[stage.name].kurtosis, tau) for stage in stages}
+    return {stage.name: mixed(tails[stage.name].kurtosis, tau, heavy) for stage in stages}
 
 
 def main() -> None:
@@ -148,19 +152,23 @@ def main() -> None:
 
     arms = {rule: static(0, dict.fromkeys(sites, rule)) for rule in RULES}
     arms["per token"] = dict.fromkeys(sites, partial(per_token, bits=bits))
-    calibrated = output_errors(model, blocks, calibration, {rule: arms[rule] for rule in ("squared", "divergence")})
+    compared = ("squared", *KL)
+    calibrated = output_errors(model, blocks, calibration, {rule: arms[rule] for rule in compared})
     errors = output_errors(model, blocks, text.tokens[:4], arms)
     error_table(stages, errors, list(arms), "energy", "Error of the outputs, `tr(W dX^T dX W^T) / tr(W X^T X W^T)`:")
     error_table(stages, errors, list(arms), "token", "The same, mean over tokens of each one's own relative error:")
-    print("\n| judge | tau | with KL | better single rule | mixed against it, ln | best of both per site | p |")
-    print("|---|---|---|---|---|---|---|")
-    choices = {judge: verdict(stages, calibrated, errors, tails, judge) for judge in ("energy", "token")}
-
+    print("\n| mixed with | judge | tau | share | better single rule | mixed against it, ln | best of both | p |")
+    print("|---|---|---|---|---|---|---|---|")
+    choices = {
+        f"{heavy}, by {judge}": verdict(stages, calibrated, errors, tails, judge, heavy)
+        for heavy in KL
+        for judge in ("energy", "token")
+    }
     middle = statistics.median(t.kurtosis for t in tails.values())
-    choices["the middle kurtosis"] = {name: mixed(t.kurtosis, middle) for name, t in tails.items()}
+    choices["divergence, at the middle"] = {name: mixed(t.kurtosis, middle) for name, t in tails.items()}
     # With an infinite tau mixing is one of the rules, measured already.
     choices = {by: chosen for by, chosen in choices.items() if len(set(chosen.values())) > 1}
-    arms |= {f"mixed by {by}": static(0, chosen) for by, chosen in choices.items()}
+    arms |= {f"mixed, {by}": static(0, chosen) for by, chosen in choices.items()}
     outs = {site.name for stage in stages for site in stage.sites if site.kind == "mlp_out"}
     partly = {name: arms["per token" if name in outs else "squared"][name] for name in sites}
     arms["squared, but per token into mlp out"] = partly

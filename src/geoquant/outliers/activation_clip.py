@@ -28,6 +28,7 @@ __all__ = [
 
 PERCENTILE = 0.9999
 SMOOTHING = 1e-4
+EVEN = 2048  # bins of the published rule
 COARSE = 16  # clips tried per octave
 FINE = 32  # tried between a coarse one and the next
 
@@ -72,12 +73,17 @@ def squared_errors(
 
 
 def divergences(
-    histogram: Histogram, clips: Float[Tensor, " n"], bits: int = 8, smoothing: float = SMOOTHING
+    histogram: Histogram,
+    clips: Float[Tensor, " n"],
+    bits: int = 8,
+    smoothing: float = SMOOTHING,
+    even: int | None = None,
 ) -> Float[Tensor, " n"]:
     """Kullback-Leibler divergence, in nats, of the quantized from the original distribution of |x|, for each clip.
 
-    The entropy calibration of integer inference (Migacz: 8-bit inference with TensorRT, GTC 2017), on the bins of
-    the histogram instead of 2048 even ones, which a value a thousand times the others would leave in one bin:
+    The entropy calibration of integer inference (Migacz: 8-bit inference with TensorRT, GTC 2017), on the bins of the
+    histogram or, as there, on so many `even` ones up to the largest value. Even bins do not see what is smaller than
+    one of them, which can be all but one value.
 
     P: the masses of the bins up to the clip; what lies beyond is added to the last of them, as clipping does.
     Q: the masses without what lies beyond, summed over all bins that round to one code, and spread again over those of
@@ -87,8 +93,7 @@ def divergences(
 
     The bins are an estimate from a sample: m bins with n values add about m / (2n).
     """
-    counts, means, borders = histogram.counts.sum(0)[histogram.occupied], histogram.means, edges()
-    widths = (borders[1:] - borders[:-1])[histogram.occupied]
+    counts, means, widths = _bins(histogram, even)
     levels, found = _levels(bits), []
     for clip in clips.double():
         inside = max(1, int(torch.searchsorted(means, clip, right=True)))
@@ -102,6 +107,19 @@ def divergences(
         q = (1 - smoothing) * q + smoothing * widths[:inside] / widths[:inside].sum()
         found.append((p * (p / q).log()).sum())
     return torch.stack(found)
+
+
+def _bins(histogram: Histogram, even: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts, means and widths of the bins that hold values; a fine bin goes to the even one of its mean."""
+    counts, means, borders = histogram.counts.sum(0)[histogram.occupied], histogram.means, edges()
+    if even is None:
+        return counts, means, (borders[1:] - borders[:-1])[histogram.occupied]
+    width = histogram.largest[0] / even
+    places = (means / width).long().clamp_max(even - 1)
+    sums = torch.bincount(places, weights=counts * means, minlength=even)
+    counts = torch.bincount(places, weights=counts, minlength=even)
+    full = counts > 0
+    return counts[full], sums[full] / counts[full], width.expand(int(full.sum()))
 
 
 def _largest(histogram: Histogram, bits: int) -> float:
@@ -124,12 +142,20 @@ def _divergence(histogram: Histogram, bits: int) -> float:
     return _least(histogram, lambda clips: divergences(histogram, clips, bits))
 
 
+def _even(histogram: Histogram, bits: int) -> float:
+    """The same on even bins, as it was published: no code takes less than one bin, so that with 8 bits the clip is at
+    least a sixteenth of the largest value."""
+    low = histogram.largest[0].item() * (_levels(bits) + 1) / EVEN
+    return _least(histogram, lambda clips: divergences(histogram, clips, bits, even=EVEN), low)
+
+
 # Each takes a histogram and the bits and gives a clip.
 RULES: dict[str, Callable[[Histogram, int], float]] = {
     "max": _largest,
     "percentile": percentile,
     "squared": _squared,
     "divergence": _divergence,
+    "divergence, even bins": _even,
 }
 
 
@@ -141,22 +167,22 @@ def choose(histogram: Histogram, rule: str, bits: int = 8) -> float:
     return RULES[rule](histogram, bits) if histogram.largest[0] > 0 else 0.0
 
 
-def mixed(kurtosis: float, tau: float) -> str:
-    """The rule for a tensor by its tail: `squared` where its excess kurtosis is below tau, else `divergence`.
+def mixed(kurtosis: float, tau: float, heavy: str = "divergence") -> str:
+    """The rule for a tensor by its tail: `squared` where its excess kurtosis is below tau, else `heavy`.
 
     No tau is right for every model, and infinity may be (see `adapt_tau`).
     """
-    return "squared" if kurtosis < tau else "divergence"
+    return "squared" if kurtosis < tau else heavy
 
 
-def _least(histogram: Histogram, cost: Callable[[Tensor], Tensor]) -> float:
-    """The clip of least cost between half the median (or 2^-16 of the largest value) and the largest value.
+def _least(histogram: Histogram, cost: Callable[[Tensor], Tensor], low: float = 0.0) -> float:
+    """The clip of least cost between `low`, half the median or 2^-16 of the largest value, and the largest value.
 
     Tried at 16 clips per octave, then at 64 between the neighbours of the best: the curve has many shallow minima,
     and within 0.14% of the clip the search may miss the best of them.
     """
     top = histogram.largest[0].item()
-    low = max(histogram.quantile(0.5) / 2, top * 2.0**-16)
+    low = max(low, histogram.quantile(0.5) / 2, top * 2.0**-16)
     clips = _geometric(low, top, 1 + COARSE * max(1, round(torch.tensor(top / low).log2().item())))
     best = int(cost(clips).argmin())
     near = clips[max(best - 1, 0)], clips[min(best + 1, len(clips) - 1)]
