@@ -2,7 +2,9 @@
 
 Errors of the inputs are no judge: a column counts by the weights that read it. The judge is the error of a site's
 output on tokens that no clip was chosen on, `tr(W dX^T dX W^T)`. Where one token holds most of the energy (an attention
-sink), that is the error of one token; so the mean over tokens of each one's own relative error stands beside it.
+sink), that is the error of one token; so the mean over tokens of each one's own relative error stands beside it. It is
+no better judge: to it a sink that was cut off is one token among many, to the model it is not. Which of both orders the
+clips as the perplexity does is printed by `benchmarks/activation_clip.py`.
 """
 
 from __future__ import annotations
