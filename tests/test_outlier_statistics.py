@@ -169,6 +169,8 @@ def test_errors_of_many_scores_are_the_jackknife_and_add_over_texts():
     for name, found in both.items():
         torch.testing.assert_close(found.square(), by_text["public"][name] ** 2 + by_text["private"][name] ** 2)
     assert not by_text["private"]["fisher"].any()  # private text does not enter it
+    assert by_text["public"]["privacy_ratio"].any()
+    assert not by_text["public"]["privacy_memory"].any()
     assert not both["change"].any()
     assert by_text["public"]["fisher_low_rank"].any()
     assert by_text["private"]["fisher_low_rank_private"].any()
