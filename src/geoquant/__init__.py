@@ -16,20 +16,24 @@ from typing import TYPE_CHECKING
 from geoquant import _hook
 
 if TYPE_CHECKING:
+    from geoquant.analysis import analyze
     from geoquant.auditing import audit
+    from geoquant.benching import bench
     from geoquant.errors import UserError
     from geoquant.model.load import load
     from geoquant.pipeline import make_plan, quantize
     from geoquant.recipe import Recipe
 
-__all__ = ["Recipe", "UserError", "__version__", "audit", "load", "make_plan", "quantize"]
+__all__ = ["Recipe", "UserError", "__version__", "analyze", "audit", "bench", "load", "make_plan", "quantize"]
 
 __version__ = "0.1.0"
 
 # public name -> (module, name there)
 PUBLIC = {
     "Recipe": ("geoquant.recipe", "Recipe"),
+    "analyze": ("geoquant.analysis", "analyze"),
     "audit": ("geoquant.auditing", "audit"),
+    "bench": ("geoquant.benching", "bench"),
     "UserError": ("geoquant.errors", "UserError"),
     "load": ("geoquant.model.load", "load"),
     "make_plan": ("geoquant.pipeline", "make_plan"),

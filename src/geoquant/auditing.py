@@ -19,6 +19,7 @@ from torch import nn
 
 from geoquant.data.records import Record, Split, load_split
 from geoquant.errors import UserError
+from geoquant.folders import claim, made
 from geoquant.manifest import versions
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load, load_tokenizer, locate
@@ -31,7 +32,6 @@ from geoquant.privacy.shadows import train_shadows as train
 from geoquant.privacy.validity import SplitCheck, check_sides
 from geoquant.progress import Progress, silent
 from geoquant.recipe import checked
-from geoquant.runs import sweep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def audit(
     if train_shadows:
         shadow_settings.check(train_shadows)
     split = load_split(members, nonmembers, canaries)
-    folder = None if out is None else _claimed(Path(out))
+    folder = None if out is None else made(claim(Path(out), OURS, "an audit"), "scores")
     started, seconds = time.perf_counter(), {}
     check = check_sides(split, seed=seed)
     _check_tokens(given, tokenizer, split)
@@ -231,19 +231,3 @@ def _records(split: Split, members: object, nonmembers: object, canaries: object
 
 def _named(progress: Progress, phase: str) -> Progress:
     return lambda _, done, total, note="": progress(phase, done, total, note)
-
-
-def _claimed(folder: Path) -> Path:
-    """The folder for an audit: new, empty, or that of an earlier one, whose scores serve again."""
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder} is a file", wanted="a folder")
-        sweep(folder)
-        if folder.exists() and (foreign := sorted({entry.name for entry in folder.iterdir()} - set(OURS))):
-            raise UserError(
-                f"output folder {folder} holds {foreign[0]}, which is no part of an audit", fix="choose a new folder"
-            )
-        (folder / "scores").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}", fix="choose another --out folder") from None
-    return folder

@@ -27,6 +27,8 @@ COMMANDS = {
     "plan": ("plan:plan", "the same without doing it: codes, sizes, time, memory"),
     "eval": ("evaluate:evaluate", "perplexity, divergence from another model, multiple choice"),
     "audit": ("audit:audit", "what do the weights reveal about their training records?"),
+    "analyze": ("analyze:analyze", "which weights matter to which text: scores, errors, nulls, a map"),
+    "bench": ("bench:bench", "which score foretells the harm of rounding a layer?"),
     "records": ("records:records", "make synthetic private records to train on and audit with"),
     "finetune": ("finetune:finetune", "train on records until an attack succeeds, or for some epochs"),
     "export": ("export:export", "one more format from a finished run"),
@@ -42,6 +44,8 @@ RESUME = {
     "quantize": "finished sites are kept: add --resume to the same command to go on",
     "demo": "finished steps are kept: run the same command to go on",
     "audit": "with --out, the scores of texts that were finished are kept: run the same command to go on",
+    "analyze": "finished blocks are kept: run the same command to go on",
+    "bench": "effects that were measured are kept: run the same command to go on",
     "finetune": "the last hundred steps at most are lost: run the same command to go on",
 }
 

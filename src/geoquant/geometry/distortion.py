@@ -19,7 +19,19 @@ from torch import Tensor
 
 from geoquant.geometry.tangent import NEIGHBOURS, SHARE, frames
 
-__all__ = ["Cache", "Distortion", "attention_distortion", "cache", "distortion", "expert_distortion", "quick"]
+__all__ = [
+    "Cache",
+    "Distortion",
+    "attention_distortion",
+    "cache",
+    "distortion",
+    "distortions",
+    "expert_distortion",
+    "quick",
+]
+
+
+PIECE = 1 << 17  # numbers of the cached bases at once
 
 
 @dataclass(frozen=True)
@@ -42,14 +54,26 @@ def distortion(
     rows: Int[Tensor, " m"] | None = None,
 ) -> Distortion:
     """MD of every row, or of `rows` only (of outliers, say: the cost goes with their number, neighbours are exact)."""
-    found = []
+    return distortions(points, (changes,), k, share, rows)[0]
+
+
+def distortions(
+    points: Float[Tensor, "n D"],
+    changes: Sequence[Float[Tensor, "n D"]],
+    k: int = NEIGHBOURS,
+    share: float = SHARE,
+    rows: Int[Tensor, " m"] | None = None,
+) -> list[Distortion]:
+    """MD of several changes of the same points, the tangent spaces found once."""
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in changes]
     for part in frames(points, k, share, rows):
-        delta, offset = changes[part.points], points[part.points] - part.centres
-        moved, own = part.normal_squares(delta, offset)
+        offset, deltas = points[part.points] - part.centres, [change[part.points] for change in changes]
+        own, *moved = part.normal_squares(offset, *deltas)
         inside = own <= 1e-8 * offset.square().sum(1)  # within single precision nothing is left of the distance
-        md = torch.where(inside, torch.inf, (moved / own).sqrt())
-        found.append((md, (moved / delta.square().sum(1)).sqrt(), part.dims))
-    return Distortion(*(torch.cat(column) for column in zip(*found, strict=True)))
+        for parts, delta, normal in zip(found, deltas, moved, strict=True):
+            md = torch.where(inside, torch.inf, (normal / own).sqrt())
+            parts.append((md, (normal / delta.square().sum(1)).sqrt(), part.dims))
+    return [Distortion(*(torch.cat(column) for column in zip(*parts, strict=True))) for parts in found]
 
 
 # ---- a check that is quick enough for a device
@@ -79,7 +103,10 @@ def cache(points: Float[Tensor, "n D"], rows: Int[Tensor, " m"], k: int = NEIGHB
 
 def quick(known: Cache, changes: Float[Tensor, "m D"]) -> Float[Tensor, " m"]:
     """MD of the cached rows, given their changes."""
-    inside = (known.bases.to(changes.dtype) @ changes[:, :, None]).square().sum((1, 2))
+    # A few rows at a time: what is converted stays in the processor's cache.
+    step = max(1, PIECE // max(1, known.bases[0].numel()))
+    pairs = zip(known.bases.split(step), changes.split(step), strict=True)
+    inside = torch.cat([(bases.to(own.dtype) @ own[:, :, None]).square().sum((1, 2)) for bases, own in pairs])
     return (changes.square().sum(1) - inside).clamp_min(0).sqrt() / known.normals
 
 

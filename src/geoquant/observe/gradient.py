@@ -29,7 +29,7 @@ from geoquant.observe.stream import BlockCall, Stream, hooks, run_block, spread
 from geoquant.observe.vocabulary import VocabularyMoments, VocabularyWatch
 from geoquant.progress import Progress, silent
 
-__all__ = ["Curvature", "check_head", "token_energies"]
+__all__ = ["Curvature", "check_head", "head_gradient", "token_energies"]
 
 CHUNK = 4  # windows per chunk
 HEAD_ROWS = 128
@@ -114,7 +114,7 @@ def token_energies(
         gradients = []
         for part, x, last in zip(rows, hidden, held):
             see = ends and partial(ends.see_head, held=last)
-            gradients.append(_head_gradient(model, x, tokens[part].to(x.device), head, see))
+            gradients.append(head_gradient(model, x, tokens[part].to(x.device), head, see))
         for block, module, call in zip(reversed(blocks), reversed(list(modules)), reversed(calls)):
             work = pure_copy(module, compute)
             inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
@@ -167,7 +167,7 @@ def _accumulator(stage: Stage, device: torch.device, compute: torch.dtype) -> Ac
 
 
 @torch.no_grad()
-def _head_gradient(
+def head_gradient(
     model: nn.Module,
     hidden: Float[Tensor, "b l h"],
     tokens: Int[Tensor, "b l"],

@@ -29,13 +29,13 @@ from geoquant.privacy.prompts import make_prompts
 from geoquant.privacy.scores import Kept, RecordScores, SplitScores
 from geoquant.progress import Progress, silent
 
-__all__ = ["check_same_tokens", "score_records", "score_split"]
+__all__ = ["check_same_tokens", "encode", "score_records", "score_split"]
 
 MAX_TOKENS = 1024
 FORM = "1"  # of what is kept: files of another form are not read
 
 
-def _encode(tokenizer, records: Sequence[Record], limit: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def encode(tokenizer, records: Sequence[Record], limit: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Token ids (with BOS where due) and the characters of every token but a BOS, cut to `limit` tokens."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("this tokenizer cannot say which characters a token covers", wanted="a fast tokenizer")
@@ -57,7 +57,7 @@ def check_same_tokens(model: str, tokenizer, reference: str, other, split: Split
     model, reference: their names. Attacks that subtract one model's log-probabilities from the other's need this.
     """
     for record in (*split.members, *split.nonmembers, *split.canaries, *split.withheld):
-        (_, own), (_, its) = (_encode(one, [record], sys.maxsize)[0] for one in (tokenizer, other))
+        (_, own), (_, its) = (encode(one, [record], sys.maxsize)[0] for one in (tokenizer, other))
         if own != its or adds_bos(tokenizer) != adds_bos(other):
             raise UserError(
                 f"the reference {reference} cuts the records into other tokens than {model}",
@@ -102,7 +102,7 @@ def score_records(
     if not records:
         raise UserError("no records to score")
     limit = min(max_tokens, getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_tokens)
-    encoded = _encode(tokenizer, records, limit)
+    encoded = encode(tokenizer, records, limit)
     rows = vocabulary_rows(model)
     if (largest := max((max(ids, default=0) for ids, _ in encoded), default=0)) >= rows:
         raise UserError(
@@ -220,7 +220,7 @@ def score_split(
     if not split.canaries or merged:
         return found
     secrets = [(record.canary.start, record.canary.end) for record in split.canaries]
-    encoded = _encode(tokenizer, split.canaries, MAX_TOKENS)
+    encoded = encode(tokenizer, split.canaries, MAX_TOKENS)
     name = f"ranks-{_content_name([encoded, secrets], digits, bfloat16)}"
     walked = kept.read(name) if kept else None
     if walked is None:

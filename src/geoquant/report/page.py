@@ -90,9 +90,9 @@ def _environment() -> Environment:
     return environment
 
 
-def rendered(template: str, **values: object) -> str:
-    """The page that a template of this folder makes of the values, with style and script in it."""
-    style, script = _part("style.css"), _part("copy.js")
+def rendered(template: str, *, scripts: tuple[str, ...] = ("copy.js",), **values: object) -> str:
+    """The page that a template of this folder makes of the values, with style and scripts in it."""
+    style, script = _part("style.css"), "\n".join(map(_part, scripts))
     return (
         _environment()
         .get_template(template)

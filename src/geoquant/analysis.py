@@ -1,0 +1,337 @@
+"""The analysis of a model: whose weights matter, to which text, and how sure that is.
+
+    DIR/
+      manifest.json                   what is analysed, and how; another analysis does not go on in this folder
+      scores/BLOCK.safetensors        of every site and score: columns, rows, groups, standard errors
+      analysis.json, analysis.html
+
+A killed analysis goes on with the blocks that it lacks.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from geoquant.data.records import Record, as_records
+from geoquant.data.text import Windows, read_text
+from geoquant.data.text import windows as cut_windows
+from geoquant.errors import UserError
+from geoquant.examine import check_context
+from geoquant.folders import begin, claim
+from geoquant.manifest import versions
+from geoquant.measure import builtin_ends
+from geoquant.model.identity import model_hash
+from geoquant.model.load import Loaded, load, locate
+from geoquant.model.paging import map_weights
+from geoquant.model.walk import Block, Site, read_weight, site_modules, walk
+from geoquant.observe.backward import backward
+from geoquant.observe.compute import compute_dtype
+from geoquant.observe.gradient import check_head
+from geoquant.observe.texts import Sequences, padded
+from geoquant.outliers.appraise import Appraisal, Collected, appraise
+from geoquant.outliers.score import Score
+from geoquant.outliers.scores import SCORES
+from geoquant.privacy.scoring import encode
+from geoquant.progress import Progress, silent
+from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
+from geoquant.runs import read_metadata, write_tensors
+
+__all__ = ["analyze"]
+
+OURS = ("manifest.json", "scores", "analysis.json", "analysis.html")
+PARTS = 4  # of each text: a standard error from fewer says little, and each costs memory
+
+
+def analyze(
+    model: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    private: str | Path | Sequence[str | Record] | None = None,
+    domain: str | Path | Sequence[str | Record] | None = None,
+    text: str | Path | None = None,
+    windows: int = 8,
+    window: int = 512,
+    records: int = 48,
+    bits: int = 3,
+    seed: int = 0,
+    device: str = "cpu",
+    compute: str = "auto",
+    progress: Progress = silent,
+    command: str = "geoquant.analyze",
+) -> dict:
+    """Scores of every site's columns, rows and groups, each with its standard error and its null, into folder `out`.
+
+    model, base: a folder, hub id or .gguf file of one architecture. private: records that the model was trained on.
+    domain: records of the same kind that it has not seen. text: public text (default: the built-in one), of which the
+    first `windows` of `window` tokens are read. records: so many of each side. bits: of the plain rounding whose error
+    scores weigh. Scores that need what is not given are left out.
+
+    Returns what analysis.json holds. Raises UserError for whatever the user can mend.
+    """
+    if domain is not None and private is None:
+        raise UserError("--domain is compared with private records", wanted="--private as well")
+    for one in (model, *(() if base is None else (base,))):
+        locate(str(one))
+    sides = {
+        name: as_records(given, name)[:records]
+        for name, given in (("private", private), ("domain", domain))
+        if given is not None
+    }
+    folder, clock = claim(Path(out), OURS, "an analysis"), Clock()
+    forget_peak_memory()
+    with clock("load"):
+        loaded = load(str(model), device=device)
+        public = _windows(loaded, text, window, windows)
+        check_context(loaded, window)
+        texts = {"public": _even(public.tokens.tolist(), 0)}
+        for name, side in sides.items():
+            encoded = encode(loaded.tokenizer, side, window)
+            texts[name] = _even([ids for ids, _ in encoded if len(ids) > 1], loaded.tokenizer.pad_token_id or 0)
+        pages = map_weights(loaded.model)
+        blocks = walk(loaded.model, public.tokens[:1, :8], pages)
+        check_head(loaded.model, public.tokens[:1, :8], pages)
+        other = None if base is None else _same_shape(load(str(base), device=device), loaded)
+    scores = [score for score in SCORES.values() if _possible(score, sides, other)]
+    facts = {
+        "model": _facts(loaded),
+        "base": other and _facts(other),
+        "texts": {
+            "public": {"source": public.source, "windows": len(public), "tokens": texts["public"].count},
+            **{name: {"records": len(side), "tokens": texts[name].count} for name, side in sides.items()},
+        },
+        "data_sha256": {name: _digest(one) for name, one in texts.items()},
+        "settings": {"window": window, "bits": bits, "parts": PARTS, "seed": seed, "compute": compute},
+        "scores": [_described(score) for score in scores],
+    }
+    key = begin(folder, facts, command, "an analysis", "scores")
+    with clock("scores"):
+        chosen = compute_dtype(compute, loaded.model.device)
+        _score(folder, key, loaded, other, blocks, texts, scores, bits, seed, chosen, pages, progress)
+    sites = [site for block in blocks for site in _kept(folder, block, key)]
+    report = {
+        "schema": 1,
+        **facts,
+        "sites": sites,
+        "findings": findings(sites, facts["scores"]),
+        "versions": versions(),
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": clock.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    from geoquant.report.analysis import write_analysis
+
+    write_analysis(folder, report)
+    return report
+
+
+def _score(
+    folder: Path,
+    key: str,
+    loaded: Loaded,
+    other: Loaded | None,
+    blocks: tuple[Block, ...],
+    texts: dict[str, Sequences],
+    scores: list[Score],
+    bits: int,
+    seed: int,
+    compute: torch.dtype,
+    pages,
+    progress: Progress,
+) -> None:
+    """Every block's scores on disk, the last block first; those that are there already cost their gradients only."""
+    missing = {block.index for block in blocks if _read(folder, block, key) is None}
+    if not missing:
+        return
+    collected = Collected(PARTS)
+
+    def see(text: str, batch: int, site: str, x: Tensor, g: Tensor) -> None:
+        if under_way in missing:
+            collected.see(text, batch, site, x, g)
+
+    modules = site_modules(loaded.model)
+    bases = None if other is None else site_modules(other.model)
+    under_way = blocks[-1].index
+    for block in backward(loaded.model, blocks, texts, see, compute=compute, pages=pages, progress=progress):
+        if block.index in missing:
+            tensors, facts = {}, []
+            for site in block.sites:
+                weight = read_weight(modules[site.name])
+                change = None if bases is None else read_weight(bases[site.name])
+                seen = {name: collected.of(site.name, name) for name in texts}
+                found = appraise(site, weight, change, seen, scores, bits=bits, seed=seed)
+                facts.append(_told(site, found))
+                tensors |= {f"{site.name}|{name}": value for name, value in _tensors(found)}
+            metadata = {"key": key, "sites": json.dumps(facts)}
+            write_tensors(_path(folder, block), tensors, metadata)
+        collected.clear()
+        gc.collect()
+        under_way = block.index - 1
+        if min(missing) >= block.index:
+            return
+
+
+def _tensors(found: Iterable[Appraisal]) -> Iterator[tuple[str, Tensor]]:
+    """What one site's scores leave, by name; groups in half precision, scaled to a largest of one: they are many."""
+    for one in found:
+        kept = {"columns": one.columns, "rows": one.rows, "part_errors": one.part_errors}
+        for name, value in kept.items():
+            if value is not None:
+                yield f"{one.score.name}|{name}", value.float().contiguous()
+        if one.groups is not None:
+            scale = one.groups.abs().max().clamp_min(1e-30)
+            yield f"{one.score.name}|groups", (one.groups / scale).to(torch.float16).contiguous()
+            yield f"{one.score.name}|groups_scale", scale.float().reshape(1)
+
+
+def _told(site: Site, found: list[Appraisal]) -> dict:
+    """What analysis.json says of a site."""
+    return {
+        "name": site.name,
+        "block": site.block,
+        "kind": site.kind,
+        "shape": list(site.shape),
+        "scores": {
+            one.score.name: {
+                "value": _number(one.site),
+                "se": _number(one.error),
+                "null": _number(one.null),
+                **_largest(one),
+            }
+            for one in found
+        },
+    }
+
+
+POINTS = 33
+
+
+def _largest(one: Appraisal) -> dict:
+    """The columns (or rows) with the most, their share of the whole, and the profile of all of them, sorted."""
+    for axis, values in (("columns", one.columns), ("rows", one.rows)):
+        if values is None:
+            continue
+        ordered = values.sort(descending=True)
+        places = torch.linspace(0, len(values) - 1, min(POINTS, len(values))).round().long()
+        total = values.abs().sum().clamp_min(1e-30)
+        return {
+            "axis": axis,
+            "largest": ordered.indices[:5].tolist(),
+            "share": _number((ordered.values[0].abs() / total).item()) if one.score.combine == "sum" else None,
+            "profile": [_number(value) for value in ordered.values[places].tolist()],
+        }
+    return {}
+
+
+def _number(value: float) -> float | None:
+    """Five significant digits; None for what is no number."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def findings(sites: list[dict], scores: list[dict]) -> list[str]:
+    """One sentence per score, computed from the numbers: where it is largest, how sure that is, and the null."""
+    told = []
+    for score in scores:
+        rows = [(site["scores"][score["name"]], site) for site in sites if score["name"] in site["scores"]]
+        rows = [(one, site) for one, site in rows if one["value"] is not None]
+        if not rows:
+            continue
+        one, site = max(rows, key=lambda row: row[0]["value"])
+        beyond = sum(1 for found, _ in rows if _beyond(found))
+        among = f"{beyond} of {len(rows)} sites lie more than two standard errors above their null"
+        told.append(
+            f"{score['title']}: largest at {site['name']} ({one['value']:.3g}, null {one['null']:.3g}); {among}."
+        )
+    return told
+
+
+def _beyond(found: dict) -> bool:
+    known = None not in (found["value"], found["se"], found["null"])
+    return known and found["value"] > found["null"] + 2 * found["se"]
+
+
+# ---- texts and models
+
+
+def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -> Windows:
+    if text is None:
+        return builtin_ends(loaded.tokenizer, length, count, 0)[0]
+    return cut_windows(loaded.tokenizer, read_text(text), length=length, count=count, source=str(text))
+
+
+def _even(sequences: list[list[int]], filler: int) -> Sequences:
+    """An even number of sequences, so that two go through together. Raises UserError for fewer than one per part."""
+    if len(sequences) < PARTS:
+        raise UserError(
+            f"{len(sequences)} sequences of two tokens or more",
+            wanted=f"at least {PARTS}: errors come from parts of a text",
+        )
+    return padded(sequences[: len(sequences) // 2 * 2], filler)
+
+
+def _same_shape(other: Loaded, loaded: Loaded) -> Loaded:
+    """The base, if it has the model's sites. Raises UserError otherwise."""
+    mine, its = ({n: tuple(m.weight.shape) for n, m in site_modules(x.model).items()} for x in (loaded, other))
+    if mine != its:
+        name = next(iter(sorted(set(mine.items()) ^ set(its.items()))))[0]
+        raise UserError(
+            f"the base {other.name} has not the layers of {loaded.name} (first: {name})",
+            fix="give the model that it was fine-tuned from",
+        )
+    return other
+
+
+def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:
+    given = {"public", *sides, *(() if other is None else ("base",))}
+    return {need.removesuffix("_gradients") for need in score.needs} <= given
+
+
+def _facts(loaded: Loaded) -> dict:
+    return {
+        "name": loaded.name,
+        "source": loaded.source,
+        "architecture": type(loaded.model).__name__,
+        "parameters": loaded.parameters,
+        "sha256": model_hash(loaded.model),
+    }
+
+
+def _described(score: Score) -> dict:
+    names = ("name", "title", "unit", "axis", "combine", "paper")
+    return {name: getattr(score, name) for name in names} | {"needs": list(score.needs)}
+
+
+def _digest(sequences: Sequences) -> str:
+    digest = hashlib.sha256(sequences.tokens.numpy().tobytes())
+    digest.update(sequences.lengths.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- the folder
+
+
+def _path(folder: Path, block: Block) -> Path:
+    return folder / "scores" / f"{block.index:03d}.safetensors"
+
+
+def _read(folder: Path, block: Block, key: str) -> list[dict] | None:
+    """What a finished block's file says of its sites; None where there is none of this analysis."""
+    path = _path(folder, block)
+    if not path.exists():
+        return None
+    metadata = read_metadata(path)
+    return json.loads(metadata["sites"]) if metadata.get("key") == key else None
+
+
+def _kept(folder: Path, block: Block, key: str) -> list[dict]:
+    return _read(folder, block, key) or []

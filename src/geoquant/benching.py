@@ -1,0 +1,255 @@
+"""The geometry benchmark: which number that can be had beforehand foretells what rounding a layer will do?
+
+Every site is rounded alone (nearest codes, groups of 64) at each bit width, and what that does is measured: the loss on
+public text, on unseen records, and the attack. Every score of an analysis is then ranked against it, with intervals,
+beside what anybody would guess first (depth, size, the length of the error).
+
+    DIR/
+      manifest.json         the analysis, the texts and the settings; another benchmark does not go on in this folder
+      effects.jsonl         one line per site and bit width, as soon as it is measured: a killed benchmark goes on
+      bench.json, bench.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from geoquant.data.records import Record, Split, as_records
+from geoquant.data.text import Windows, read_text
+from geoquant.data.text import windows as cut_windows
+from geoquant.errors import UserError
+from geoquant.examine import check_context
+from geoquant.folders import begin, claim
+from geoquant.manifest import versions
+from geoquant.measure import builtin_tail
+from geoquant.model.identity import model_hash
+from geoquant.model.load import Loaded, load, load_tokenizer, locate
+from geoquant.model.walk import read_weight, site_modules
+from geoquant.outliers.effects import Baseline, Material, effect, open_baseline
+from geoquant.outliers.interventions import Intervention, Part
+from geoquant.outliers.leaderboard import ceiling, leaderboard
+from geoquant.privacy.scores import RecordScores
+from geoquant.privacy.scoring import check_same_tokens, score_records
+from geoquant.progress import Progress, silent
+from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
+from geoquant.runs import read_json
+
+__all__ = ["bench"]
+
+OURS = ("manifest.json", "effects.jsonl", "bench.json", "bench.html")
+BITS = (2, 3, 4)
+
+
+def bench(
+    model: str | Path,
+    out: str | Path,
+    *,
+    analysis: str | Path,
+    base: str | Path | None = None,
+    private: str | Path | Sequence[str | Record] | None = None,
+    domain: str | Path | Sequence[str | Record] | None = None,
+    text: str | Path | None = None,
+    windows: int = 8,
+    window: int = 256,
+    records: int = 100,
+    bits: Sequence[int] = BITS,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+    command: str = "geoquant.bench",
+) -> dict:
+    """Rank every score of `analysis` (the folder of a finished one of this model) against measured effects.
+
+    text: public text to measure on (default: the end of the built-in one, of which an analysis reads the start).
+    private, domain: records that the model was trained on, and others of the same kind that it has not seen: both or
+    none. base: calibrates the attack. Returns what bench.json holds; raises UserError for what the user can mend.
+    """
+    if (private is None) != (domain is None):
+        raise UserError("effects on an attack need both sides", wanted="--private and --domain, or neither")
+    if not bits or any(not 2 <= one <= 8 for one in bits):
+        raise UserError(f"--bits {' '.join(map(str, bits))}", wanted="whole numbers from 2 to 8")
+    for one in (model, *(() if base is None else (base,))):
+        locate(str(one))
+    told = _analysis(Path(analysis))
+    sides = [
+        () if given is None else as_records(given, name)[:records]
+        for name, given in (("private", private), ("domain", domain))
+    ]
+    folder, clock = claim(Path(out), OURS, "a benchmark"), Clock()
+    forget_peak_memory()
+    with clock("load"):
+        reference = None
+        if base is not None and private is not None:
+            reference = _base_scores(str(base), str(model), sides, device, progress)
+        loaded = load(str(model), device=device)
+        if model_hash(loaded.model) != told["model"]["sha256"]:
+            raise UserError(f"{analysis} is the analysis of another model than {model}", fix=f"analyze {model} first")
+        check_context(loaded, window)
+        public = _windows(loaded, text, window, windows)
+    facts = {
+        "model": told["model"],
+        "analysis_sha256": hashlib.sha256((Path(analysis) / "analysis.json").read_bytes()).hexdigest(),
+        "texts": {
+            "public": {"source": public.source, "sha256": public.sha256, "windows": windows, "window": window},
+            "private": _side(sides[0]),
+            "domain": _side(sides[1]),
+        },
+        "settings": {"bits": list(bits), "seed": seed, "reference": base is not None},
+    }
+    begin(folder, facts, command, "a benchmark")
+    with clock("effects"):
+        material = Material(public, members=sides[0], nonmembers=sides[1], reference=reference)
+        found = _effects(folder, loaded, material, [site["name"] for site in told["sites"]], bits, progress)
+    predictors = _predictors(told, loaded)
+    boards = [board for one in bits for board in _boards(predictors, found, told, one, seed)]
+    report = {
+        "schema": 1,
+        **facts,
+        "predictors": {name: title for name, (title, _) in predictors.items()},
+        "boards": boards,
+        "effects": list(found.values()),
+        "findings": [sentence(board) for board in boards],
+        "versions": versions(),
+        "command": command,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": clock.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    from geoquant.report.bench import write_bench
+
+    write_bench(folder, report)
+    return report
+
+
+def _analysis(folder: Path) -> dict:
+    """What a finished analysis says."""
+    if not (folder / "analysis.json").exists():
+        raise UserError(f"{folder} holds no analysis.json", fix="run geoquant analyze first")
+    return read_json(folder / "analysis.json", model=dict, sites=list, scores=list)
+
+
+def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -> Windows:
+    if text is None:
+        return builtin_tail(loaded.tokenizer, length, count)
+    return cut_windows(loaded.tokenizer, read_text(text), length=length, count=count, source=str(text))
+
+
+def _base_scores(
+    base: str, model: str, sides: list[tuple[Record, ...]], device: str, progress: Progress
+) -> tuple[RecordScores, RecordScores]:
+    """Both sides under the public base, which is dropped before the model is read."""
+    split = Split(*sides)
+    check_same_tokens(model, load_tokenizer(model), base, load_tokenizer(base), split)
+    loaded = load(base, device=device)
+    return tuple(score_records(loaded.model, loaded.tokenizer, side, progress=progress) for side in sides)
+
+
+def _side(records: tuple[Record, ...]) -> dict:
+    texts = "\0".join(record.text for record in records)
+    return {"records": len(records), "sha256": hashlib.sha256(texts.encode()).hexdigest()}
+
+
+# ---- effects
+
+
+def _effects(
+    folder: Path, loaded: Loaded, material: Material, sites: list[str], bits: Sequence[int], progress: Progress
+) -> dict[tuple[str, int], dict]:
+    """The effect of each site and bit width; those on disk are not measured again."""
+    path = folder / "effects.jsonl"
+    found = {(line["site"], line["bits"]): line for line in _lines(path)}
+    jobs = [(site, one) for one in bits for site in sites if (site, one) not in found]
+    if jobs:
+        baseline = open_baseline(loaded.model, loaded.tokenizer, material, progress=progress)
+        for done, (site, one) in enumerate(jobs, 1):
+            found[site, one] = _measured(baseline, site, one)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found[site, one]) + "\n")
+            progress("effects", done, len(jobs), f"{site} at {one} bits")
+    return {key: found[key] for one in bits for site in sites if (key := (site, one))}
+
+
+def _measured(baseline: Baseline, site: str, bits: int) -> dict:
+    one = effect(baseline, Part(site), Intervention("quantize", float(bits)))
+    told = one.to_dict()
+    return {
+        "site": site,
+        "bits": bits,
+        **{name: value for name, value in told.items() if name not in ("part", "tasks")},
+    }
+
+
+def _lines(path: Path) -> list[dict]:
+    """Whole lines; the last one of a killed run may be cut and is measured again."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            kept.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return kept
+
+
+# ---- predictors and boards
+
+
+def _predictors(told: dict, loaded: Loaded) -> dict[str, tuple[str, np.ndarray]]:
+    """Every score's value per site, and what anybody would guess first."""
+    sites, modules = told["sites"], site_modules(loaded.model)
+    norms = [read_weight(modules[site["name"]]).norm().item() for site in sites]
+    found = {
+        "depth": ("number of the block", np.array([site["block"] for site in sites], float)),
+        "size": ("number of weights", np.array([site["shape"][0] * site["shape"][1] for site in sites], float)),
+        "norm": ("length of the weights", np.array(norms)),
+    }
+    for score in told["scores"]:
+        values = [site["scores"].get(score["name"], {}).get("value") for site in sites]
+        found[score["name"]] = (score["title"], np.array([np.nan if v is None else v for v in values], float))
+    return found
+
+
+MEASURES = {
+    "public": ("rise of the loss on public text", lambda one: one["public"]["value"]),
+    "domain": ("rise of the loss on unseen records", lambda one: one["domain"] and one["domain"]["value"]),
+    "gap": ("fall of the gap between members and others", lambda one: one["gap"] and -one["gap"]["value"]),
+}
+
+
+def _boards(predictors: dict, found: dict, told: dict, bits: int, seed: int) -> list[dict]:
+    """One leaderboard per measure at this bit width."""
+    sites, boards = [site["name"] for site in told["sites"]], []
+    for measure, (title, read) in MEASURES.items():
+        values = [read(found[site, bits]) for site in sites]
+        if all(value is None for value in values):
+            continue
+        effect_ = np.array([np.nan if value is None else value for value in values], float)
+        rows = leaderboard({name: score for name, (_, score) in predictors.items()}, effect_, seed=seed)
+        most = None
+        if measure == "public":
+            parts = np.array([found[site, bits]["changes"] for site in sites], float).T  # a lost model's are NaN
+            most = ceiling(parts, seed=seed) if len(parts) > 1 and np.isfinite(parts).all() else None
+        rows = [asdict(row) for row in rows]
+        boards.append({"bits": bits, "measure": measure, "title": title, "ceiling": most, "rows": rows})
+    return boards
+
+
+def sentence(board: dict) -> str:
+    """What a board says, no more than its interval allows."""
+    best, bits = board["rows"][0], board["bits"]
+    low, high = best["ci"]
+    sure = [row["name"] for row in board["rows"] if row["p_holm"] < 0.05]
+    return (
+        f"{board['title']} at {bits} bits: best foretold by {best['name']}, rank correlation {best['rho']:+.2f} "
+        f"({low:+.2f} to {high:+.2f}) over {best['sites']} layers, {best['hits']} of its worst {best['worst']}; "
+        f"{len(sure)} of {len(board['rows'])} predictors are more than chance."
+    )

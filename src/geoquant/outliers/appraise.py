@@ -1,0 +1,129 @@
+"""Scores of the sites of one block, each with its standard error and its null."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geoquant.lattice.grid import Grid
+from geoquant.methods import rtn
+from geoquant.methods.problem import Problem
+from geoquant.model.walk import Site
+from geoquant.outliers import score as reading
+from geoquant.outliers.context import SiteContext, null_context
+from geoquant.outliers.score import Score
+from geoquant.outliers.statistics import Statistics, summarise, total
+from geoquant.outliers.uncertainty import standard_errors
+
+__all__ = ["Appraisal", "Collected", "appraise"]
+
+
+@dataclass
+class Collected:
+    """Statistics of one block under way: by site and text, one for each of the `parts` that a text is cut into.
+
+    A batch belongs whole to one part, neighbours to different ones, so that parts are alike and independent.
+    """
+
+    parts: int
+    sums: dict[tuple[str, str], dict[int, Statistics]] = field(default_factory=dict)
+    units: dict[str, float] = field(default_factory=dict)
+
+    def see(
+        self, text: str, batch: int, site: str, x: Float[Tensor, "tokens in"], g: Float[Tensor, "tokens out"]
+    ) -> None:
+        """Add what a batch does at a site."""
+        unit = self.units.setdefault(site, x.square().mean().sqrt().clamp_min(1e-30).item())
+        found = self.sums.setdefault((site, text), {})
+        part, new = batch % self.parts, summarise(x, g, unit)
+        found[part] = found[part] + new if part in found else new
+
+    def of(self, site: str, text: str) -> list[Statistics]:
+        """The parts of one text at one site; none if it was not observed."""
+        return list(self.sums.get((site, text), {}).values())
+
+    def clear(self) -> None:
+        """Forget everything: the next block comes."""
+        self.sums.clear()
+        self.units.clear()
+
+
+@dataclass(frozen=True)
+class Appraisal:
+    """One score at one site.
+
+    site, error, null: of the whole site, its standard error (NaN where a text has one part), and the same score where
+    nothing is to be found. columns, rows, groups: the score's readings, None where it has none; part_errors: standard
+    errors of the columns (of the rows, if there are no columns).
+    """
+
+    score: Score
+    site: float
+    error: float
+    null: float
+    columns: Float[Tensor, " in"] | None
+    rows: Float[Tensor, " out"] | None
+    groups: Tensor | None
+    part_errors: Tensor | None
+
+
+def appraise(
+    site: Site,
+    weight: Float[Tensor, "out in"],
+    base: Float[Tensor, "out in"] | None,
+    texts: dict[str, list[Statistics]],
+    scores: Iterable[Score],
+    *,
+    bits: int = 3,
+    seed: int = 0,
+) -> list[Appraisal]:
+    """Every score that the texts allow. texts: `public`, and perhaps `private` and `domain`, each in parts.
+
+    bits: of the plain rounding (symmetric, groups of 64) whose error scores weigh.
+    """
+    given = {name: parts for name, parts in texts.items() if parts}
+    context = SiteContext(
+        site.name,
+        site.kind,
+        weight,
+        rounded(weight, bits) - weight,
+        base=base,
+        **{name: total(parts) for name, parts in given.items()},
+        **{f"{name}_gradients": torch.stack([part.gradient for part in parts]) for name, parts in given.items()},
+    )
+    used = [score for score in scores if context.has(score.needs)]
+    errors = standard_errors(used, context, given, _read)
+    empty = null_context(context, torch.Generator().manual_seed(seed))
+    return [_one(score, context, errors[score.name], empty) for score in used]
+
+
+def rounded(weight: Float[Tensor, "out in"], bits: int) -> Float[Tensor, "out in"]:
+    """The nearest symmetric codes of groups of 64, every column as important as any other."""
+    metric = torch.eye(weight.shape[1], device=weight.device)
+    return rtn.solve(Problem(weight, metric, grid=Grid(bits=bits))).dequantize()
+
+
+def _one(score: Score, context: SiteContext, errors: Float[Tensor, " 1+n"], empty: SiteContext) -> Appraisal:
+    values = score.compute(context)
+    return Appraisal(
+        score,
+        site=reading.site(score, values).item(),
+        error=errors[0].item(),
+        null=reading.site(score, score.compute(empty)).item(),
+        columns=reading.columns(score, values),
+        rows=reading.rows(score, values),
+        groups=reading.groups(score, values),
+        part_errors=errors[1:] if len(errors) > 1 else None,
+    )
+
+
+def _read(score: Score, values: Tensor) -> Float[Tensor, " 1+n"]:
+    """The whole site, then its columns, or its rows where a score knows no columns."""
+    finest = reading.columns(score, values)
+    finest = reading.rows(score, values) if finest is None else finest
+    whole = reading.site(score, values).reshape(1)
+    return whole if finest is None else torch.cat([whole, finest])

@@ -1,0 +1,61 @@
+"""The page of an analysis: a map of every score over blocks and kinds of sites, each site's columns, and sentences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from markupsafe import Markup
+
+from geoquant.report.page import fingerprint, finite, rendered, write_page
+
+__all__ = ["render", "write_analysis"]
+
+
+def render(found: dict) -> str:
+    """The page of what `geoquant.analyze` returned."""
+    mark, found = fingerprint(found), finite(found)
+    parts = list(dict.fromkeys(part_of(site["name"]) for site in found["sites"]))
+    cells = {(site["block"], part_of(site["name"])): index for index, site in enumerate(found["sites"])}
+    blocks = list(dict.fromkeys(site["block"] for site in found["sites"]))
+    under = counted(len(found["scores"]), "score")
+    return rendered(
+        "analysis.html.jinja",
+        scripts=("copy.js", "analysis.js"),
+        p=found,
+        headline=f"{found['model']['name']}: {len(found['sites'])} layers under {under}.",
+        fingerprint=mark,
+        parts=parts,
+        rows=[(block, [cells.get((block, part)) for part in parts]) for block in blocks],
+        worst=[(score, largest(found["sites"], score["name"])) for score in found["scores"]],
+        data=embedded({"scores": found["scores"], "sites": found["sites"], "bits": found["settings"]["bits"]}),
+    )
+
+
+def largest(sites: list[dict], name: str, count: int = 3) -> list[dict]:
+    """The sites with the most of a score."""
+    known = [site for site in sites if site["scores"].get(name, {}).get("value") is not None]
+    return sorted(known, key=lambda site: -site["scores"][name]["value"])[:count]
+
+
+def counted(count: int, what: str) -> str:
+    """One score, two scores."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def part_of(name: str) -> str:
+    """The site's name inside its block: everything after the last number that stands alone."""
+    pieces = name.split(".")
+    last = max((index for index, piece in enumerate(pieces) if piece.isdigit()), default=-1)
+    return ".".join(pieces[last + 1 :])
+
+
+def embedded(value: object) -> Markup:
+    """JSON that no content can end early: it stands in a script element of a type that is never run."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def write_analysis(folder: Path, found: dict) -> tuple[Path, Path]:
+    """Write analysis.json and analysis.html, each by rename of a complete file."""
+    return write_page(folder, "analysis", render(found), found)

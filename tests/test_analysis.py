@@ -1,0 +1,130 @@
+"""The analysis of a model from end to end, on a tiny one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from conftest import make_tokenizer, tiny_llama
+from geoquant.analysis import analyze
+from geoquant.data.private import make_records
+from geoquant.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def sides():
+    """Records of both sides."""
+    made = make_records(24, 5)
+    return made[:12], made[12:]
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    """The tiny Llama with every weight a little elsewhere: what the model was fine-tuned from."""
+    model, folder = tiny_llama(), tmp_path_factory.mktemp("base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model_dir, base_dir, sides):
+    """A whole analysis and its folder."""
+    out = tmp_path_factory.mktemp("analysis") / "A"
+    found = analyze(
+        tiny_model_dir, out, base=base_dir, private=sides[0], domain=sides[1], windows=4, window=48, records=8
+    )
+    return out, found
+
+
+def test_every_site_has_every_score_with_error_and_null(finished):
+    _, found = finished
+    assert len(found["sites"]) == 14
+    names = {score["name"] for score in found["scores"]}
+    for site in found["sites"]:
+        assert set(site["scores"]) == names
+        for one in site["scores"].values():
+            assert None not in (one["value"], one["se"], one["null"])
+    assert len(found["findings"]) == len(names)
+
+
+def test_the_files_hold_what_was_returned(finished):
+    out, found = finished
+    told = json.loads((out / "analysis.json").read_text())
+    assert told["sites"] == found["sites"]
+    with safe_open(out / "scores" / "000.safetensors", "pt") as file:
+        site = found["sites"][0]
+        values = file.get_tensor(f"{site['name']}|dsm|columns")
+        assert values.shape == (site["shape"][1],)
+        assert values.sum().item() == pytest.approx(site["scores"]["dsm"]["value"], rel=1e-4)
+        scale = file.get_tensor(f"{site['name']}|dsm|groups_scale")
+        groups = file.get_tensor(f"{site['name']}|dsm|groups").float() * scale
+        assert groups.sum().item() == pytest.approx(site["scores"]["dsm"]["value"], rel=1e-2)
+
+
+def test_a_killed_analysis_goes_on_with_the_blocks_it_lacks(finished, tmp_path, tiny_model_dir, base_dir, sides):
+    out, found = finished
+    shutil.copytree(out, tmp_path / "A")
+    (tmp_path / "A" / "scores" / "000.safetensors").unlink()
+    (tmp_path / "A" / "analysis.json").unlink()
+    kept = (tmp_path / "A" / "scores" / "001.safetensors").stat().st_mtime_ns
+    settings = {"base": base_dir, "private": sides[0], "domain": sides[1], "windows": 4, "window": 48, "records": 8}
+    again = analyze(tiny_model_dir, tmp_path / "A", **settings)
+    assert again["sites"] == found["sites"]
+    assert (tmp_path / "A" / "scores" / "001.safetensors").stat().st_mtime_ns == kept
+
+
+def test_another_analysis_does_not_go_on_in_the_folder(finished, tiny_model_dir):
+    with pytest.raises(UserError, match="of another model"):
+        analyze(tiny_model_dir, finished[0], windows=4, window=48)
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path, tiny_model_dir):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"precious\.txt"):
+        analyze(tiny_model_dir, tmp_path, windows=4, window=48)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["precious.txt"]
+
+
+def test_without_private_text_and_base_the_scores_that_need_them_are_left_out(tmp_path, tiny_model_dir):
+    found = analyze(tiny_model_dir, tmp_path / "A", windows=4, window=48)
+    assert found["scores"]
+    assert all(set(score["needs"]) <= {"public_gradients"} for score in found["scores"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"domain": ["one text", "and two"] * 9}, "--private"),
+        ({"windows": 2}, "at least 4"),
+        ({"window": 4096}, "context"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_folder(tmp_path, tiny_model_dir, wrong, message):
+    with pytest.raises(UserError, match=message):
+        analyze(tiny_model_dir, tmp_path / "A", **{"windows": 4, "window": 48} | wrong)
+    assert not (tmp_path / "A").exists()
+
+
+def test_a_base_of_another_shape_is_named(tmp_path, tiny_model_dir):
+    tiny_llama(hidden_size=64).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="has not the layers"):
+        analyze(tiny_model_dir, tmp_path / "A", base=tmp_path / "base", windows=4, window=48)
+
+
+def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
+    out, found = finished
+    page = (out / "analysis.html").read_text()
+    start = page.index('id="data">') + len('id="data">')
+    data = json.loads(page[start : page.index("</script>", start)])
+    assert data["sites"] == found["sites"]
+    assert page.count('class="cell"') == len(found["sites"])
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")

@@ -1,0 +1,99 @@
+"""The geometry benchmark from end to end, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from conftest import make_tokenizer, tiny_llama
+from geoquant.analysis import analyze
+from geoquant.benching import bench
+from geoquant.data.private import make_records
+from geoquant.errors import UserError
+from geoquant.evaluate.perplexity import perplexity
+from geoquant.measure import builtin_tail
+from geoquant.model.load import load
+from geoquant.model.walk import read_weight, site_modules, write_weight
+from geoquant.outliers.appraise import rounded
+
+SETTINGS = {"windows": 4, "window": 48}
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory, tiny_model_dir):
+    """The analysis of the tiny model."""
+    out = tmp_path_factory.mktemp("bench") / "A"
+    analyze(tiny_model_dir, out, **SETTINGS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model_dir, analysed):
+    """A whole benchmark and its folder."""
+    out, made = tmp_path_factory.mktemp("bench") / "B", make_records(40, 3)
+    sides = {"private": made[:20], "domain": made[20:]}
+    return out, bench(tiny_model_dir, out, analysis=analysed, bits=(2, 3), **sides, **SETTINGS)
+
+
+def test_an_effect_is_the_difference_of_two_whole_measurements(finished, tiny_model_dir):
+    _, found = finished
+    loaded = load(str(tiny_model_dir))
+    text = builtin_tail(loaded.tokenizer, SETTINGS["window"], SETTINGS["windows"])
+    before = perplexity(loaded.model, text).nll
+    one = found["effects"][5]
+    module = site_modules(loaded.model)[one["site"]]
+    write_weight(module, rounded(read_weight(module), one["bits"]))
+    assert one["public"]["value"] == pytest.approx(perplexity(loaded.model, text).nll - before, abs=1e-6)
+    assert np.mean(one["changes"]) == pytest.approx(one["public"]["value"], abs=1e-6)
+
+
+def test_every_bit_width_and_measure_has_a_board_of_all_predictors(finished):
+    _, found = finished
+    assert {(board["bits"], board["measure"]) for board in found["boards"]} == {
+        (bits, measure) for bits in (2, 3) for measure in ("public", "domain", "gap")
+    }
+    for board in found["boards"]:
+        assert {row["name"] for row in board["rows"]} == set(found["predictors"])
+    assert {"depth", "size", "norm", "dsm"} <= set(found["predictors"])
+    assert len(found["effects"]) == 2 * 14
+
+
+def test_a_killed_benchmark_goes_on_where_it_was(finished, tiny_model_dir, analysed, tmp_path):
+    out, found = finished
+    lines = (out / "effects.jsonl").read_text().splitlines()
+    made = make_records(40, 3)
+    again = tmp_path / "B"
+    again.mkdir()
+    (again / "manifest.json").write_text((out / "manifest.json").read_text())
+    (again / "effects.jsonl").write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])
+    sides = {"private": made[:20], "domain": made[20:]}
+    second = bench(tiny_model_dir, again, analysis=analysed, bits=(2, 3), **sides, **SETTINGS)
+    assert [board["rows"] for board in second["boards"]] == [board["rows"] for board in found["boards"]]
+    assert (again / "effects.jsonl").read_text().splitlines()[:9] == lines[:9]
+
+
+def test_the_page_and_the_file_hold_the_boards(finished):
+    out, found = finished
+    told = json.loads((out / "bench.json").read_text())
+    assert len(told["boards"]) == len(found["boards"])
+    page = (out / "bench.html").read_text()
+    assert page.count('id="board-') == len(found["boards"])
+
+
+def test_the_analysis_of_another_model_is_refused(analysed, tmp_path):
+    tiny_llama(seed=7).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="another model"):
+        bench(tmp_path / "other", tmp_path / "B", analysis=analysed, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"bits": (9,)}, "2 to 8"), ({"private": ["one", "two"]}, "both"), ({"analysis": "nowhere"}, "no analysis")],
+)
+def test_bad_input_is_one_line_and_leaves_no_folder(analysed, tiny_model_dir, tmp_path, wrong, message):
+    with pytest.raises(UserError, match=message):
+        bench(tiny_model_dir, tmp_path / "B", **{"analysis": analysed, **SETTINGS} | wrong)
+    assert not (tmp_path / "B").exists()
