@@ -74,6 +74,17 @@ def test_a_score_reads_nothing_that_it_does_not_name(score):
 
 
 @by_name
+def test_a_score_names_the_texts_that_enter(score):
+    """Another text in the place of one, its gradients with it: the numbers change, or they do not."""
+    context, other = toy(2).context, toy(3, "input").context
+    expected = score.compute(context)
+    for text in ("public", "private", "domain"):
+        names = (text, f"{text}_gradients")
+        swapped = score.compute(replace(context, **{name: getattr(other, name) for name in names}))
+        assert torch.equal(swapped, expected) == (text not in score.texts)
+
+
+@by_name
 def test_what_a_larger_part_has_is_what_its_parts_have(score):
     values = score.compute(toy(3).context)
     whole = site(score, values)

@@ -102,10 +102,16 @@ def test_sums_of_parts_add_in_any_cut_and_can_be_taken_away(seed, first, second)
 
 
 def test_taking_away_nearly_everything_leaves_no_negative_energy():
-    """In single precision 1e8 + 1 - 1e8 may be anything of the size of ten."""
-    small, large = (summarise(scale * torch.randn(50, 4, generator=generator(3)), torch.ones(50, 2), 1.0)
-                    for scale in (1e-3, 1e3))  # fmt: skip
-    left = small + large - large
+    """Sums of 5000 loud tokens differ by more, in single precision, than what 50 quiet ones add to them."""
+    x = torch.randn(5050, 40, generator=generator(3))
+    g = torch.randn(5050, 2, generator=generator(4))
+    x[::101] *= 1e-3
+    loud = torch.arange(5050) % 101 != 0
+    whole, part = summarise(x, g, 1.0), summarise(x[loud], g[loud], 1.0)
+    for name in ("hessian", "weighted"):
+        assert (getattr(whole, name) - getattr(part, name)).diagonal().min() < 0  # or nothing is tested
+    assert (whole.fourth - part.fourth).min() < 0
+    left = whole - part
     for name in ("output", "fisher", "fourth", "silent", "histogram"):
         assert (getattr(left, name) >= 0).all()
     assert (left.hessian.diagonal() >= 0).all()
@@ -163,6 +169,8 @@ def test_errors_of_many_scores_are_the_jackknife_and_add_over_texts():
     for name, found in both.items():
         torch.testing.assert_close(found.square(), by_text["public"][name] ** 2 + by_text["private"][name] ** 2)
     assert not by_text["private"]["fisher"].any()  # private text does not enter it
+    assert by_text["public"]["privacy_ratio"].any()
+    assert not by_text["public"]["privacy_memory"].any()
     assert not both["change"].any()
     assert by_text["public"]["fisher_low_rank"].any()
     assert by_text["private"]["fisher_low_rank_private"].any()
@@ -220,7 +228,7 @@ def test_errors_are_about_the_spread_over_independent_texts():
 
 
 def test_the_null_has_the_moments_of_sampled_gaussians():
-    """200,000 tokens drawn; relative errors are those of counting: sqrt(96 / n) = 2.2% for fourth moments."""
+    """200,000 tokens drawn; of fourth moments their mean has a relative error of sqrt(96 / 9 / n) = 0.7%."""
     context = toy(2).context
     n = 200_000
     lower = torch.linalg.cholesky(context.public.hessian / context.public.tokens)
@@ -229,9 +237,11 @@ def test_the_null_has_the_moments_of_sampled_gaussians():
     drawn = summarise(x, g, context.public.unit)
     null = null_context(context, generator(7)).public
     assert null.tokens == context.public.tokens
-    for name, tolerance in (("hessian", 0.02), ("weighted", 0.04), ("output", 0.02), ("fisher", 0.08), ("fourth", 0.1)):
-        a, b = null.mean(name), drawn.mean(name)
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+    for name in ("output", "fisher", "fourth"):
+        torch.testing.assert_close(null.mean(name), drawn.mean(name), rtol=0.035, atol=0)
+    for name in ("hessian", "weighted"):
+        largest = drawn.mean(name).max().item()
+        torch.testing.assert_close(null.mean(name), drawn.mean(name), rtol=0, atol=0.03 * largest)
     torch.testing.assert_close(null.mean("silent"), drawn.mean("silent"), rtol=0.15, atol=0)
     most = torch.stack([x[start : start + 512].abs().amax(0) for start in range(0, 100 * 512, 512)]).mean(0)
     torch.testing.assert_close(null.largest, most, rtol=0.15, atol=0)
@@ -290,7 +300,8 @@ def test_the_null_shuffles_weight_error_and_change_together():
 
 @pytest.mark.parametrize("known", ["domain", "public"])
 def test_private_text_of_the_null_is_unseen_text_of_its_kind_or_public_text(known):
-    context = toy(5, plant="memory").context
+    made = toy(5, plant="memory")
+    context = replace(made.context, private=total(made.parts["private"][:3]))
     context = replace(context, domain=context.domain if known == "domain" else None)
     null = null_context(context, generator(10))
     other = getattr(context, known)

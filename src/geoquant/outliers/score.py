@@ -26,6 +26,7 @@ class Score:
     needs:   what of the context it cannot do without: fields of `SiteContext` that may be absent.
     compute: a pure function of the context. Larger always means: matters more.
     paper:   where it comes from.
+    texts:   whose statistics enter: its numbers change with any of them, and with no other. None for weights alone.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Score:
     compute: Callable[[SiteContext], Tensor]
     needs: tuple[str, ...] = ()
     paper: str = ""
+    texts: tuple[str, ...] = ("public",)
 
 
 def _reduce(score: Score, values: Tensor, dims: int | tuple[int, ...]) -> Tensor:

@@ -35,7 +35,7 @@ def standard_errors(
     values = {score.name: read(score, score.compute(context)) for score in used}
     variances = {name: torch.zeros_like(value) for name, value in values.items()}
     for text, own in parts.items():
-        touched = [score for score in used if text == "public" or text in score.needs]
+        touched = [score for score in used if text in score.texts]
         if len(own) < 2:
             for score in touched:
                 variances[score.name] += torch.nan

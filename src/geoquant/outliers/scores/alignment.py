@@ -41,6 +41,7 @@ SCORES = tuple(
         "mean",
         partial(alignment, dims=dims),
         ("private",),
+        texts=("public", "private"),
     )
     for axis, dims in (("column", (0,)), ("row", (1,)), ("site", (0, 1)))
 )

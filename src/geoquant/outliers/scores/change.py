@@ -29,6 +29,7 @@ SCORES = (
         "mean",
         lambda context: change(context).abs(),
         ("base",),
+        texts=(),
     ),
     Score(
         "change_squared",
@@ -38,5 +39,6 @@ SCORES = (
         "sum",
         lambda context: change(context).square(),
         ("base",),
+        texts=(),
     ),
 )

@@ -42,6 +42,7 @@ SCORES = (
             "sum",
             partial(fisher, text=text),
             (text,),
+            texts=(text,),
         )
         for text, what in (("private", "private records"), ("domain", "unseen records of the same kind"))
     ),

@@ -52,6 +52,7 @@ SCORES = tuple(
         "sum",
         partial(compute, metric=metric, text=text),
         () if text == "public" else (text,),
+        texts=(text,),
     )
     for suffix, metric, text, where in (
         ("", "weighted", "public", ""),

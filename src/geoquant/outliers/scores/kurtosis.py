@@ -47,6 +47,7 @@ SCORES = (
         "mean",
         lambda context: excess_kurtosis(context.weight.flatten()),
         paper="KurtBoost, arXiv 2503.06518",
+        texts=(),
     ),
     Score(
         "kurtosis_row",
@@ -55,6 +56,7 @@ SCORES = (
         "row",
         "mean",
         lambda context: excess_kurtosis(context.weight),
+        texts=(),
     ),
     Score(
         "kurtosis_column",
@@ -63,6 +65,7 @@ SCORES = (
         "column",
         "mean",
         lambda context: excess_kurtosis(context.weight.T),
+        texts=(),
     ),
     Score("kurtosis_input", "excess kurtosis of a column's inputs", "", "column", "mean", input_kurtosis),
 )

@@ -41,6 +41,7 @@ SCORES = tuple(
         "sum",
         partial(fisher_low_rank, text=text),
         needs,
+        texts=(text,),
     )
     for suffix, text, what, needs in (
         ("", "public", "public text", ("public_gradients",)),

@@ -49,6 +49,7 @@ SCORES = (
         "sum",
         privacy_ratio,
         ("private", "base"),
+        texts=("public", "private"),
     ),
     Score(
         "privacy_excess",
@@ -58,6 +59,7 @@ SCORES = (
         "sum",
         privacy_excess,
         ("private", "base"),
+        texts=("public", "private"),
     ),
     Score(
         "privacy_memory",
@@ -67,5 +69,6 @@ SCORES = (
         "sum",
         partial(privacy_ratio, other="domain"),
         ("private", "domain", "base"),
+        texts=("private", "domain"),
     ),
 )

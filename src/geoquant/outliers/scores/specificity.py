@@ -39,5 +39,6 @@ SCORES = (
         "mean",
         lambda context: jensen_shannon(context.private.histogram, context.public.histogram),
         ("private",),
+        texts=("public", "private"),
     ),
 )
