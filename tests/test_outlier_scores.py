@@ -14,7 +14,10 @@ from geoquant.outliers.statistics import Statistics, total
 from outlier_toy import COLUMN, IN, OUT, PARTS, ROW, toy
 
 ALL = list(SCORES.values())
-SIGNED = {name for name in SCORES if name.startswith(("kurtosis", "alignment", "fisher_low_rank"))} | {"privacy_excess"}
+SIGNED = {name for name in SCORES if name.startswith(("kurtosis", "alignment", "fisher_low_rank"))} | {
+    "privacy_excess",
+    "input_dimension",
+}
 OPTIONAL = [field.name for field in fields(SiteContext) if field.default is None]
 AXES = {"weight": (OUT, IN), "column": (IN,), "row": (OUT,), "site": ()}
 by_name = pytest.mark.parametrize("score", ALL, ids=[score.name for score in ALL])
