@@ -55,6 +55,12 @@ def test_every_site_has_every_score_with_error_and_null(finished):
     assert len(found["findings"]) == len(names)
 
 
+def test_origins_are_part_of_it_and_not_measured_twice(finished):
+    out, found = finished
+    assert found["origins"] == json.loads((out / "origins.json").read_text())
+    assert len(found["origins"]["findings"]) >= 6
+
+
 def test_the_files_hold_what_was_returned(finished):
     out, found = finished
     told = json.loads((out / "analysis.json").read_text())

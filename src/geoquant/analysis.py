@@ -2,6 +2,7 @@
 
     DIR/
       manifest.json                   what is analysed, and how; another analysis does not go on in this folder
+      origins.json                    where outliers come from (outliers/origin.py)
       scores/BLOCK.safetensors        of every site and score: columns, rows, groups, standard errors
       analysis.json, analysis.html
 
@@ -38,16 +39,18 @@ from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import check_head
 from geoquant.observe.texts import Sequences, padded
 from geoquant.outliers.appraise import Appraisal, Collected, appraise
+from geoquant.outliers.origin import Settings, origins
 from geoquant.outliers.score import Score
 from geoquant.outliers.scores import SCORES
 from geoquant.privacy.scoring import encode
 from geoquant.progress import Progress, silent
 from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
-from geoquant.runs import read_metadata, write_tensors
+from geoquant.runs import read_json, read_metadata, write_json, write_tensors
 
 __all__ = ["analyze"]
 
-OURS = ("manifest.json", "scores", "analysis.json", "analysis.html")
+OURS = ("manifest.json", "origins.json", "scores", "analysis.json", "analysis.html")
+ORIGIN_WINDOWS, ORIGIN_LENGTH = 4, 256
 PARTS = 4  # of each text: a standard error from fewer says little, and each costs memory
 
 
@@ -114,6 +117,8 @@ def analyze(
         "scores": [_described(score) for score in scores],
     }
     key = begin(folder, facts, command, "an analysis", "scores")
+    with clock("origins"):
+        known = _origins(folder, loaded, public, seed, pages, progress)
     with clock("scores"):
         chosen = compute_dtype(compute, loaded.model.device)
         _score(folder, key, loaded, other, blocks, texts, scores, bits, seed, chosen, pages, progress)
@@ -121,6 +126,7 @@ def analyze(
     report = {
         "schema": 1,
         **facts,
+        "origins": known,
         "sites": sites,
         "findings": findings(sites, facts["scores"]),
         "versions": versions(),
@@ -133,6 +139,16 @@ def analyze(
 
     write_analysis(folder, report)
     return report
+
+
+def _origins(folder: Path, loaded: Loaded, public: Windows, seed: int, pages, progress: Progress) -> dict:
+    """Where outliers come from, on the first few windows of public text; read again where it is there."""
+    path = folder / "origins.json"
+    if not path.exists():
+        tokens = public.tokens[:ORIGIN_WINDOWS, :ORIGIN_LENGTH]
+        found = origins(loaded.model, tokens, Settings(seed=seed), pages=pages, progress=progress)
+        write_json(path, found.to_dict())
+    return read_json(path)
 
 
 def _score(

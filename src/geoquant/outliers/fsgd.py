@@ -176,10 +176,10 @@ def measures(
         inside, whole = (weight @ vectors).square().sum(1), energies.sum(1)
         quiet, isolation = energies @ silent, factor
     else:
-        cuts = torch.arange(weight.shape[1], device=weight.device).split(size)
+        cuts = [slice(start, start + size) for start in range(0, weight.shape[1], size)]
         parts = [delta[:, cut] for cut in cuts]
         error = (
-            torch.stack([(part.T @ part * metric[cut][:, cut]).sum() for part, cut in zip(parts, cuts)]),
+            torch.stack([(part.T @ part * metric[cut, cut]).sum() for part, cut in zip(parts, cuts)]),
             torch.stack([part.square().sum() for part in parts]),
         )
         inside = torch.stack([(weight[:, cut] @ vectors[cut]).square().sum() for cut in cuts])

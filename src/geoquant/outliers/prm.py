@@ -159,7 +159,7 @@ def separation(of: Trajectories, *, permutations: int = 199, seed: int = 0) -> d
     """Every pair of classes: distance, and share of the permutations of its labels that reach it.
 
     p is at least `1 / (permutations + 1)`, and no smaller than the share of all deals that are the one seen: of 5 and 5
-    trajectories 2 in 252. Raises ValueError for fewer than two trajectories a class.
+    trajectories 2 in 252, which more than six pairs need more seeds for. Raises ValueError for fewer than two trajectories a class.
     """
     count, seeds = of.points.shape[:2]
     if seeds < 2:
