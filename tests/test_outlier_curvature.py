@@ -68,6 +68,23 @@ def test_the_compensated_error_is_what_is_left_after_solving_again(name):
     assert (found.double() < damped).all()  # or no column had any use of the others
 
 
+def test_columns_that_copy_each_other_are_solved_in_double_precision(monkeypatch):
+    """Two large copies and hardly any damping: single precision finds the metric indefinite."""
+    monkeypatch.setattr("geoquant.outliers.scores.hop.DAMPING", 1e-9)
+    made = toy(1)
+    x, g = made.tokens["public"]
+    x = torch.cat([1e3 * x[:, :1], 1e3 * x[:, :1], x[:, 2:]], 1)
+    context = replace(made.context, public=summarise(x, g, 1.0))
+    matrix = context.public.mean("hessian")
+    damped = matrix.double() + 1e-9 * matrix.diagonal().mean() * torch.eye(IN)
+    correlation = damped.float() / torch.outer(*[damped.diagonal().sqrt().float()] * 2)
+    assert torch.linalg.cholesky_ex(correlation).info > 0
+    found = computed("hop_compensated", context)
+    expected = context.delta.double().square().sum(0) / torch.linalg.inv(damped).diagonal()
+    torch.testing.assert_close(found[2:].double(), expected[2:], rtol=1e-3, atol=0)
+    assert (found[:2] < 1e-3 * expected[2:].max()).all()  # either makes up for the other
+
+
 def test_weighted_hop_is_never_below_the_second_order_cost():
     made = toy(2, plant="shared")
     x, g = (part.double() for part in made.tokens["public"])
