@@ -25,7 +25,7 @@ DAMPING = 0.01
 
 
 def _lengths(context: SiteContext) -> tuple[Float[Tensor, " in"], Float[Tensor, " in"]]:
-    """|b_j| and r_j. More damping where rounding of the sums left a metric that is not positive; ones without inputs."""
+    """|b_j| and r_j; ones without inputs. More damping where rounding left a metric that is not positive."""
     metric = context.public.mean("hessian").double()
     typical = metric.diagonal().mean()
     if not typical > 0:

@@ -44,6 +44,6 @@ def input_dimension(context: SiteContext) -> Float[Tensor, ""]:
 SCORES = (
     Score("outside", "share of the rounding error where inputs hardly go", "", "site", "mean", outside),
     Score(
-        "input_dimension", "how few dimensions hold the inputs: minus their share", "", "site", "mean", input_dimension
+        "input_dimension", "how few dimensions hold the inputs (minus their share)", "", "site", "mean", input_dimension
     ),
 )
