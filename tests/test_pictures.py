@@ -58,6 +58,8 @@ def test_some_rows_stand_for_all():
     points, labels = blobs()
     found = picture(points, labels, most=50, permutations=3)
     assert len(found.coordinates) == len(set(found.rows.tolist())) == sum(found.seen.counts.values()) == 50
+    assert found.seen.counts == {kind: int((labels[found.rows] == kind).sum()) for kind in (0, 1, 2)}
+    assert found.seen.silhouette > 0.6
     expected, _, _ = principal(points[torch.from_numpy(found.rows)], 2)
     np.testing.assert_array_equal(found.coordinates, expected.numpy())
 
