@@ -85,6 +85,14 @@ def test_columns_that_copy_each_other_are_solved_in_double_precision(monkeypatch
     assert (found[:2] < 1e-3 * expected[2:].max()).all()  # either makes up for the other
 
 
+def test_a_metric_that_rounding_left_indefinite_counts_below_zero_as_zero():
+    """Eigenvalues 3 and -1, taken for 3 and 0, damped by 0.01."""
+    context = toy(1).context
+    public = replace(context.public, tokens=1.0, hessian=torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+    found = computed("hop_compensated", replace(context, public=public, delta=torch.tensor([[1.0, 2.0]])))
+    close(found, torch.tensor([1.0, 4.0]) / (0.5 / 3.01 + 0.5 / 0.01))
+
+
 def test_weighted_hop_is_never_below_the_second_order_cost():
     made = toy(2, plant="shared")
     x, g = (part.double() for part in made.tokens["public"])
