@@ -78,7 +78,7 @@ def planted():
     return site(scale=scale, silent=(10, 11, 12), weight=weight)[0]
 
 
-@pytest.mark.parametrize(("by_null", "chance"), [(False, 2), (True, 0.5)])
+@pytest.mark.parametrize(("by_null", "chance"), [(False, 3), (True, 0.5)])
 def test_planted_columns_get_their_names(by_null, chance):
     """By the site's own quantiles, which its many plain columns set low, the null has islands too."""
     thresholds = Thresholds(spike=0.97, isolated=0.9, sparse=0.9, aligned=0.85)

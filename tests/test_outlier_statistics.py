@@ -242,7 +242,10 @@ def test_the_null_has_the_moments_of_sampled_gaussians():
     for name in ("hessian", "weighted"):
         largest = drawn.mean(name).max().item()
         torch.testing.assert_close(null.mean(name), drawn.mean(name), rtol=0, atol=0.03 * largest)
-    torch.testing.assert_close(null.mean("silent"), drawn.mean("silent"), rtol=0.15, atol=0)
+    silent = torch.stack([null_context(context, generator(seed)).public.mean("silent") for seed in range(150)])
+    torch.testing.assert_close(silent.mean(0), drawn.mean("silent"), rtol=0.2, atol=0)  # of 600 tokens or so
+    counts = drawn.mean("silent") * context.public.tokens
+    torch.testing.assert_close(silent.var(0) * context.public.tokens**2, counts, rtol=0.5, atol=0)
     most = torch.stack([x[start : start + 512].abs().amax(0) for start in range(0, 100 * 512, 512)]).mean(0)
     torch.testing.assert_close(null.largest, most, rtol=0.15, atol=0)
 
@@ -309,7 +312,8 @@ def test_private_text_of_the_null_is_unseen_text_of_its_kind_or_public_text(know
     torch.testing.assert_close(null.private.mean("hessian"), other.mean("hessian"))
     torch.testing.assert_close(null.private.mean("output"), other.mean("output"))
     torch.testing.assert_close(null.private.mean("fisher"), getattr(null, known).mean("fisher"))
-    torch.testing.assert_close(null.private.mean("silent"), getattr(null, known).mean("silent"))
+    few = getattr(null, known).silent.sum() * null.private.tokens / getattr(null, known).tokens
+    assert abs(null.private.silent.sum() - few) < 5 * few**0.5
     assert (null.private.gradient - getattr(null, known).gradient).abs().max() > 0
 
 

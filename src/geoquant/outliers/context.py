@@ -48,8 +48,8 @@ def null_context(context: SiteContext, generator: torch.Generator) -> SiteContex
 
     Weights, error and change from the base: shuffled among all places of the matrix, all three alike. Inputs: Gaussian
     of the same covariance, independent of the gradients, whose mean is zero and whose outputs are uncorrelated. Private
-    text: what the unseen records of the same kind do, or without them public text. Of what chance does, gradients and
-    histograms have their share; all else is as expected over many tokens.
+    text: what the unseen records of the same kind do, or without them public text. Of what chance does, gradients,
+    histograms and silent tokens have their share; all else is as expected over many tokens.
 
     What a score owes to the covariance of the inputs alone it keeps on the null.
     """
@@ -94,6 +94,8 @@ def _gaussian(
     below[:, 0], below[:, -1] = 0.0, 1.0
     gradients = _noise(of, generator, parts)
     counts = torch.poisson((below.diff(dim=1) * of.tokens).cpu(), generator).to(spread)
+    # Drawn on the CPU: the same seed means the same null on every device.
+    quiet = torch.special.erf(SMALL * of.unit / (2**0.5 * spread)).cpu()
     null = replace(
         of,
         weighted=of.hessian * (energy.sum() / tokens),
@@ -101,7 +103,7 @@ def _gaussian(
         gradient=gradients.sum(0),
         fourth=3 * squares.square() / tokens,
         largest=spread * (2 * torch.tensor(max(tokens, 2.0)).log()).sqrt(),
-        silent=of.tokens * torch.special.erf(SMALL * of.unit / (2**0.5 * spread)),
+        silent=torch.binomial(torch.full_like(quiet, of.tokens), quiet, generator).to(spread),
         histogram=counts * of.tokens / counts.sum(1, keepdim=True).clamp_min(1.0),
     )
     return null, gradients
