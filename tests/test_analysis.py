@@ -133,4 +133,7 @@ def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
     data = json.loads(page[start : page.index("</script>", start)])
     assert data["sites"] == found["sites"]
     assert page.count('class="cell"') == len(found["sites"])
+    assert "Attention on the sink by block and head" in page
+    heads = sum(len(row) for row in found["origins"]["sinks"]["mass"])
+    assert page.count("<title>block ") == heads
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")

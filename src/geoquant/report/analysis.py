@@ -7,6 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from geoquant.report.origins import clip_panel, residual_panel, sink_map
 from geoquant.report.page import fingerprint, finite, rendered, write_page
 
 __all__ = ["render", "write_analysis"]
@@ -27,9 +28,27 @@ def render(found: dict) -> str:
         fingerprint=mark,
         parts=parts,
         rows=[(block, [cells.get((block, part)) for part in parts]) for block in blocks],
+        figures=origin_figures(found["origins"]),
         worst=[(score, largest(found["sites"], score["name"])) for score in found["scores"]],
         data=embedded({"scores": found["scores"], "sites": found["sites"], "bits": found["settings"]["bits"]}),
     )
+
+
+def origin_figures(known: dict) -> list[tuple[str, str, Markup]]:
+    """(heading, caption, drawing) of what origins can be drawn."""
+    residuals, curves = known["residuals"], known["clipping"]["curves"]
+    drawn = [
+        ("Attention on the sink", "Blocks down, heads across; darker for more.", sink_map(known["sinks"]["mass"])),
+        (
+            "The residual stream",
+            "Its largest value over its median; dashed: normal numbers.",
+            residual_panel(residuals["largest"], residuals["typical"], residuals["gaussian"]),
+        ),
+    ]
+    for curve in curves[:1]:
+        caption = f"{curve['site']}, {known['clipping']['bits']} bits, the worst of its kind without a clip."
+        drawn.append(("Clipped, rounded, both", caption, clip_panel(curve)))
+    return [one for one in drawn if one[2]]
 
 
 def largest(sites: list[dict], name: str, count: int = 3) -> list[dict]:
