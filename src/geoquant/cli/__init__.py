@@ -35,7 +35,7 @@ COMMANDS = {
     "verify": ("verify:verify", "does a stock reader see what was solved?"),
     "explain": ("explain:explain", "what was decided for a layer, and why, in numbers"),
     "compare": ("compare:compare", "several runs side by side"),
-    "list": ("list_:list_", "the methods, metrics, orders, formats, attacks and domains there are"),
+    "list": ("list_:list_", "the methods, metrics, orders, formats, attacks, domains and scores there are"),
     "doctor": ("doctor:doctor", "is this machine ready, and what would make it so?"),
 }
 

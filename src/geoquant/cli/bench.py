@@ -36,9 +36,10 @@ def bench(
 ) -> None:
     """Round every layer alone, measure the harm, rank every score of an analysis by how well it foretells it.
 
+    ANALYSIS is what `geoquant analyze MODEL --out ANALYSIS` wrote.
+
     For example:
 
-      geoquant analyze MODEL --out ANALYSIS
       geoquant bench geometry MODEL --analysis ANALYSIS --out BENCH
       geoquant bench geometry MODEL --analysis ANALYSIS --out BENCH3 --bits 3 --windows 20
     """

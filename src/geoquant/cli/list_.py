@@ -23,13 +23,13 @@ METRIC_LINES = {
 
 def list_(
     topic: Annotated[
-        str | None, Parameter(help="methods, metrics, orders, formats, attacks, domains; all when left out.")
+        str | None, Parameter(help="methods, metrics, orders, formats, attacks, domains, scores; all when left out.")
     ] = None,
     /,
     *,
     json: Json = False,
 ) -> None:
-    """The methods, metrics, column orders, formats, attacks and domains of synthetic records there are.
+    """The methods, metrics, column orders, formats, attacks, domains of synthetic records and scores there are.
 
     For example:
 
@@ -91,6 +91,12 @@ def domains() -> dict[str, str]:
     return {name: domain.summary for name, domain in DOMAINS.items()}
 
 
+def scores() -> dict[str, str]:
+    from geoquant.outliers.scores import SCORES
+
+    return {name: f"{score.title}{f', {score.unit}' if score.unit else ''}" for name, score in SCORES.items()}
+
+
 FAMILIES = {
     "methods": methods,
     "metrics": metrics,
@@ -98,6 +104,7 @@ FAMILIES = {
     "formats": formats,
     "attacks": attacks,
     "domains": domains,
+    "scores": scores,
 }
 
 
