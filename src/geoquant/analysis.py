@@ -264,9 +264,9 @@ def findings(sites: list[dict], scores: list[dict]) -> list[str]:
             continue
         one, site = max(rows, key=lambda row: row[0]["value"])
         beyond = sum(1 for found, _ in rows if _beyond(found))
-        among = f"{beyond} of {len(rows)} sites lie more than two standard errors above their null"
+        title, where = score["title"][0].upper() + score["title"][1:], f"{site['name']} ({one['value']:.3g}"
         told.append(
-            f"{score['title']}: largest at {site['name']} ({one['value']:.3g}, null {one['null']:.3g}); {among}."
+            f"{title}: largest at {where}, null {one['null']:.3g}); {beyond} of {len(rows)} sites above their null."
         )
     return told
 
