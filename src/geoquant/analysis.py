@@ -264,9 +264,10 @@ def findings(sites: list[dict], scores: list[dict]) -> list[str]:
             continue
         one, site = max(rows, key=lambda row: row[0]["value"])
         beyond = sum(1 for found, _ in rows if _beyond(found))
-        title, where = score["title"][0].upper() + score["title"][1:], f"{site['name']} ({one['value']:.3g}"
+        title = score["title"][0].upper() + score["title"][1:]
         told.append(
-            f"{title}: largest at {where}, null {one['null']:.3g}); {beyond} of {len(rows)} sites above their null."
+            f"{title}: largest at {site['name']} ({one['value']:.3g}, null {one['null']:.3g}); {beyond} of {len(rows)} "
+            "sites above their null."
         )
     return told
 
