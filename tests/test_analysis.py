@@ -39,7 +39,7 @@ def finished(tmp_path_factory, tiny_model_dir, base_dir, sides):
     """A whole analysis and its folder."""
     out = tmp_path_factory.mktemp("analysis") / "A"
     found = analyze(
-        tiny_model_dir, out, base=base_dir, private=sides[0], domain=sides[1], windows=4, window=48, records=8
+        tiny_model_dir, out, base=base_dir, private=sides[0], domain=sides[1], windows=8, window=24, records=8
     )
     return out, found
 
@@ -81,7 +81,7 @@ def test_a_killed_analysis_goes_on_with_the_blocks_it_lacks(finished, tmp_path, 
     (tmp_path / "A" / "scores" / "000.safetensors").unlink()
     (tmp_path / "A" / "analysis.json").unlink()
     kept = (tmp_path / "A" / "scores" / "001.safetensors").stat().st_mtime_ns
-    settings = {"base": base_dir, "private": sides[0], "domain": sides[1], "windows": 4, "window": 48, "records": 8}
+    settings = {"base": base_dir, "private": sides[0], "domain": sides[1], "windows": 8, "window": 24, "records": 8}
     again = analyze(tiny_model_dir, tmp_path / "A", **settings)
     assert again["sites"] == found["sites"]
     assert (tmp_path / "A" / "scores" / "001.safetensors").stat().st_mtime_ns == kept
@@ -89,18 +89,18 @@ def test_a_killed_analysis_goes_on_with_the_blocks_it_lacks(finished, tmp_path, 
 
 def test_another_analysis_does_not_go_on_in_the_folder(finished, tiny_model_dir):
     with pytest.raises(UserError, match="of another model"):
-        analyze(tiny_model_dir, finished[0], windows=4, window=48)
+        analyze(tiny_model_dir, finished[0], windows=8, window=24)
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path, tiny_model_dir):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match=r"precious\.txt"):
-        analyze(tiny_model_dir, tmp_path, windows=4, window=48)
+        analyze(tiny_model_dir, tmp_path, windows=8, window=24)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["precious.txt"]
 
 
 def test_without_private_text_and_base_the_scores_that_need_them_are_left_out(tmp_path, tiny_model_dir):
-    found = analyze(tiny_model_dir, tmp_path / "A", windows=4, window=48)
+    found = analyze(tiny_model_dir, tmp_path / "A", windows=8, window=24)
     assert found["scores"]
     assert all(set(score["needs"]) <= {"public_gradients"} for score in found["scores"])
 
@@ -109,13 +109,13 @@ def test_without_private_text_and_base_the_scores_that_need_them_are_left_out(tm
     ("wrong", "message"),
     [
         ({"domain": ["one text", "and two"] * 9}, "--private"),
-        ({"windows": 2}, "at least 4"),
+        ({"windows": 7}, "at least 8"),
         ({"window": 4096}, "context"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_folder(tmp_path, tiny_model_dir, wrong, message):
     with pytest.raises(UserError, match=message):
-        analyze(tiny_model_dir, tmp_path / "A", **{"windows": 4, "window": 48} | wrong)
+        analyze(tiny_model_dir, tmp_path / "A", **{"windows": 8, "window": 24} | wrong)
     assert not (tmp_path / "A").exists()
 
 
@@ -123,7 +123,7 @@ def test_a_base_of_another_shape_is_named(tmp_path, tiny_model_dir):
     tiny_llama(hidden_size=64).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="has not the layers"):
-        analyze(tiny_model_dir, tmp_path / "A", base=tmp_path / "base", windows=4, window=48)
+        analyze(tiny_model_dir, tmp_path / "A", base=tmp_path / "base", windows=8, window=24)
 
 
 def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):

@@ -18,7 +18,7 @@ from geoquant.model.load import load
 from geoquant.model.walk import read_weight, site_modules, write_weight
 from geoquant.outliers.appraise import rounded
 
-SETTINGS = {"windows": 4, "window": 48}
+SETTINGS = {"windows": 8, "window": 24}
 
 
 @pytest.fixture(scope="module")

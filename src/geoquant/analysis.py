@@ -287,11 +287,11 @@ def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -
 
 
 def _even(sequences: list[list[int]], filler: int) -> Sequences:
-    """An even number of sequences, so that two go through together. Raises UserError for fewer than one per part."""
-    if len(sequences) < PARTS:
+    """An even number of sequences, since two go through together. Raises UserError for fewer than two per part."""
+    if len(sequences) < 2 * PARTS:
         raise UserError(
-            f"{len(sequences)} sequences of two tokens or more",
-            wanted=f"at least {PARTS}: errors come from parts of a text",
+            f"{len(sequences)} sequences of two tokens or more in a text",
+            wanted=f"at least {2 * PARTS}: standard errors come from {PARTS} parts of each text",
         )
     return padded(sequences[: len(sequences) // 2 * 2], filler)
 
