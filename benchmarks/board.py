@@ -1,0 +1,37 @@
+"""The leaderboards of a finished `geoquant bench geometry` as Markdown tables.
+
+python benchmarks/board.py BENCH [--most 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    """Print every board, the best predictors first, then the worst one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", type=Path)
+    parser.add_argument("--most", type=int, default=100)
+    options = parser.parse_args()
+    found = json.loads((options.bench / "bench.json").read_text(encoding="utf-8"))
+    for board in found["boards"]:
+        rows, ceiling = board["rows"], board["ceiling"]
+        sure = sum(row["p_holm"] < 0.05 for row in rows)
+        title = board["title"][0].upper() + board["title"][1:]
+        print(f"{title} at {board['bits']} bits, {rows[0]['sites']} layers;", end=" ")
+        print(f"{sure} of {len(rows)} predictors beyond chance;", end=" ")
+        print("no ceiling" if ceiling is None else f"a second measurement: {ceiling:.2f}\n")
+        print(f"| predictor | rank correlation | 95% interval | p (Holm) | of the worst {rows[0]['worst']} |")
+        print("|---|---|---|---|---|")
+        for row in rows[: options.most]:
+            low, high = row["ci"]
+            p = "< 0.02" if row["p_holm"] < 0.02 else f"{row['p_holm']:.2f}"
+            print(f"| `{row['name']}` | {row['rho']:+.2f} | {low:+.2f} to {high:+.2f} | {p} | {row['hits']} |")
+        print()
+
+
+if __name__ == "__main__":
+    main()
