@@ -109,7 +109,7 @@ def test_without_private_text_and_base_the_scores_that_need_them_are_left_out(tm
     ("wrong", "message"),
     [
         ({"domain": ["one text", "and two"] * 9}, "--private"),
-        ({"windows": 7}, "at least 8"),
+        ({"windows": 3}, "at least 4"),
         ({"window": 4096}, "context"),
     ],
 )

@@ -51,7 +51,9 @@ __all__ = ["analyze"]
 
 OURS = ("manifest.json", "origins.json", "scores", "analysis.json", "analysis.html")
 ORIGIN_WINDOWS, ORIGIN_LENGTH = 4, 256
-PARTS = 4  # of each text: a standard error from fewer says little, and each costs memory
+# Of each text. A standard error from fewer says little, and each costs memory; sequences go in pairs, so that a text of
+# fewer than eight has two.
+PARTS = 4
 
 
 def analyze(
@@ -287,11 +289,11 @@ def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -
 
 
 def _even(sequences: list[list[int]], filler: int) -> Sequences:
-    """An even number of sequences, since two go through together. Raises UserError for fewer than two per part."""
-    if len(sequences) < 2 * PARTS:
+    """An even number of sequences, since two go through together. Raises UserError for too few to make parts of."""
+    if len(sequences) < PARTS:
         raise UserError(
             f"{len(sequences)} sequences of two tokens or more in a text",
-            wanted=f"at least {2 * PARTS}: standard errors come from {PARTS} parts of each text",
+            wanted=f"at least {PARTS}, and better {2 * PARTS}: standard errors come from parts of a text",
         )
     return padded(sequences[: len(sequences) // 2 * 2], filler)
 
