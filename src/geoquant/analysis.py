@@ -30,7 +30,7 @@ from geoquant.examine import check_context
 from geoquant.folders import begin, claim
 from geoquant.manifest import versions
 from geoquant.measure import builtin_ends
-from geoquant.model.identity import model_hash
+from geoquant.model.identity import described
 from geoquant.model.load import Loaded, load, locate
 from geoquant.model.paging import map_weights
 from geoquant.model.walk import Block, Site, read_weight, site_modules, walk
@@ -108,8 +108,8 @@ def analyze(
         other = None if base is None else _same_shape(load(str(base), device=device), loaded)
     scores = [score for score in SCORES.values() if _possible(score, sides, other)]
     facts = {
-        "model": _facts(loaded),
-        "base": other and _facts(other),
+        "model": described(loaded),
+        "base": other and described(other),
         "texts": {
             "public": {"source": public.source, "windows": len(public), "tokens": texts["public"].count},
             **{name: {"records": len(side), "tokens": texts[name].count} for name, side in sides.items()},
@@ -313,16 +313,6 @@ def _same_shape(other: Loaded, loaded: Loaded) -> Loaded:
 def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:
     given = {"public", *sides, *(() if other is None else ("base",))}
     return {need.removesuffix("_gradients") for need in score.needs} <= given
-
-
-def _facts(loaded: Loaded) -> dict:
-    return {
-        "name": loaded.name,
-        "source": loaded.source,
-        "architecture": type(loaded.model).__name__,
-        "parameters": loaded.parameters,
-        "sha256": model_hash(loaded.model),
-    }
 
 
 def _described(score: Score) -> dict:

@@ -21,7 +21,7 @@ from geoquant.data.records import Record, Split, load_split
 from geoquant.errors import UserError
 from geoquant.folders import claim, made
 from geoquant.manifest import versions
-from geoquant.model.identity import model_hash
+from geoquant.model.identity import described
 from geoquant.model.load import Loaded, load, load_tokenizer, locate
 from geoquant.privacy.audit import audit as run_attacks
 from geoquant.privacy.audit import merge
@@ -98,7 +98,7 @@ def audit(
     for role, one in given.items():
         started = time.perf_counter()
         with _opened(one, tokenizer, device) as loaded:
-            facts = _facts(loaded)
+            facts = described(loaded)
             kept = Kept(folder / "scores", facts["sha256"]) if folder else None
             subjects[role] = score_split(
                 loaded.model,
@@ -199,17 +199,6 @@ def _check_tokens(given: dict[str, object], tokenizer, split: Split) -> None:
     names = {role: type(one).__name__ if isinstance(one, nn.Module) else str(one) for role, one in given.items()}
     for role in owned.keys() - {"base"}:
         check_same_tokens(names[role], owned[role], names["base"], owned["base"], split)
-
-
-def _facts(loaded: Loaded) -> dict:
-    return {
-        "name": loaded.name,
-        "source": loaded.source,
-        "architecture": type(loaded.model).__name__,
-        "parameters": loaded.parameters,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "sha256": model_hash(loaded.model),
-    }
 
 
 def _records(split: Split, members: object, nonmembers: object, canaries: object) -> dict:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from geoquant.cli.options import WHOLE, Device, Json, Model, command_line
+from geoquant.cli.options import WHOLE, Base, Device, Domain, Json, Model, Private, command_line
 from geoquant.cli.screen import library, output, progress_display
 
 __all__ = ["analyze"]
@@ -18,11 +18,9 @@ def analyze(
     /,
     *,
     out: Annotated[Path, Parameter(help="Folder for analysis.json, analysis.html and the scores.")],
-    base: Annotated[str | None, Parameter(help="Public model it was fine-tuned from.")] = None,
-    private: Annotated[
-        str | None, Parameter(help="Records the model was trained on, .jsonl with a text field.")
-    ] = None,
-    domain: Annotated[str | None, Parameter(help="Records of the same kind that it never saw, .jsonl.")] = None,
+    base: Base = None,
+    private: Private = None,
+    domain: Domain = None,
     text: Annotated[
         str | None, Parameter(help="Public text, .txt or .jsonl (default: the text every Python carries).")
     ] = None,

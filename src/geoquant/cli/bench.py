@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from geoquant.cli.options import WHOLE, Device, Json, Model, command_line
+from geoquant.cli.options import WHOLE, Base, Device, Domain, Json, Model, Private, command_line
 from geoquant.cli.screen import library, output, progress_display
 
 __all__ = ["bench"]
@@ -20,9 +20,9 @@ def bench(
     *,
     analysis: Annotated[Path, Parameter(help="Folder of a finished `geoquant analyze` of MODEL.")],
     out: Annotated[Path, Parameter(help="Folder for bench.json, bench.html and the effects.")],
-    base: Annotated[str | None, Parameter(help="Public model it was fine-tuned from: calibrates the attack.")] = None,
-    private: Annotated[str | None, Parameter(help="Records the model was trained on, .jsonl.")] = None,
-    domain: Annotated[str | None, Parameter(help="Records of the same kind that it never saw, .jsonl.")] = None,
+    base: Base = None,
+    private: Private = None,
+    domain: Domain = None,
     text: Annotated[
         str | None, Parameter(help="Public text to measure on (default: the end of the text every Python carries).")
     ] = None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from geoquant.recipe import Recipe
 
-__all__ = ["WHOLE", "AnyModel", "Device", "Json", "Model", "RecipeFlags", "command_line"]
+__all__ = ["WHOLE", "AnyModel", "Base", "Device", "Domain", "Json", "Model", "Private", "RecipeFlags", "command_line"]
 
 
 def whole_number(_: object, tokens: Sequence[Token]) -> int:
@@ -48,6 +48,9 @@ Json = Annotated[
         group="Output",
     ),
 ]
+Base = Annotated[str | None, Parameter(help="Public model it was fine-tuned from.")]
+Private = Annotated[str | None, Parameter(help="Records the model was trained on, .jsonl with a text field.")]
+Domain = Annotated[str | None, Parameter(help="Records of the same kind that it never saw, .jsonl.")]
 Device = Annotated[str, Parameter(help="Where to compute: cpu, cuda, cuda:1.")]
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-__all__ = ["model_hash"]
+if TYPE_CHECKING:
+    from geoquant.model.load import Loaded
+
+__all__ = ["described", "model_hash"]
 
 # Entries of a configuration that change no output: where a model was found, whether it remembers keys.
 IDLE = ("_name_or_path", "transformers_version", "use_cache")
@@ -26,3 +30,15 @@ def model_hash(model: nn.Module) -> str:
         for piece in tensor.detach().flatten().split(PIECE):
             digest.update(piece.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def described(loaded: Loaded) -> dict:
+    """What a result says of a model: where it came from, what it is, and the hash of what it computes."""
+    return {
+        "name": loaded.name,
+        "source": loaded.source,
+        "architecture": type(loaded.model).__name__,
+        "parameters": loaded.parameters,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "sha256": model_hash(loaded.model),
+    }
