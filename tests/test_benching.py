@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import make_tokenizer, tiny_llama
 from geoquant.analysis import analyze
@@ -13,10 +14,12 @@ from geoquant.benching import bench
 from geoquant.data.private import make_records
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import perplexity
+from geoquant.lattice.grid import Grid
 from geoquant.measure import builtin_tail
+from geoquant.methods import rtn
+from geoquant.methods.problem import Problem
 from geoquant.model.load import load
 from geoquant.model.walk import read_weight, site_modules, write_weight
-from geoquant.outliers.appraise import rounded
 
 SETTINGS = {"windows": 8, "window": 24}
 
@@ -44,7 +47,9 @@ def test_an_effect_is_the_difference_of_two_whole_measurements(finished, tiny_mo
     before = perplexity(loaded.model, text).nll
     one = found["effects"][5]
     module = site_modules(loaded.model)[one["site"]]
-    write_weight(module, rounded(read_weight(module), one["bits"]))
+    weight = read_weight(module)
+    problem = Problem(weight, torch.eye(weight.shape[1]), grid=Grid(bits=one["bits"]))
+    write_weight(module, rtn.solve(problem).dequantize())
     assert one["public"]["value"] == pytest.approx(perplexity(loaded.model, text).nll - before, abs=1e-6)
     assert np.mean(one["changes"]) == pytest.approx(one["public"]["value"], abs=1e-6)
 

@@ -19,12 +19,12 @@ from geoquant.outliers.statistics import (
     SMALL,
     Statistics,
     edges,
-    jackknife,
     left_out,
     summarise,
     total,
 )
 from geoquant.outliers.uncertainty import standard_errors
+from oracles.jackknife import jackknife
 from outlier_toy import IN, PARTS, TOKENS, toy
 
 

@@ -124,7 +124,7 @@ def analyze(
     with clock("scores"):
         chosen = compute_dtype(compute, loaded.model.device)
         _score(folder, key, loaded, other, blocks, texts, scores, bits, seed, chosen, pages, progress)
-    sites = [site for block in blocks for site in _kept(folder, block, key)]
+    sites = [site for block in blocks for site in _read(folder, block, key) or ()]
     report = {
         "schema": 1,
         **facts,
@@ -340,7 +340,3 @@ def _read(folder: Path, block: Block, key: str) -> list[dict] | None:
         return None
     metadata = read_metadata(path)
     return json.loads(metadata["sites"]) if metadata.get("key") == key else None
-
-
-def _kept(folder: Path, block: Block, key: str) -> list[dict]:
-    return _read(folder, block, key) or []

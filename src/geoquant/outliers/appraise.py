@@ -9,12 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geoquant.lattice.grid import Grid
-from geoquant.methods import rtn
-from geoquant.methods.problem import Problem
 from geoquant.model.walk import Site
 from geoquant.outliers import score as reading
 from geoquant.outliers.context import SiteContext, null_context
+from geoquant.outliers.interventions import rounded
 from geoquant.outliers.score import Score
 from geoquant.outliers.statistics import Statistics, summarise, total
 from geoquant.outliers.uncertainty import standard_errors
@@ -99,12 +97,6 @@ def appraise(
     errors = standard_errors(used, context, given, _read)
     empty = null_context(context, torch.Generator().manual_seed(seed))
     return [_one(score, context, errors[score.name], empty) for score in used]
-
-
-def rounded(weight: Float[Tensor, "out in"], bits: int) -> Float[Tensor, "out in"]:
-    """The nearest symmetric codes of groups of 64, every column as important as any other."""
-    metric = torch.eye(weight.shape[1], device=weight.device)
-    return rtn.solve(Problem(weight, metric, grid=Grid(bits=bits))).dequantize()
 
 
 def _one(score: Score, context: SiteContext, errors: Float[Tensor, " 1+n"], empty: SiteContext) -> Appraisal:

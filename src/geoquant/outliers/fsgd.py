@@ -187,6 +187,8 @@ def measures(
         whole = torch.stack([columns[cut].sum() for cut in cuts])
         quiet = torch.stack([columns[cut] @ silent[cut] for cut in cuts])
         isolation = torch.stack([factor[cut].mean() for cut in cuts])
+    if vectors.shape[1] == len(metric):
+        inside = whole  # of the whole space by definition; rounding would make differences between groups
     found = Measures(
         curvature=error[0] / error[1].clamp_min(1e-300),
         alignment=inside / whole.clamp_min(1e-300) * (len(metric) / max(1, vectors.shape[1])),

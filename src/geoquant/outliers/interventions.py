@@ -25,7 +25,7 @@ from torch import Tensor
 from geoquant.errors import UserError, unknown_name
 from geoquant.lattice.grid import Grid, round_to_grid, search_scales
 
-__all__ = ["KINDS", "Intervention", "Part", "block_of_columns", "intervene", "largest", "parse"]
+__all__ = ["KINDS", "Intervention", "Part", "block_of_columns", "intervene", "largest", "parse", "rounded"]
 
 GROUP = 64
 
@@ -168,12 +168,17 @@ class _Given:
 
 
 def _quantize(weight: Tensor, given: _Given) -> Tensor:
-    grid = Grid(bits=int(given.value), group_size=GROUP)
-    rounded = []
+    return rounded(weight, int(given.value))
+
+
+def rounded(weight: Float[Tensor, "out in"], bits: int) -> Float[Tensor, "out in"]:
+    """The nearest symmetric codes of groups of 64, every column as important as any other."""
+    grid = Grid(bits=bits, group_size=GROUP)
+    found = []
     for group in weight.T.contiguous().split(GROUP):
         scale, zero = search_scales(group, torch.ones(len(group), device=group.device), grid)
-        rounded.append(round_to_grid(group, scale, zero, grid)[0] * scale)
-    return torch.cat(rounded).T
+        found.append(round_to_grid(group, scale, zero, grid)[0] * scale)
+    return torch.cat(found).T.contiguous()
 
 
 def _zero(weight: Tensor, given: _Given) -> Tensor:

@@ -8,11 +8,14 @@ random order: gains that are spread widely change max/median whatever they are a
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from geoquant.geometry.islands import rank_correlation
 
 __all__ = ["GainSums", "NormGain", "NormGains", "find_norms", "norm_gain"]
 
@@ -88,6 +91,7 @@ def norm_gain(
     orders = torch.rand(SHUFFLES, len(gain), generator=generator).argsort(1)
     null = _peak(gain[orders] * amplitude) / before
     found = (_peak((gain * amplitude)[None]) / before).item()
+    order = rank_correlation(gain, amplitude)
     return NormGain(
         name=name,
         block=block,
@@ -95,7 +99,7 @@ def norm_gain(
         amplification=found,
         shuffled=null.median().item(),
         p=((null >= found).sum().item() + 1) / (SHUFFLES + 1),
-        spearman=_spearman(gain, amplitude),
+        spearman=None if math.isnan(order) else order,  # NaN is no JSON
         error=(len(gain) - 1) ** -0.5 if len(gain) > 1 else 1.0,
     )
 
@@ -103,14 +107,6 @@ def norm_gain(
 def _peak(amplitudes: Float[Tensor, "n channels"]) -> Float[Tensor, " n"]:
     """max / median of each row."""
     return amplitudes.amax(1) / amplitudes.median(1).values.clamp_min(1e-30)
-
-
-def _spearman(one: Tensor, other: Tensor) -> float | None:
-    from scipy.stats import spearmanr
-
-    if one.min() == one.max() or other.min() == other.max():
-        return None
-    return float(spearmanr(one.numpy(), other.numpy()).statistic)
 
 
 @dataclass(frozen=True)

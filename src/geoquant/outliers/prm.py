@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from geoquant.privacy.statistics import holm
 from geoquant.progress import Progress, silent
 
 __all__ = [
@@ -174,8 +175,9 @@ def separation(of: Trajectories, *, permutations: int = 199, seed: int = 0) -> d
         distances = _distances(both[deals], seeds)
         # The same deal in another order differs by rounding.
         reached = (distances[1:] >= distances[0] * (1 - 1e-9)).sum()
-        found[of.classes[one], of.classes[other]] = float(distances[0]), (1 + reached) / (permutations + 1)
-    return _holm(found)
+        found[of.classes[one], of.classes[other]] = float(distances[0]), float((1 + reached) / (permutations + 1))
+    corrected = holm([p for _, p in found.values()])
+    return {names: Pair(distance, p, own) for (names, (distance, p)), own in zip(found.items(), corrected, strict=True)}
 
 
 def _distances(deals: Float[np.ndarray, "deals n d"], first: int) -> Float[np.ndarray, " deals"]:
@@ -188,15 +190,6 @@ def _distances(deals: Float[np.ndarray, "deals n d"], first: int) -> Float[np.nd
     ridge = np.diag(RIDGE * deals[0].var(0) + 1e-12)
     solved = np.linalg.solve(covariance + ridge, gap[..., None])[..., 0]
     return np.sqrt((gap * solved).sum(1))
-
-
-def _holm(found: dict[tuple[str, str], tuple[float, float]]) -> dict[tuple[str, str], Pair]:
-    """Holm: A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 1979."""
-    result, reached = {}, 0.0
-    for place, (names, (distance, p)) in enumerate(sorted(found.items(), key=lambda item: item[1][1])):
-        reached = max(reached, min(1.0, p * (len(found) - place)))
-        result[names] = Pair(distance, float(p), float(reached))
-    return {names: result[names] for names in found}
 
 
 def _rms(weight: Float[Tensor, "out in"]) -> float:

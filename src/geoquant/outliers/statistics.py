@@ -1,20 +1,20 @@
 """What one text does at one site: sums over its tokens, of inputs x and of loss gradients g at the outputs.
 
 Sums and not means: those of two sets of tokens add, and taking one set away again leaves the others. That is how every
-score gets its standard error (`jackknife`): the sums of each part of a text are kept, and the score is taken again
+score gets its standard error (uncertainty.py): the sums of each part of a text are kept, and the score is taken again
 without each part in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["BINS", "REACH", "SMALL", "Statistics", "edges", "jackknife", "left_out", "summarise", "total"]
+__all__ = ["BINS", "REACH", "SMALL", "Statistics", "edges", "left_out", "summarise", "total"]
 
 SMALL = 0.01  # of the unit: an input below is taken for silent
 BINS = 65
@@ -117,17 +117,3 @@ def left_out(parts: Sequence[Statistics]) -> Iterator[Statistics]:
     for index, part in enumerate(parts):
         others = torch.cat([maxima[:index], maxima[index + 1 :]])
         yield replace(whole - part, largest=others.amax(0)) if len(others) else whole - part
-
-
-def jackknife(parts: Sequence[Statistics], value: Callable[[Statistics], Tensor]) -> Tensor:
-    """Standard error of `value(total(parts))` by leaving out one part at a time.
-
-    `sqrt((K - 1) / K sum_k (v_k - mean)^2)`, Efron and Stein: The jackknife estimate of variance, Annals of
-    Statistics 1981. Parts are of about one size and independent of one another (whole sequences). NaN for one part.
-    It holds for values that are smooth functions of the sums; of a maximum or a quantile it says little.
-    """
-    count = len(parts)
-    if count < 2:
-        return torch.full_like(value(total(parts)), torch.nan)
-    left = torch.stack([value(rest) for rest in left_out(parts)])
-    return ((left - left.mean(0)).square().sum(0) * (count - 1) / count).sqrt()
