@@ -79,3 +79,31 @@ def test_padding_sorts_and_counts():
     assert isinstance(found, Sequences)
     assert found.tokens.tolist() == [[4, 5, 9], [1, 2, 3]]
     assert found.count == 5
+
+
+def test_every_part_of_a_text_gets_as_many_sequences_of_all_lengths():
+    given = [[1] * length for length in (*range(2, 14), *range(2, 14))]
+    found = padded(given, 0, parts=4)
+    assert sorted(found.lengths.tolist()) == sorted(map(len, given))
+    batches = found.lengths.view(-1, found.batch)
+    assert len(batches) % 4 == 0
+    assert (batches.sum(1) - 7.5 * found.batch).abs().max() <= found.batch
+
+
+def test_long_sequences_go_through_in_pairs():
+    assert padded([[1] * 600] * 8, 0, parts=4).batch == 2
+    assert padded([[1] * 600] * 4, 0, parts=4).batch == 1
+    assert padded([[1] * 600] * 5, 0, parts=4).batch is None
+
+
+def test_sites_that_read_the_same_share_what_is_known_of_it(tiny_model):
+    blocks = walk(tiny_model, torch.tensor([[1, 2, 3]]))
+    collected = Collected(2)
+    text = padded(sequences(4, [7, 20, 9, 11]), 1, parts=2)
+    for block in backward(tiny_model, blocks, {"public": text}, collected.see):
+        of = {site.name: total(collected.of(site.name, "public")) for site in block.sites}
+        q, k = (of[site.name] for site in block.sites[:2])
+        assert q.hessian is k.hessian
+        assert q.histogram is k.histogram
+        assert q.weighted is not k.weighted
+        collected.clear()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from geoquant.outliers.nystrom import draw_landmarks, low_rank, nystrom
+from geoquant.outliers.nystrom import draw_landmarks, low_rank, low_rank_product, nystrom
 from geoquant.outliers.score import columns, rows, site
 from geoquant.outliers.scores import SCORES
 from geoquant.outliers.scores.hop import DAMPING
@@ -307,3 +307,12 @@ def test_the_low_rank_score_is_the_quadratic_form_of_the_parts_gradients(text):
     kept = vectors.flip(1)[:, : int(keep.sum()) + 1]
     truncated = kept @ torch.diag(values.flip(0)[: kept.shape[1]]) @ kept.T
     close(found, (delta * (truncated @ delta) / 2).view(OUT, IN), rtol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 6), energy=st.floats(0.3, 1.0), seed=st.integers(0, 10**6))
+def test_the_product_is_that_of_the_low_rank_matrix(count, energy, seed):
+    drawn = torch.randn(count, 5, 7, generator=generator(seed))
+    change = torch.randn(5, 7, generator=generator(seed + 1))
+    expected = low_rank(drawn, energy).apply(change)
+    torch.testing.assert_close(low_rank_product(drawn, change, energy), expected, rtol=1e-3, atol=1e-4)

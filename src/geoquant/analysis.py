@@ -51,8 +51,7 @@ __all__ = ["analyze"]
 
 OURS = ("manifest.json", "origins.json", "scores", "analysis.json", "analysis.html")
 ORIGIN_WINDOWS, ORIGIN_LENGTH = 4, 256
-# Of each text. A standard error from fewer says little, and each costs memory; sequences go in pairs, so that a text of
-# fewer than eight has two.
+# Of each text. A standard error from fewer says little, and each costs memory.
 PARTS = 4
 
 
@@ -289,13 +288,13 @@ def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -
 
 
 def _even(sequences: list[list[int]], filler: int) -> Sequences:
-    """An even number of sequences, since two go through together. Raises UserError for too few to make parts of."""
+    """As many sequences as make parts of one size. Raises UserError for too few to make parts of."""
     if len(sequences) < PARTS:
         raise UserError(
             f"{len(sequences)} sequences of two tokens or more in a text",
             wanted=f"at least {PARTS}, and better {2 * PARTS}: standard errors come from parts of a text",
         )
-    return padded(sequences[: len(sequences) // 2 * 2], filler)
+    return padded(sequences[: len(sequences) // PARTS * PARTS], filler, PARTS)
 
 
 def _same_shape(other: Loaded, loaded: Loaded) -> Loaded:

@@ -27,7 +27,7 @@ from geoquant.progress import Progress, silent
 
 __all__ = ["Seen", "backward"]
 
-# Seen(text, batch, site, inputs, gradients): real tokens only, in float32.
+# Seen(text, batch, site, inputs, gradients): real tokens only, in float32; of sites that read the same, one tensor.
 Seen = Callable[[str, int, str, Float[Tensor, "tokens in"], Float[Tensor, "tokens out"]], None]
 
 
@@ -75,7 +75,7 @@ def backward(
 @torch.no_grad()
 def _forward(model: nn.Module, text: Sequences, compute: torch.dtype, pages: Pages) -> _Text:
     """Every block's inputs, and the gradient at the last block's output."""
-    stream = open_stream(model, text.tokens, compute, pages)
+    stream = open_stream(model, text.tokens, compute, pages, text.batch)
     _, modules = find_blocks(model)
     calls = [cast_call(call, compute) for call in stream.calls]
     size = len(stream.batches[0])
@@ -113,10 +113,14 @@ def _through(
     """Back through one block on one batch."""
     inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
     kept: dict[str, Tensor] = {}
+    last: list[Tensor] = []  # what was read, and what was made of it: often several sites in a row read the same
 
     def observe(site: str):
         def forward(_: nn.Module, inputs: tuple, output: Tensor) -> None:
-            kept[site] = inputs[0].detach().flatten(0, -2)
+            if not last or last[0] is not inputs[0]:
+                flat = inputs[0].detach().flatten(0, -2)
+                last[:] = inputs[0], flat[real].float() if len(flat) == len(real) else flat
+            kept[site] = last[1]
 
             def back(g: Tensor) -> None:
                 x, flat = kept.pop(site), g.detach().flatten(0, -2)
@@ -127,7 +131,7 @@ def _through(
                 flat = flat[real].float()
                 if not flat.isfinite().all():
                     raise UserError(f"the loss gradient at {site} is not finite", fix="use --compute float32")
-                see(site, x[real].float(), flat)
+                see(site, x, flat)
 
             output.register_hook(back)
 

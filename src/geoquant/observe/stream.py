@@ -61,11 +61,15 @@ def open_stream(
     tokens: Int[Tensor, "n length"],
     compute: torch.dtype = torch.float32,
     pages: Pages = UNMAPPED,
+    size: int | None = None,
 ) -> Stream:
-    """Embed all windows and capture each block's call (one real forward pass of the first batch)."""
+    """Embed all windows and capture each block's call (one real forward pass of the first batch).
+
+    size: of a batch, a divisor of their number; by default two, or one of an odd number.
+    """
     _, blocks = find_blocks(model)
     device = next(model.parameters()).device
-    size = batch_size(len(tokens))
+    size = size or batch_size(len(tokens))
     calls: list[BlockCall] = []
     batches: list[Tensor] = []
 

@@ -11,16 +11,20 @@ from torch import Tensor
 
 __all__ = ["Sequences", "padded"]
 
+TOGETHER = 1024  # tokens that go through a block at once, or two sequences
+
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences of one text: `tokens` (n, length) padded on the right, `lengths` (n,) of what is real.
+    """Sequences of one text: `tokens` (n, length) padded on the right, `lengths` (n,) of what is real; `batch` of them
+    go through the model together (None: two, or one of an odd number).
 
     Under causal attention nothing real sees what comes after it, so padding changes no real token.
     """
 
     tokens: Int[Tensor, "n length"]
     lengths: Int[Tensor, " n"]
+    batch: int | None = None
 
     @property
     def count(self) -> int:
@@ -28,19 +32,24 @@ class Sequences:
         return int(self.lengths.sum())
 
 
-def padded(sequences: Sequence[Sequence[int]], filler: int) -> Sequences:
-    """Sequences of any lengths in one rectangle, the shortest first, so that neighbours are of about one length.
+def padded(sequences: Sequence[Sequence[int]], filler: int, parts: int = 1) -> Sequences:
+    """Sequences of any lengths in one rectangle; every batch holds short and long ones.
 
-    Raises ValueError where a sequence has fewer than two tokens: nothing would be predicted.
+    parts: the number of batches is a multiple of it where the number of sequences is one. Raises ValueError where a
+    sequence has fewer than two tokens: nothing would be predicted.
     """
     short = [len(sequence) for sequence in sequences if len(sequence) < 2]
     if short or not sequences:
         raise ValueError(
             f"sequences of at least two tokens, but got {len(sequences)} of which {len(short)} are shorter"
         )
-    ordered = sorted(sequences, key=len)
+    count, longest = len(sequences), max(map(len, sequences))
+    fits = [size for size in range(1, max(2, TOGETHER // longest) + 1) if count % (size * parts) == 0]
+    batch = max(fits, default=None)
+    batches = count // (batch or 1)
+    ordered = [one for first in range(batches) for one in sorted(sequences, key=len)[first::batches]]
     lengths = torch.tensor([len(sequence) for sequence in ordered])
     tokens = torch.full((len(ordered), int(lengths.max())), filler)
     for row, sequence in enumerate(ordered):
         tokens[row, : len(sequence)] = torch.tensor(sequence)
-    return Sequences(tokens, lengths)
+    return Sequences(tokens, lengths, batch)

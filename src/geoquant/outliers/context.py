@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geoquant.outliers.derived import remembered
 from geoquant.outliers.statistics import SMALL, Statistics, edges
 
 __all__ = ["SiteContext", "null_context"]
@@ -113,15 +114,21 @@ def _noise(of: Statistics, generator: torch.Generator, parts: int) -> Float[Tens
     """`sum_t g x^T` of Gaussian x and independent g: rows of covariance `sum_t g_i^2 / tokens * sum_t x x^T`, made of
     equal parts.
     """
-    scale = of.hessian.diagonal().double().sqrt().clamp_min(1e-30)
-    correlation = of.hessian.double() / scale[:, None] / scale
+    lower = remembered(_root, of.hessian)
+    shape = (parts, len(of.output), len(lower))
+    noise = torch.randn(shape, generator=generator, dtype=of.hessian.dtype).to(lower.device)
+    mixed = (noise.flatten(0, 1) @ lower.mT).view(shape)
+    return mixed * (of.output / (parts * max(of.tokens, 1.0))).sqrt()[:, None]
+
+
+def _root(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """L with `L L^T` the metric, but for what makes it definite."""
+    scale = hessian.diagonal().double().sqrt().clamp_min(1e-30)
+    correlation = hessian.double() / scale[:, None] / scale
     identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
     # Single precision leaves a metric of few tokens a little indefinite.
     for jitter in (1e-6, 1e-4, 1e-2, 1.0):
         lower, failed = torch.linalg.cholesky_ex(correlation + jitter * identity)
         if not failed:
             break
-    shape = (parts, len(of.output), len(scale))
-    noise = torch.randn(shape, generator=generator, dtype=of.hessian.dtype).to(scale.device)
-    mixed = noise @ (lower * scale[:, None]).mT.to(noise.dtype)
-    return mixed * (of.output / (parts * max(of.tokens, 1.0))).sqrt()[:, None]
+    return (lower * scale[:, None]).to(hessian.dtype)

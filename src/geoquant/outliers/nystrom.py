@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["ENERGY", "LowRank", "draw_landmarks", "low_rank", "nystrom"]
+__all__ = ["ENERGY", "LowRank", "draw_landmarks", "low_rank", "low_rank_product", "nystrom"]
 
 ENERGY = 0.99
 SMALLEST = 1e-10  # of the largest eigenvalue: below is rounding
@@ -64,6 +64,20 @@ def low_rank(samples: Float[Tensor, "n ..."], energy: float = ENERGY) -> LowRank
     return _leading(samples.flatten(1), samples.shape[1:], samples.double().square().sum(), energy)
 
 
+def low_rank_product(
+    samples: Float[Tensor, "n ..."], change: Float[Tensor, ...], energy: float = ENERGY
+) -> Float[Tensor, ...]:
+    """`low_rank(samples, energy).apply(change)` without its eigenvectors, which are as large as the samples.
+
+    With u the eigenvectors of B B^T that are kept it is `B^T u u^T B change`.
+    """
+    flat = samples.flatten(1)
+    gram = (flat @ flat.T).double()
+    _, left = _kept(gram, gram.trace(), energy)
+    left = left.to(flat.dtype)
+    return (flat.T @ (left @ (left.T @ (flat @ change.flatten())))).view_as(change)
+
+
 def nystrom(
     samples: Float[Tensor, "n ..."],
     landmarks: Int[Tensor, " m"] | int,
@@ -99,15 +113,20 @@ def draw_landmarks(samples: Float[Tensor, "n ..."], count: int, generator: torch
 
 def _leading(rows: Float[Tensor, "n d"], shape: torch.Size, trace: Tensor, energy: float) -> LowRank:
     """Eigenpairs of `rows^T rows` from those of `rows rows^T`, until `energy` of `trace` is reached."""
+    exact = rows.double()
+    values, left = _kept(exact @ exact.T, trace, energy)
+    vectors = (left / values.sqrt()).T @ exact
+    held = (values.sum() / trace).item() if trace > 0 else 1.0
+    return LowRank(values.to(rows.dtype), vectors.to(rows.dtype).view(-1, *shape), min(held, 1.0))
+
+
+def _kept(gram: Float[Tensor, "n n"], trace: Tensor, energy: float) -> tuple[Float[Tensor, " r"], Float[Tensor, "n r"]]:
+    """The fewest leading eigenpairs of `gram` that hold `energy` of `trace`."""
     if not 0 < energy <= 1:
         raise ValueError(f"0 < energy <= 1 must hold, but got {energy}")
-    exact = rows.double()
-    values, left = torch.linalg.eigh(exact @ exact.T)
+    values, left = torch.linalg.eigh(gram)
     values, left = values.flip(0).clamp_min(0), left.flip(1)
     before = values.cumsum(0) - values
     # Single precision in the samples leaves about this much of the trace undecided.
     used = (before < energy * trace * (1 - 1e-9)) & (values > SMALLEST * values[:1])
-    values, left = values[used], left[:, used]
-    vectors = (left / values.sqrt()).T @ exact
-    held = (values.sum() / trace).item() if trace > 0 else 1.0
-    return LowRank(values.to(rows.dtype), vectors.to(rows.dtype).view(-1, *shape), min(held, 1.0))
+    return values[used], left[:, used]

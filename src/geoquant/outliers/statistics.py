@@ -14,17 +14,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geoquant.outliers.derived import remembered
+
 __all__ = ["BINS", "REACH", "SMALL", "Statistics", "edges", "left_out", "summarise", "total"]
 
 SMALL = 0.01  # of the unit: an input below is taken for silent
 BINS = 65
 REACH = 7.0  # asinh of the largest value with a bin of its own: about 548 units
+INPUTS = ("hessian", "fourth", "largest", "silent", "histogram")  # know nothing of the outputs
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Sums over the tokens of a text, or of a part of it, at one site. g is in nats per unit of the output, of the
-    loss summed over tokens.
+    loss summed over tokens. Sites that read the same inputs share the tensors of `INPUTS`.
 
     tokens:    how many. unit: root mean square of the site's inputs where it was first seen; of all texts the same.
     hessian:   (in, in) `sum_t x x^T`, the plain metric A.
@@ -51,22 +54,44 @@ class Statistics:
     histogram: Float[Tensor, "in bins"]
 
     def __add__(self, other: Statistics) -> Statistics:
-        joined = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
-        return Statistics(**joined | {"unit": self.unit, "largest": torch.maximum(self.largest, other.largest)})
+        joined = {}
+        for name in (field.name for field in fields(self)):
+            one, two = getattr(self, name), getattr(other, name)
+            joined[name] = remembered(_JOIN.get(name, torch.add), one, two) if name in INPUTS else one + two
+        return Statistics(**joined | {"unit": self.unit})
 
     def __sub__(self, other: Statistics) -> Statistics:
         """What is left when `other`, a part of it, is taken away again."""
-        rest = {field.name: getattr(self, field.name) - getattr(other, field.name) for field in fields(self)}
-        for name in ("output", "fisher", "fourth", "silent", "histogram"):
-            # Where a part held nearly all, rounding would leave sums of squares below zero.
-            rest[name] = rest[name].clamp_min(0)
-        for name in ("hessian", "weighted"):
-            rest[name].diagonal().clamp_min_(0)
-        return Statistics(**rest | {"unit": self.unit, "largest": self.largest})
+        rest = {
+            "tokens": self.tokens - other.tokens,
+            "unit": self.unit,
+            "hessian": remembered(_metric_rest, self.hessian, other.hessian),
+            "weighted": _metric_rest(self.weighted, other.weighted),
+            "gradient": self.gradient - other.gradient,
+            "largest": self.largest,
+            **{name: remembered(_rest, getattr(self, name), getattr(other, name)) for name in REST},
+            **{name: _rest(getattr(self, name), getattr(other, name)) for name in ("output", "fisher")},
+        }
+        return Statistics(**rest)
 
     def mean(self, name: str) -> Tensor:
         """One of the sums divided by the tokens; without tokens the sum, which is zero."""
         return getattr(self, name) / max(self.tokens, 1.0)
+
+
+REST = ("fourth", "silent", "histogram")
+_JOIN = {"largest": torch.maximum}
+
+
+def _rest(whole: Tensor, part: Tensor) -> Tensor:
+    """Sums of squares; where a part held nearly all, rounding would leave less than nothing."""
+    return (whole - part).clamp_min(0)
+
+
+def _metric_rest(whole: Float[Tensor, "in in"], part: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    rest = whole - part
+    rest.diagonal().clamp_min_(0)
+    return rest
 
 
 def edges(unit: float) -> Float[Tensor, " bins+1"]:
@@ -75,31 +100,41 @@ def edges(unit: float) -> Float[Tensor, " bins+1"]:
     return (places * REACH).sinh() * unit
 
 
-def summarise(x: Float[Tensor, "tokens in"], g: Float[Tensor, "tokens out"], unit: float) -> Statistics:
+def summarise(
+    x: Float[Tensor, "tokens in"], g: Float[Tensor, "tokens out"], unit: float, like: Statistics | None = None
+) -> Statistics:
     """The statistics of some tokens.
 
-    Raises ValueError for a unit that is not positive: the histogram would count nothing.
+    like: those of another site that read these very inputs, in the same unit; what it knows of them is shared. Raises
+    ValueError for a unit that is not positive: the histogram would count nothing.
     """
     if not unit > 0:
         raise ValueError(f"unit > 0 must hold, but got unit={unit}")
     squares, energies = x.square(), g.square()
     roots = x * energies.sum(1, keepdim=True).sqrt()
-    places = ((torch.asinh(x / unit) / REACH + 1) * (BINS / 2)).floor().clamp(0, BINS - 1).long()
-    columns = torch.arange(x.shape[1], device=x.device) * BINS
-    counts = torch.bincount((places + columns).flatten(), minlength=x.shape[1] * BINS)
+    known = _of_inputs(x, squares, unit) if like is None else {name: getattr(like, name) for name in INPUTS}
     return Statistics(
         tokens=float(len(x)),
         unit=unit,
-        hessian=x.T @ x,
         weighted=roots.T @ roots,
         output=energies.sum(0),
         fisher=energies.T @ squares,
         gradient=g.T @ x,
-        fourth=squares.square().sum(0),
-        largest=x.abs().amax(0),
-        silent=(x.abs() < SMALL * unit).float().sum(0),
-        histogram=counts.view(-1, BINS).float(),
+        **known,
     )
+
+
+def _of_inputs(x: Float[Tensor, "tokens in"], squares: Float[Tensor, "tokens in"], unit: float) -> dict[str, Tensor]:
+    places = ((torch.asinh(x / unit) / REACH + 1) * (BINS / 2)).floor().clamp(0, BINS - 1).long()
+    columns = torch.arange(x.shape[1], device=x.device) * BINS
+    counts = torch.bincount((places + columns).flatten(), minlength=x.shape[1] * BINS)
+    return {
+        "hessian": x.T @ x,
+        "fourth": squares.square().sum(0),
+        "largest": x.abs().amax(0),
+        "silent": (x.abs() < SMALL * unit).float().sum(0),
+        "histogram": counts.view(-1, BINS).float(),
+    }
 
 
 def total(parts: Sequence[Statistics]) -> Statistics:

@@ -20,6 +20,7 @@ def standard_errors(
     context: SiteContext,
     parts: Mapping[str, Sequence[Statistics]],
     read: Callable[[Score, Tensor], Tensor] = lambda _, values: values,
+    values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """By name, the standard error of `read(score, score.compute(context))`.
 
@@ -27,13 +28,15 @@ def standard_errors(
            and independent of one another. Texts are independent, so the squares of what each leaves open add. A text
            that is not named counts as known without error.
     read:  what is made of a score's numbers before it is judged (`score.columns`, say).
+    values: by name, `read(score, score.compute(context))` where that is known already.
 
     A score that no such text enters has no error (zero). NaN where a text has one part only. Scores that need what the
     context lacks are left out.
     """
     used = [score for score in scores if context.has(score.needs)]
-    values = {score.name: read(score, score.compute(context)) for score in used}
-    variances = {name: torch.zeros_like(value) for name, value in values.items()}
+    if values is None:
+        values = {score.name: read(score, score.compute(context)) for score in used}
+    variances = {score.name: torch.zeros_like(values[score.name]) for score in used}
     for text, own in parts.items():
         touched = [score for score in used if text in score.texts]
         if len(own) < 2:

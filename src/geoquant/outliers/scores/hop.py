@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
+from geoquant.outliers.derived import remembered, row_energies
 from geoquant.outliers.score import Score
 
 __all__ = ["DAMPING", "SCORES", "hop_compensated", "hop_row", "hop_self"]
@@ -40,19 +41,21 @@ def hop_self(context: SiteContext, metric: str = "hessian") -> Float[Tensor, "ou
 
 def hop_compensated(context: SiteContext, metric: str = "hessian") -> Float[Tensor, " in"]:
     """Cost of each column's error after all other columns have adapted; zero for a site without inputs."""
-    matrix = context.public.mean(metric)
-    damping = DAMPING * matrix.diagonal().mean()
-    if damping == 0:
+    matrix = getattr(context.public, metric)
+    if not matrix.diagonal().sum() > 0:
         return torch.zeros_like(context.delta[0])
-    return context.delta.square().sum(0) / _inverse_diagonal(matrix, damping).to(matrix.dtype)
+    # Of the sum over tokens, whose inverse is that of the mean divided by their number.
+    inverse = remembered(_inverse_diagonal, matrix).to(matrix.dtype) * max(context.public.tokens, 1.0)
+    return context.delta.square().sum(0) / inverse
 
 
-def _inverse_diagonal(matrix: Float[Tensor, "n n"], damping: Tensor) -> Float[Tensor, " n"]:
-    """The diagonal of `(matrix + damping I)^-1`.
+def _inverse_diagonal(matrix: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
+    """The diagonal of the damped inverse.
 
     With a unit diagonal single precision is enough (four digits, on metrics that one token rules). Where it finds the
     matrix indefinite, that is taken for rounding and eigenvalues below zero for zero, in double precision.
     """
+    damping = DAMPING * matrix.diagonal().mean()
     damped = matrix + damping * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     scale = damped.diagonal().rsqrt()
     lower, failed = torch.linalg.cholesky_ex(damped * scale[:, None] * scale)
@@ -64,9 +67,7 @@ def _inverse_diagonal(matrix: Float[Tensor, "n n"], damping: Tensor) -> Float[Te
 
 def hop_row(context: SiteContext, metric: str = "hessian") -> Float[Tensor, " out"]:
     """Cost of each row's error."""
-    delta = context.delta
-    # A metric is positive; what rounding leaves below zero is nothing.
-    return ((delta @ context.public.mean(metric)) * delta).sum(1).clamp_min(0)
+    return row_energies(context.delta, getattr(context.public, metric)) / max(context.public.tokens, 1.0)
 
 
 PLAIN, WEIGHTED = "squared output per token", "squared nats per token"

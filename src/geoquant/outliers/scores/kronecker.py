@@ -17,30 +17,29 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
+from geoquant.outliers.derived import row_energies
 from geoquant.outliers.score import Score
+from geoquant.outliers.statistics import Statistics
 
 __all__ = ["SCORES", "kronecker_rows", "kronecker_weights"]
 
 
-def _factors(context: SiteContext, metric: str, text: str) -> tuple[Float[Tensor, " out"], Float[Tensor, "in in"]]:
-    """The output factor that pairs with the input factor `hessian` (A) or `weighted` (A_g), and that."""
-    seen = getattr(context, text)
-    output = seen.mean("output")
-    if metric == "weighted":
-        output = output / output.sum().clamp_min(1e-30)
-    return output, seen.mean(metric)
+def _output(seen: Statistics, metric: str) -> Float[Tensor, " out"]:
+    """The output factor that pairs with the sum over tokens of the input factor `hessian` (A) or `weighted` (A_g)."""
+    whole = max(seen.tokens, 1.0) if metric == "hessian" else seen.output.sum().clamp_min(1e-30)
+    return seen.output / whole / max(seen.tokens, 1.0)
 
 
 def kronecker_rows(context: SiteContext, metric: str = "weighted", text: str = "public") -> Float[Tensor, " out"]:
     """The cost of each row's error on one of the context's texts."""
-    output, inputs = _factors(context, metric, text)
-    return output * ((context.delta @ inputs) * context.delta).sum(1).clamp_min(0) / 2
+    seen = getattr(context, text)
+    return _output(seen, metric) * row_energies(context.delta, getattr(seen, metric)) / 2
 
 
 def kronecker_weights(context: SiteContext, metric: str = "weighted", text: str = "public") -> Float[Tensor, "out in"]:
     """The cost of each weight's error alone: the diagonal of both factors."""
-    output, inputs = _factors(context, metric, text)
-    return output[:, None] * context.delta.square() * (inputs.diagonal() / 2)
+    seen = getattr(context, text)
+    return _output(seen, metric)[:, None] * context.delta.square() * (getattr(seen, metric).diagonal() / 2)
 
 
 SCORES = tuple(

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
+from geoquant.outliers.derived import remembered
 from geoquant.outliers.score import Score
 
 __all__ = ["SCORES", "lattice_defect", "lattice_eta"]
@@ -24,9 +25,9 @@ __all__ = ["SCORES", "lattice_defect", "lattice_eta"]
 DAMPING = 0.01
 
 
-def _lengths(context: SiteContext) -> tuple[Float[Tensor, " in"], Float[Tensor, " in"]]:
+def _lengths(hessian: Float[Tensor, "in in"]) -> tuple[Float[Tensor, " in"], Float[Tensor, " in"]]:
     """|b_j| and r_j; ones without inputs. More damping where rounding left a metric that is not positive."""
-    metric = context.public.mean("hessian").double()
+    metric = hessian.double()
     typical = metric.diagonal().mean()
     if not typical > 0:
         return metric.new_ones(len(metric)), metric.new_ones(len(metric))
@@ -40,13 +41,14 @@ def _lengths(context: SiteContext) -> tuple[Float[Tensor, " in"], Float[Tensor, 
 
 def lattice_defect(context: SiteContext) -> Float[Tensor, ""]:
     """Mean log orthogonality defect."""
-    lengths, own = _lengths(context)
+    lengths, own = remembered(_lengths, context.public.hessian)
     return (lengths / own).log().mean().float()
 
 
 def lattice_eta(context: SiteContext) -> Float[Tensor, ""]:
     """Mean Gram-Schmidt length."""
-    return _lengths(context)[1].mean().float()
+    _, own = remembered(_lengths, context.public.hessian)
+    return (own.mean() / max(context.public.tokens, 1.0) ** 0.5).float()
 
 
 SCORES = (

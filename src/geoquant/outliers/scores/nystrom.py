@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
-from geoquant.outliers.nystrom import low_rank
+from geoquant.outliers.nystrom import low_rank_product
 from geoquant.outliers.score import Score
 
 __all__ = ["SCORES", "fisher_low_rank"]
@@ -28,8 +28,7 @@ __all__ = ["SCORES", "fisher_low_rank"]
 def fisher_low_rank(context: SiteContext, text: str = "public") -> Float[Tensor, "out in"]:
     """Each weight's share of the cost on one of the context's texts."""
     gradients, tokens = getattr(context, f"{text}_gradients"), getattr(context, text).tokens
-    factor = low_rank(gradients / max(tokens, 1.0) ** 0.5)
-    return context.delta * factor.apply(context.delta) / 2
+    return context.delta * low_rank_product(gradients, context.delta) / (2 * max(tokens, 1.0))
 
 
 SCORES = tuple(

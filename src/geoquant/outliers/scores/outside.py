@@ -7,11 +7,11 @@ that.
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
+from geoquant.outliers.derived import eigenpairs
 from geoquant.outliers.score import Score
 
 __all__ = ["SCORES", "input_dimension", "outside"]
@@ -21,7 +21,7 @@ ENERGY = 0.95
 
 def _leading(metric: Float[Tensor, "in in"]) -> Float[Tensor, "in k"]:
     """The fewest eigenvectors that hold `ENERGY` of the trace."""
-    values, vectors = torch.linalg.eigh(metric)
+    values, vectors = eigenpairs(metric)
     held = values.clamp_min(0).flip(0).cumsum(0)
     count = int((held < ENERGY * held[-1]).sum()) + 1
     return vectors[:, -count:]
@@ -29,16 +29,15 @@ def _leading(metric: Float[Tensor, "in in"]) -> Float[Tensor, "in k"]:
 
 def outside(context: SiteContext) -> Float[Tensor, ""]:
     """Share of the error's squares outside the leading eigenvectors; zero for no error."""
-    inside = (context.delta @ _leading(context.public.mean("hessian"))).square().sum()
+    inside = (context.delta @ _leading(context.public.hessian)).square().sum()
     whole = context.delta.square().sum()
     return (1 - inside / whole.clamp_min(1e-30)).clamp(0, 1) if whole > 0 else whole
 
 
 def input_dimension(context: SiteContext) -> Float[Tensor, ""]:
     """Minus the share of dimensions that hold 95% of the inputs' energy: few are said to make a site sensitive."""
-    metric = context.public.mean("hessian")
-    values = torch.linalg.eigvalsh(metric).clamp_min(0).flip(0).cumsum(0)
-    return -((values < ENERGY * values[-1]).sum() + 1) / len(metric)
+    values = eigenpairs(context.public.hessian)[0].clamp_min(0).flip(0).cumsum(0)
+    return -((values < ENERGY * values[-1]).sum() + 1) / len(values)
 
 
 SCORES = (

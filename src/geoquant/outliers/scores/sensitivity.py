@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
+from geoquant.outliers.derived import row_energies
 from geoquant.outliers.score import Score
 from geoquant.outliers.scores.hop import PLAIN, hop_row
 
@@ -26,8 +27,7 @@ __all__ = ["SCORES", "relative_error"]
 
 def relative_error(context: SiteContext) -> Float[Tensor, ""]:
     """Share of the output's energy that the error makes; zero for a site without outputs."""
-    error, metric = hop_row(context).sum(), context.public.mean("hessian")
-    energy = ((context.weight @ metric) * context.weight).sum()
+    error, energy = (row_energies(one, context.public.hessian).sum() for one in (context.delta, context.weight))
     return error / energy if energy > 0 else error * 0
 
 
