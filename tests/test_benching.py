@@ -19,7 +19,8 @@ from geoquant.measure import builtin_tail
 from geoquant.methods import rtn
 from geoquant.methods.problem import Problem
 from geoquant.model.load import load
-from geoquant.model.walk import read_weight, site_modules, write_weight
+from geoquant.model.walk import read_weight, site_modules, walk, write_weight
+from geoquant.outliers.interventions import rounded
 
 SETTINGS = {"windows": 8, "window": 24}
 
@@ -102,3 +103,21 @@ def test_bad_input_is_one_line_and_leaves_no_folder(analysed, tiny_model_dir, tm
     with pytest.raises(UserError, match=message):
         bench(tiny_model_dir, tmp_path / "B", **{"analysis": analysed, **SETTINGS} | wrong)
     assert not (tmp_path / "B").exists()
+
+
+def test_reference_values_are_the_quartiles_of_all_layers_and_of_a_kind(finished, tiny_model_dir):
+    _, found = finished
+    loaded = load(str(tiny_model_dir))
+    modules = site_modules(loaded.model)
+    errors = {
+        name: ((rounded(weight, 2) - weight).norm() / weight.norm()).item()
+        for name, module in modules.items()
+        for weight in [read_weight(module)]
+    }
+    rows = {(row["bits"], row["kind"]): row["relative_error"] for row in found["references"]}
+    assert rows[2, "all"]["median"] == pytest.approx(np.median(list(errors.values())), rel=1e-4)
+    assert rows[2, "all"]["sites"] == len(errors)
+    down = [error for name, error in errors.items() if name.endswith("down_proj")]
+    kind = next(site.kind for block in walk(loaded.model, torch.tensor([[1, 2, 3]])) for site in block.sites[-1:])
+    assert rows[2, kind]["high"] == pytest.approx(np.quantile(down, 0.75), rel=1e-4)
+    assert rows[2, "all"]["median"] > 1.5 * rows[3, "all"]["median"]

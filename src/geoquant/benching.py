@@ -35,6 +35,8 @@ from geoquant.model.walk import read_weight, site_modules
 from geoquant.outliers.effects import Baseline, Material, effect, open_baseline
 from geoquant.outliers.interventions import Intervention, Part
 from geoquant.outliers.leaderboard import ceiling, leaderboard
+from geoquant.outliers.references import MEASURES as GEOMETRY
+from geoquant.outliers.references import quartiles, reference_values
 from geoquant.privacy.scores import RecordScores
 from geoquant.privacy.scoring import check_same_tokens, score_records
 from geoquant.progress import Progress, silent
@@ -107,6 +109,8 @@ def bench(
     with clock("effects"):
         material = Material(public, members=sides[0], nonmembers=sides[1], reference=reference)
         found = _effects(folder, loaded, material, [site["name"] for site in told["sites"]], bits, progress)
+    with clock("geometry"):
+        references = _references(told, loaded, bits, seed, progress)
     predictors = _predictors(told, loaded)
     boards = [board for one in bits for board in _boards(predictors, found, told, one, seed)]
     report = {
@@ -114,6 +118,8 @@ def bench(
         **facts,
         "predictors": {name: title for name, (title, _) in predictors.items()},
         "boards": boards,
+        "geometry": GEOMETRY,
+        "references": references,
         "effects": list(found.values()),
         "findings": [sentence(board) for board in boards],
         "versions": versions(),
@@ -201,6 +207,27 @@ def _lines(path: Path) -> list[dict]:
 
 
 # ---- predictors and boards
+
+
+def _references(told: dict, loaded: Loaded, bits: Sequence[int], seed: int, progress: Progress) -> list[dict]:
+    """What rounding does to the geometry of layers of this model, over all of them and over those of a kind."""
+    modules, found = site_modules(loaded.model), []
+    for done, site in enumerate(told["sites"], 1):
+        found.append((site["kind"], reference_values(read_weight(modules[site["name"]]), bits, seed)))
+        progress("geometry", done, len(told["sites"]), site["name"])
+    kinds = ("all", *dict.fromkeys(kind for kind, _ in found))
+    return [
+        {
+            "bits": one,
+            "kind": kind,
+            **{
+                name: quartiles([values[one][name] for own, values in found if kind in ("all", own)])
+                for name in GEOMETRY
+            },
+        }
+        for one in bits
+        for kind in kinds
+    ]
 
 
 def _predictors(told: dict, loaded: Loaded) -> dict[str, tuple[str, np.ndarray]]:
