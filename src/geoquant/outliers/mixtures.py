@@ -69,8 +69,8 @@ def sentences(found: Sequence[dict]) -> list[str]:
     low = min(share for one in found for share in one["frequencies"])
     told.append(
         f"Experts: {sum(len(one['experts']) for one in found)} in {len(found)} blocks; of a block's routes of public "
-        f"text one gets {low:.1%} to {peak:.1%}, the most expert {expert} of {place}. Scores are means over an expert's "
-        "own tokens."
+        f"text one gets {low:.1%} to {peak:.1%}, the most expert {expert} of {place}. Scores are means over "
+        "an expert's own tokens."
     )
     never = [f"{one['name']}.{index}" for one in found for index in one["never"]]
     if never:
