@@ -290,15 +290,19 @@ def findings(sites: list[dict], scores: list[dict]) -> list[str]:
 
 
 def _left_out(loaded: Loaded, blocks: tuple[Block, ...], experts: dict[int, tuple[Expert, ...]]) -> list[str]:
-    """A sentence on the matrices inside the blocks that have no scores, if there are any."""
+    """Sentences on the matrices inside the blocks that have no scores or no origins, if there are any."""
     watched = {one.stack for many in experts.values() for one in many}
     rest = [(name, count) for name, count in untouched_parameters(loaded.model, blocks) if name not in watched]
-    if not rest:
-        return []
-    share = sum(count for _, count in rest) / loaded.parameters
-    return [
-        f"Without scores: {len(rest)} matrices that are no linear maps, {share:.2%} of the model (as {rest[0][0]})."
-    ]
+    told = []
+    if watched:
+        told.append("Origins look at linear layers only: not at experts that one parameter holds together.")
+    if rest:
+        share = sum(count for _, count in rest) / loaded.parameters
+        told.append(
+            f"Without scores: {len(rest)} matrices inside the blocks that are no sites, {share:.2%} of the model (such "
+            f"as {rest[0][0]})."
+        )
+    return told
 
 
 def _beyond(found: dict) -> bool:
