@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from conftest import tiny_llama
+from geoquant.errors import UserError
 from geoquant.model.walk import find_blocks, walk
 from geoquant.observe.backward import backward
 from geoquant.observe.experts import eager_experts, find_experts, read_site
@@ -151,3 +154,56 @@ def test_stacks_that_are_no_experts_are_left_alone():
     blocks = walk(model, torch.tensor([[5, 6, 7]]))
     assert find_experts(model, blocks, torch.tensor([[5, 6, 7]])) == {}
     assert len(find_blocks(model)[1]) == 2
+
+
+class LinearExperts(nn.Module):
+    """Experts that are linear modules, one for each token; the last one is never chosen."""
+
+    def __init__(self, columns: int):
+        super().__init__()
+        self.router = nn.Parameter(torch.randn(columns, 3))
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(columns, 12), nn.Linear(12, columns)) for _ in range(4))
+
+    def forward(self, hidden):
+        flat = hidden.flatten(0, -2)
+        choice, out = (flat @ self.router).argmax(-1), torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            places = torch.where(choice == index)[0]
+            out.index_add_(0, places, expert(flat[places]))
+        return out.view_as(hidden)
+
+
+@pytest.mark.usefixtures("exact")
+def test_experts_that_are_linear_modules_see_their_own_tokens_too():
+    model = tiny_llama()
+    torch.manual_seed(0)
+    for block in model.model.layers:
+        block.mlp = LinearExperts(32)
+    texts = sequences(5, [5, 17, 9, 30])
+    found, experts = collected(model, {"public": texts})
+    assert not experts
+    model.zero_grad()
+    for text in texts:
+        ids = torch.tensor([text])
+        model(ids, labels=ids).loss.mul(len(text) - 1).backward()
+    tokens = 0
+    for (name, _), parts in found.items():
+        gradient = model.get_submodule(name).weight.grad
+        if ".experts.3." in name:
+            assert parts == []
+            continue
+        assert (total(parts).gradient - gradient).norm() < 1e-4 * gradient.norm()
+        if re.fullmatch(r"model.layers.0.mlp.experts.\d.0", name):
+            tokens += total(parts).tokens
+    assert tokens == sum(map(len, texts))
+
+
+def test_a_site_whose_tokens_nobody_can_name_is_refused():
+    model = tiny_llama()
+    block = model.model.layers[1]
+    projection = block.mlp.up_proj
+    block.mlp.forward = lambda hidden: torch.cat([projection(hidden[:, ::2])[..., :32]] * 2, 1)
+    blocks = walk(model, torch.tensor([[5, 6, 7, 8]]))
+    with pytest.raises(UserError, match=r"up_proj sees 12 of 24 tokens"):
+        for _ in backward(model, blocks, {"public": padded(sequences(6, [12, 12]), 1)}, lambda *_: None):
+            pass
