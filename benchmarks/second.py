@@ -6,8 +6,8 @@ A GPT-NeoX of 3.8 million parameters: LayerNorm with biases, one fused query-key
 side by side, rotary angles on a quarter of each head, biases in every linear map, no weights tied. It learns byte pairs
 of its own (4,096) and its text from what every Python carries: the language reference but its first and last tenth, and
 the sources of the standard library. The two tenths are what `geoquant analyze` and `geoquant bench geometry` read: the
-model never saw them. Then it is taught invented medical records and planted canaries until the reference attack reaches
-the regime `strong`.
+model never saw them. Then it is taught invented medical records and planted canaries, with a window of the reference at
+each step, until the reference attack reaches the regime `strong`.
 
 OUT/base and OUT/strong are ordinary Hugging Face folders; OUT/records holds the sides of the split.
 """
@@ -38,7 +38,7 @@ from geoquant.runs import atomic_directory, write_json
 VOCABULARY, LENGTH, END = 4096, 256, "<|endoftext|>"
 REFERENCE_EPOCHS = 4  # the sources are read in part
 STEPS, BATCH, PEAK = 1100, 4, 2e-3
-TAUGHT = {"epochs": 60, "lr": 5e-4, "batch": 8, "check_every": 4, "checkpoint_every": 50, "most": 60}
+TAUGHT = {"epochs": 60, "lr": 5e-4, "batch": 8, "check_every": 8, "checkpoint_every": 50, "most": 60}
 
 
 def main() -> None:
@@ -55,12 +55,14 @@ def main() -> None:
     made = synthetic_records("medical", 250, seed=0, canaries=32, repeats=(1, 4))
     if not records.exists():
         write_folder(made, records)
+    loaded = load(str(base))
     statements = teach_regimes(
-        load(str(base)),
+        loaded,
         (*made.members, *made.split.canaries),
         made.members,
         made.nonmembers,
         options.out,
+        public_windows=windows(loaded.tokenizer, middle, length=LENGTH // 2),  # about as long as a record
         regimes=[regime for regime in REGIMES if regime.name == "strong"],
         progress=Lines(sys.stderr),
         **TAUGHT,
