@@ -33,15 +33,18 @@ from geoquant.measure import builtin_ends
 from geoquant.model.identity import described
 from geoquant.model.load import Loaded, load, locate
 from geoquant.model.paging import map_weights
-from geoquant.model.walk import Block, Site, read_weight, site_modules, walk
+from geoquant.model.walk import Block, Site, site_modules, untouched_parameters, walk
 from geoquant.observe.backward import backward
 from geoquant.observe.compute import compute_dtype
+from geoquant.observe.experts import Expert, find_experts, read_site
 from geoquant.observe.gradient import check_head
 from geoquant.observe.texts import Sequences, padded
 from geoquant.outliers.appraise import Appraisal, Collected, appraise
+from geoquant.outliers.mixtures import mixtures, sentences
 from geoquant.outliers.origin import Settings, origins
 from geoquant.outliers.score import Score
 from geoquant.outliers.scores import SCORES
+from geoquant.outliers.statistics import Statistics
 from geoquant.privacy.scoring import encode
 from geoquant.progress import Progress, silent
 from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
@@ -104,6 +107,7 @@ def analyze(
         pages = map_weights(loaded.model)
         blocks = walk(loaded.model, public.tokens[:1, :8], pages)
         check_head(loaded.model, public.tokens[:1, :8], pages)
+        experts = find_experts(loaded.model, blocks, public.tokens[:1, :8], pages)
         other = None if base is None else _same_shape(load(str(base), device=device), loaded)
     scores = [score for score in SCORES.values() if _possible(score, sides, other)]
     facts = {
@@ -122,14 +126,16 @@ def analyze(
         known = _origins(folder, loaded, public, seed, pages, progress)
     with clock("scores"):
         chosen = compute_dtype(compute, loaded.model.device)
-        _score(folder, key, loaded, other, blocks, texts, scores, bits, seed, chosen, pages, progress)
+        _score(folder, key, loaded, other, blocks, experts, texts, scores, bits, seed, chosen, pages, progress)
     sites = [site for block in blocks for site in _read(folder, block, key) or ()]
+    mixed = mixtures(sites)
     report = {
         "schema": 1,
         **facts,
         "origins": known,
         "sites": sites,
-        "findings": findings(sites, facts["scores"]),
+        "mixtures": mixed,
+        "findings": [*sentences(mixed), *_left_out(loaded, blocks, experts), *findings(sites, facts["scores"])],
         "versions": versions(),
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -158,6 +164,7 @@ def _score(
     loaded: Loaded,
     other: Loaded | None,
     blocks: tuple[Block, ...],
+    experts: dict[int, tuple[Expert, ...]],
     texts: dict[str, Sequences],
     scores: list[Score],
     bits: int,
@@ -176,18 +183,21 @@ def _score(
         if under_way in missing:
             collected.see(text, batch, site, x, g)
 
-    modules = site_modules(loaded.model)
-    bases = None if other is None else site_modules(other.model)
+    names = {one.site.name: one for many in experts.values() for one in many}
     under_way = blocks[-1].index
-    for block in backward(loaded.model, blocks, texts, see, compute=compute, pages=pages, progress=progress):
+    for block in backward(
+        loaded.model, blocks, texts, see, experts=experts, compute=compute, pages=pages, progress=progress
+    ):
         if block.index in missing:
             tensors, facts = {}, []
-            for site in block.sites:
-                weight = read_weight(modules[site.name])
-                change = None if bases is None else read_weight(bases[site.name])
+            for site in (*block.sites, *(one.site for one in experts.get(block.index, ()))):
                 seen = {name: collected.of(site.name, name) for name in texts}
-                found = appraise(site, weight, change, seen, scores, bits=bits, seed=seed)
-                facts.append(_told(site, found))
+                found = []
+                if seen["public"]:  # or nobody chose this expert
+                    weight = read_site(loaded.model, site, names)
+                    change = None if other is None else read_site(other.model, site, names)
+                    found = appraise(site, weight, change, seen, scores, bits=bits, seed=seed)
+                facts.append(_told(site, found, scores, seen))
                 tensors |= {f"{site.name}|{name}": value for name, value in _tensors(found)}
             metadata = {"key": key, "sites": json.dumps(facts)}
             write_tensors(_path(folder, block), tensors, metadata)
@@ -211,14 +221,19 @@ def _tensors(found: Iterable[Appraisal]) -> Iterator[tuple[str, Tensor]]:
             yield f"{one.score.name}|groups_scale", scale.float().reshape(1)
 
 
-def _told(site: Site, found: list[Appraisal]) -> dict:
-    """What analysis.json says of a site."""
+NOTHING = {"value": None, "se": None, "null": None}
+
+
+def _told(site: Site, found: list[Appraisal], scores: list[Score], seen: dict[str, list[Statistics]]) -> dict:
+    """What analysis.json says of a site; nothing of scores that its tokens do not allow."""
     return {
         "name": site.name,
         "block": site.block,
         "kind": site.kind,
         "shape": list(site.shape),
-        "scores": {
+        "tokens": {name: int(sum(part.tokens for part in parts)) for name, parts in seen.items()},
+        "scores": {score.name: NOTHING for score in scores}
+        | {
             one.score.name: {
                 "value": _number(one.site),
                 "se": _number(one.error),
@@ -273,6 +288,22 @@ def findings(sites: list[dict], scores: list[dict]) -> list[str]:
     return told
 
 
+def _left_out(loaded: Loaded, blocks: tuple[Block, ...], experts: dict[int, tuple[Expert, ...]]) -> list[str]:
+    """Sentences on the matrices inside the blocks that have no scores or no origins, if there are any."""
+    watched = {one.stack for many in experts.values() for one in many}
+    rest = [(name, count) for name, count in untouched_parameters(loaded.model, blocks) if name not in watched]
+    told = []
+    if watched:
+        told.append("Origins look at linear layers only: not at experts that one parameter holds together.")
+    if rest:
+        share = sum(count for _, count in rest) / loaded.parameters
+        told.append(
+            f"Without scores: {len(rest)} matrices inside the blocks that are no sites, {share:.2%} of the model (such "
+            f"as {rest[0][0]})."
+        )
+    return told
+
+
 def _beyond(found: dict) -> bool:
     known = None not in (found["value"], found["se"], found["null"])
     return known and found["value"] > found["null"] + 2 * found["se"]
@@ -299,7 +330,7 @@ def _even(sequences: list[list[int]], filler: int) -> Sequences:
 
 def _same_shape(other: Loaded, loaded: Loaded) -> Loaded:
     """The base, if it has the model's sites. Raises UserError otherwise."""
-    mine, its = ({n: tuple(m.weight.shape) for n, m in site_modules(x.model).items()} for x in (loaded, other))
+    mine, its = (_shapes(x) for x in (loaded, other))
     if mine != its:
         name = next(iter(sorted(set(mine.items()) ^ set(its.items()))))[0]
         raise UserError(
@@ -307,6 +338,12 @@ def _same_shape(other: Loaded, loaded: Loaded) -> Loaded:
             fix="give the model that it was fine-tuned from",
         )
     return other
+
+
+def _shapes(loaded: Loaded) -> dict[str, tuple[int, ...]]:
+    """Of all sites and all stacks of experts."""
+    stacks = {name: tuple(own.shape) for name, own in loaded.model.named_parameters() if own.ndim == 3}
+    return stacks | {name: tuple(module.weight.shape) for name, module in site_modules(loaded.model).items()}
 
 
 def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:

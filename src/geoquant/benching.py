@@ -93,6 +93,7 @@ def bench(
         loaded = load(str(model), device=device)
         if model_hash(loaded.model) != told["model"]["sha256"]:
             raise UserError(f"{analysis} is the analysis of another model than {model}", fix=f"analyze {model} first")
+        stacked = _drop_stacked(told, loaded)
         check_context(loaded, window)
         public = _windows(loaded, text, window, windows)
     facts = {
@@ -121,7 +122,7 @@ def bench(
         "geometry": GEOMETRY,
         "references": references,
         "effects": list(found.values()),
-        "findings": [sentence(board) for board in boards],
+        "findings": [sentence(board) for board in boards] + stacked,
         "versions": versions(),
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -139,6 +140,15 @@ def _analysis(folder: Path) -> dict:
     if not (folder / "analysis.json").exists():
         raise UserError(f"{folder} holds no analysis.json", fix="run geoquant analyze first")
     return read_json(folder / "analysis.json", model=dict, sites=list, scores=list)
+
+
+def _drop_stacked(told: dict, loaded: Loaded) -> list[str]:
+    """Leave out sites that are slices of a parameter, which cannot be rounded alone; a sentence if there are any."""
+    modules = site_modules(loaded.model)
+    kept = [site for site in told["sites"] if site["name"] in modules]
+    left = len(told["sites"]) - len(kept)
+    told["sites"] = kept
+    return [f"{left} experts' matrices, which one parameter holds together, were not rounded."] if left else []
 
 
 def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -> Windows:

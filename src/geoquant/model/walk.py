@@ -7,7 +7,8 @@ written as (out, in).
 
 Not sites, and so never quantized: the routers of mixtures of experts (a few thousand weights that decide where
 every token goes), and experts that transformers stores as one three-dimensional parameter instead of linear
-modules (Mixtral, Qwen MoE...). `untouched_parameters` lists what is left out, so that nobody is surprised.
+modules (Mixtral, Qwen MoE...; an analysis watches these all the same, see observe/experts.py). `untouched_parameters`
+lists what is left out, so that nobody is surprised.
 """
 
 from __future__ import annotations

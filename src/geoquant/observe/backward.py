@@ -7,7 +7,8 @@ precision) and the working set of one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,12 +21,15 @@ from geoquant.model.paging import UNMAPPED, Pages
 from geoquant.model.walk import Block, find_blocks
 from geoquant.observe.attention import ProductAttention
 from geoquant.observe.compute import BlockCall, cast_call, pure_copy
+from geoquant.observe.experts import Expert, Routes, eager_experts
 from geoquant.observe.gradient import head_gradient
 from geoquant.observe.stream import hooks, open_stream, run_block
 from geoquant.observe.texts import Sequences
 from geoquant.progress import Progress, silent
 
 __all__ = ["Seen", "backward"]
+
+KEPT = torch.bfloat16  # what enters each block, of all texts
 
 # Seen(text, batch, site, inputs, gradients): real tokens only, in float32; of sites that read the same, one tensor.
 Seen = Callable[[str, int, str, Float[Tensor, "tokens in"], Float[Tensor, "tokens out"]], None]
@@ -47,6 +51,7 @@ def backward(
     texts: dict[str, Sequences],
     see: Seen,
     *,
+    experts: Mapping[int, Sequence[Expert]] | None = None,
     compute: torch.dtype = torch.float32,
     pages: Pages = UNMAPPED,
     progress: Progress = silent,
@@ -54,18 +59,37 @@ def backward(
     """Yields each block, the last one first, once `see` has had all its sites, texts and batches (texts in their
     order, batches in the order of the sequences).
 
+    experts: of each block, stacked experts that are watched as sites too. An expert sees the tokens that the router
+    sends there, and `see` is not called where these are none.
+
     Gradients are those of the loss in nats summed over the real tokens of a text. Raises UserError where one is not
-    finite, or where a site does not see every token (experts behind a router).
+    finite, or where nobody can say which tokens a site sees.
     """
+    with eager_experts(model) if experts else nullcontext():
+        yield from _backward(model, blocks, texts, see, experts or {}, compute, pages, progress)
+
+
+def _backward(
+    model: nn.Module,
+    blocks: tuple[Block, ...],
+    texts: dict[str, Sequences],
+    see: Seen,
+    experts: Mapping[int, Sequence[Expert]],
+    compute: torch.dtype,
+    pages: Pages,
+    progress: Progress,
+) -> Iterator[Block]:
     under_way = {name: _forward(model, text, compute, pages) for name, text in texts.items()}
     _, modules = find_blocks(model)
     for number, (block, module) in enumerate(zip(reversed(blocks), reversed(list(modules)), strict=True), 1):
         work = pure_copy(module, compute)
+        own = experts.get(block.index, ())
         for name, text in under_way.items():
             call = text.calls[block.index]
             for index, (hidden, gradient) in enumerate(zip(text.inputs.pop(), text.gradients, strict=True)):
+                seen = partial(see, name, index)
                 text.gradients[index] = _through(
-                    work, block, call, hidden.to(compute), gradient, text.real[index], partial(see, name, index)
+                    work, block, own, call, hidden.to(compute), gradient, text.real[index], seen
                 )
         pages.release(module.parameters())
         progress("gradients", number, len(blocks), block.name)
@@ -82,7 +106,7 @@ def _forward(model: nn.Module, text: Sequences, compute: torch.dtype, pages: Pag
     hidden = [batch.to(compute) for batch in stream.batches]
     inputs = []
     for module, call in zip(modules, calls, strict=True):
-        inputs.append([batch.to(torch.bfloat16) for batch in hidden])
+        inputs.append([batch.to(KEPT) for batch in hidden])
         work = pure_copy(module, compute)
         hidden = [run_block(work, call, batch) for batch in hidden]
         pages.release(module.parameters())
@@ -104,6 +128,7 @@ def _forward(model: nn.Module, text: Sequences, compute: torch.dtype, pages: Pag
 def _through(
     work: nn.Module,
     block: Block,
+    experts: Sequence[Expert],
     call: BlockCall,
     hidden: Float[Tensor, "b l h"],
     gradient: Float[Tensor, "b l h"],
@@ -112,33 +137,48 @@ def _through(
 ) -> Float[Tensor, "b l h"]:
     """Back through one block on one batch."""
     inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
-    kept: dict[str, Tensor] = {}
-    last: list[Tensor] = []  # what was read, and what was made of it: often several sites in a row read the same
+    names = {(expert.stack, expert.index): expert.site.name for expert in experts}
+    stacks = {stack: work.get_parameter(stack.removeprefix(f"{block.name}.")) for stack, _ in names}
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    last: list[Tensor] = []  # what was read, and its real tokens: often several sites in a row read the same
 
-    def observe(site: str):
-        def forward(_: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if not last or last[0] is not inputs[0]:
-                flat = inputs[0].detach().flatten(0, -2)
-                last[:] = inputs[0], flat[real].float() if len(flat) == len(real) else flat
-            kept[site] = last[1]
+    def keep(site: str, x: Tensor, rows: Tensor, output: Tensor) -> None:
+        true = real[rows]
+        if not last or last[0] is not x:
+            last[:] = x, x.detach().flatten(0, -2)[true].float()
+        kept[site] = last[1], true
 
-            def back(g: Tensor) -> None:
-                x, flat = kept.pop(site), g.detach().flatten(0, -2)
-                if len(flat) != len(real):
-                    raise UserError(
-                        f"site {site} sees {len(flat)} of {len(real)} tokens", wanted="a site that sees every token"
-                    )
-                flat = flat[real].float()
-                if not flat.isfinite().all():
-                    raise UserError(f"the loss gradient at {site} is not finite", fix="use --compute float32")
+        def back(g: Tensor) -> None:
+            x, true = kept.pop(site)
+            flat = g.detach().flatten(0, -2)[true].float()
+            if not flat.isfinite().all():
+                raise UserError(f"the loss gradient at {site} is not finite", fix="use --compute float32")
+            if len(flat):
                 see(site, x, flat)
 
-            output.register_hook(back)
+        output.register_hook(back)
+
+    def observe(site: str):
+        def forward(_: nn.Module, inputs: tuple, named: dict, output: Tensor) -> None:
+            x = inputs[0] if inputs else next(iter(named.values()))
+            rows = routes.rows(x, site.rpartition(".")[0])
+            if rows is None:
+                raise UserError(
+                    f"site {site} sees {x.numel() // x.shape[-1]} of {len(real)} tokens, and which is not known",
+                    wanted="a site that sees every token, or tokens taken by their index",
+                )
+            if len(rows):
+                keep(site, x, rows, output)
 
         return forward
 
+    def product(stack: str, index: int, x: Tensor, rows: Tensor, output: Tensor, _: bool) -> None:
+        keep(names[stack, index], x, rows, output)
+
+    routes = Routes(len(real), stacks, product)
     leaf = hidden.detach().requires_grad_()
-    handles = [inside[site.name].register_forward_hook(observe(site.name)) for site in block.sites]
+    handles = [inside[site.name].register_forward_hook(observe(site.name), with_kwargs=True) for site in block.sites]
     with hooks(handles), ProductAttention():
-        output = run_block(work, call, leaf)
+        with routes:  # not around the way back, whose own indexing it would keep
+            output = run_block(work, call, leaf)
         return torch.autograd.grad(output, leaf, gradient)[0]

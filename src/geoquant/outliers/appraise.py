@@ -15,7 +15,7 @@ from geoquant.outliers import score as reading
 from geoquant.outliers.context import SiteContext, null_context
 from geoquant.outliers.interventions import rounded
 from geoquant.outliers.score import Score
-from geoquant.outliers.statistics import Statistics, summarise, total
+from geoquant.outliers.statistics import Statistics, nothing_of, summarise, total
 from geoquant.outliers.uncertainty import standard_errors
 
 __all__ = ["Appraisal", "Collected", "appraise"]
@@ -45,8 +45,17 @@ class Collected:
         found[part] = found[part] + new if part in found else new
 
     def of(self, site: str, text: str) -> list[Statistics]:
-        """The parts of one text at one site; none if it was not observed."""
-        return list(self.sums.get((site, text), {}).values())
+        """The parts of one text at one site; none if it was not observed.
+
+        A part of the text whose tokens all went elsewhere (to other experts) counts with zeros: it is as much of the
+        text as the others.
+        """
+        found = self.sums.get((site, text), {})
+        if not found:
+            return []
+        nothing = nothing_of(next(iter(found.values())))
+        parts = sorted(set().union(*(own for (_, other), own in self.sums.items() if other == text)))
+        return [found.get(part, nothing) for part in parts]
 
     def clear(self) -> None:
         """Forget everything: the next block comes."""

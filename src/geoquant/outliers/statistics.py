@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geoquant.outliers.derived import remembered
 
-__all__ = ["BINS", "REACH", "SMALL", "Statistics", "edges", "left_out", "summarise", "total"]
+__all__ = ["BINS", "REACH", "SMALL", "Statistics", "edges", "left_out", "nothing_of", "summarise", "total"]
 
 SMALL = 0.01  # of the unit: an input below is taken for silent
 BINS = 65
@@ -135,6 +135,11 @@ def _of_inputs(x: Float[Tensor, "tokens in"], squares: Float[Tensor, "tokens in"
         "silent": (x.abs() < SMALL * unit).float().sum(0),
         "histogram": counts.view(-1, BINS).float(),
     }
+
+
+def nothing_of(other: Statistics) -> Statistics:
+    """The statistics of no tokens, at the site of `other`."""
+    return Statistics(0.0, other.unit, *(torch.zeros_like(getattr(other, field.name)) for field in fields(other)[2:]))
 
 
 def total(parts: Sequence[Statistics]) -> Statistics:

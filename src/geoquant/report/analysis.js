@@ -32,12 +32,13 @@ function show(index) {
   document.getElementById("site").textContent = site.name;
   const words = document.getElementById("words"), curve = document.getElementById("curve");
   curve.replaceChildren();
-  if (!one) { words.textContent = "This score was not measured here."; return; }
+  if (!one || one.value === null) { words.textContent = "This score was not measured here."; return; }
   const rank = 1 + data.sites.filter((other) => (other.scores[name]?.value ?? -Infinity) > one.value).length;
-  const among = data.sites.filter((other) => other.scores[name]).length;
+  const among = data.sites.filter((other) => (other.scores[name]?.value ?? null) !== null).length;
   let text = `${score.title}: ${brief(one.value)}`;
   if (one.se !== null) text += ` ± ${brief(one.se)}`;
   text += `, number ${rank} of ${among}; where nothing is to be found it would be ${brief(one.null)}.`;
+  if (site.name.includes("experts.") && site.tokens) text += ` ${site.tokens.public} tokens of public text reach it.`;
   if (one.largest && one.largest.length) {
     text += ` The ${one.axis} with the most: ${one.largest.join(", ")}`;
     text += one.share === null ? "." : `; the first holds ${(100 * one.share).toPrecision(3)}% of the whole.`;

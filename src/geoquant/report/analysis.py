@@ -17,7 +17,9 @@ def render(found: dict) -> str:
     """The page of what `geoquant.analyze` returned."""
     mark, found = fingerprint(found), finite(found)
     parts = list(dict.fromkeys(part_of(site["name"]) for site in found["sites"]))
-    cells = {(site["block"], part_of(site["name"])): index for index, site in enumerate(found["sites"])}
+    cells: dict[tuple, list[int]] = {}
+    for index, site in enumerate(found["sites"]):
+        cells.setdefault((site["block"], part_of(site["name"])), []).append(index)
     blocks = list(dict.fromkeys(site["block"] for site in found["sites"]))
     under = counted(len(found["scores"]), "score")
     return rendered(
@@ -27,7 +29,7 @@ def render(found: dict) -> str:
         headline=f"{found['model']['name']}: {len(found['sites'])} layers under {under}.",
         fingerprint=mark,
         parts=parts,
-        rows=[(block, [cells.get((block, part)) for part in parts]) for block in blocks],
+        rows=[(block, [cells.get((block, part), []) for part in parts]) for block in blocks],
         figures=origin_figures(found["origins"]),
         worst=[(score, largest(found["sites"], score["name"])) for score in found["scores"]],
         data=embedded({"scores": found["scores"], "sites": found["sites"], "bits": found["settings"]["bits"]}),
@@ -63,10 +65,10 @@ def counted(count: int, what: str) -> str:
 
 
 def part_of(name: str) -> str:
-    """The site's name inside its block: everything after the last number that stands alone."""
+    """The site's name inside its block: everything after the first number that stands alone; experts are one part."""
     pieces = name.split(".")
-    last = max((index for index, piece in enumerate(pieces) if piece.isdigit()), default=-1)
-    return ".".join(pieces[last + 1 :])
+    first = next((index for index, piece in enumerate(pieces) if piece.isdigit()), -1)
+    return ".".join("*" if piece.isdigit() else piece for piece in pieces[first + 1 :])
 
 
 def embedded(value: object) -> Markup:
