@@ -102,7 +102,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path, tiny_model_dir):
 def test_without_private_text_and_base_the_scores_that_need_them_are_left_out(tmp_path, tiny_model_dir):
     found = analyze(tiny_model_dir, tmp_path / "A", windows=8, window=24)
     assert found["scores"]
-    assert all(set(score["needs"]) <= {"public_gradients"} for score in found["scores"])
+    assert all(set(score["needs"]) <= {"public_gradients", "public_metrics"} for score in found["scores"])
 
 
 @pytest.mark.parametrize(

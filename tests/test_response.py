@@ -112,9 +112,9 @@ def arguments(tmp_path_factory, tiny_model_dir):
         write_records(folder / f"{name}.jsonl", side)
     text = folder / "text.txt"
     text.write_text("".join(write(PUBLIC, LOWER, 8, 128, 0)))
-    sizes = "--windows 4 --window 32 --class-windows 8 --class-window 48 --records 8 --rhos 0.5 1 --seeds 2 --permutations 99"
+    sizes = "--windows 4 --window 32 --class-windows 8 --class-window 48 --records 8 --rhos 0.5 1 --seeds 2"
     files = f"--base {folder / 'base'} --private {folder / 'in.jsonl'} --domain {folder / 'out.jsonl'} --text {text}"
-    return f"{tiny_model_dir} {files} {sizes}".split()
+    return f"{tiny_model_dir} {files} {sizes} --permutations 99".split()
 
 
 def started(arguments, out, *changes):

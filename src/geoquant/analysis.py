@@ -312,7 +312,7 @@ def _same_shape(other: Loaded, loaded: Loaded) -> Loaded:
 
 def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:
     given = {"public", *sides, *(() if other is None else ("base",))}
-    return {need.removesuffix("_gradients") for need in score.needs} <= given
+    return {need.partition("_")[0] for need in score.needs} <= given
 
 
 def _described(score: Score) -> dict:

@@ -14,7 +14,7 @@ from geoquant.outliers import score as reading
 from geoquant.outliers.context import SiteContext, null_context
 from geoquant.outliers.interventions import rounded
 from geoquant.outliers.score import Score
-from geoquant.outliers.statistics import Statistics, summarise, total
+from geoquant.outliers.statistics import Statistics, metrics, summarise, total
 from geoquant.outliers.uncertainty import standard_errors
 
 __all__ = ["Appraisal", "Collected", "appraise"]
@@ -90,6 +90,7 @@ def appraise(
         weight,
         rounded(weight, bits) - weight,
         base=base,
+        public_metrics=metrics(given["public"]),
         **{name: total(parts) for name, parts in given.items()},
         **{f"{name}_gradients": torch.stack([part.gradient for part in parts]) for name, parts in given.items()},
     )
