@@ -38,7 +38,8 @@ from geoquant.observe.backward import backward
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import check_head
 from geoquant.observe.texts import Sequences, padded
-from geoquant.outliers.appraise import Appraisal, Collected, appraise
+from geoquant.outliers.appraise import Appraisal, Collected, appraise, site_context
+from geoquant.outliers.classes import judged, sentences
 from geoquant.outliers.origin import Settings, origins
 from geoquant.outliers.score import Score
 from geoquant.outliers.scores import SCORES
@@ -68,6 +69,7 @@ def analyze(
     window: int = 512,
     records: int = 48,
     bits: int = 3,
+    classes: bool = False,
     seed: int = 0,
     device: str = "cpu",
     compute: str = "auto",
@@ -79,7 +81,8 @@ def analyze(
     model, base: a folder, hub id or .gguf file of one architecture. private: records that the model was trained on.
     domain: records of the same kind that it has not seen. text: public text (default: the built-in one), of which the
     first `windows` of `window` tokens are read. records: so many of each side. bits: of the plain rounding whose error
-    scores weigh. Scores that need what is not given are left out.
+    scores weigh. classes: of every site's columns too, and the distortion that rounding makes (outliers/classes.py).
+    Scores that need what is not given are left out.
 
     Returns what analysis.json holds. Raises UserError for whatever the user can mend.
     """
@@ -115,7 +118,10 @@ def analyze(
             **{name: {"records": len(side), "tokens": texts[name].count} for name, side in sides.items()},
         },
         "data_sha256": {name: _digest(one) for name, one in texts.items()},
-        "settings": {"window": window, "bits": bits, "parts": PARTS, "seed": seed, "compute": compute},
+        "settings": {
+            **{"window": window, "bits": bits, "parts": PARTS, "seed": seed, "compute": compute},
+            **({"classes": True} if classes else {}),
+        },
         "scores": [_described(score) for score in scores],
     }
     key = begin(folder, facts, command, "an analysis", "scores")
@@ -123,14 +129,14 @@ def analyze(
         known = _origins(folder, loaded, public, seed, pages, progress)
     with clock("scores"):
         chosen = compute_dtype(compute, loaded.model.device)
-        _score(folder, key, loaded, other, blocks, texts, scores, bits, seed, chosen, pages, progress)
+        _score(folder, key, loaded, other, blocks, texts, scores, bits, classes, seed, chosen, pages, progress)
     sites = [site for block in blocks for site in _read(folder, block, key) or ()]
     report = {
         "schema": 1,
         **facts,
         "origins": known,
         "sites": sites,
-        "findings": findings(sites, facts["scores"]),
+        "findings": findings(sites, facts["scores"]) + sentences(sites),
         "versions": versions(),
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -162,6 +168,7 @@ def _score(
     texts: dict[str, Sequences],
     scores: list[Score],
     bits: int,
+    classes: bool,
     seed: int,
     compute: torch.dtype,
     pages,
@@ -187,8 +194,9 @@ def _score(
                 weight = read_weight(modules[site.name])
                 change = None if bases is None else read_weight(bases[site.name])
                 seen = {name: collected.of(site.name, name) for name in texts}
-                found = appraise(site, weight, change, seen, scores, bits=bits, seed=seed)
-                facts.append(_told(site, found))
+                context = site_context(site, weight, change, seen, bits=bits)
+                found = appraise(context, seen, scores, seed=seed)
+                facts.append(_told(site, found) | ({"classes": judged(context, seed)} if classes else {}))
                 tensors |= {f"{site.name}|{name}": value for name, value in _tensors(found)}
             metadata = {"key": key, "sites": json.dumps(facts)}
             write_tensors(_path(folder, block), tensors, metadata)
