@@ -57,7 +57,7 @@ def test_sites_without_structure_have_what_their_null_has():
 
 
 def test_planted_spikes_are_more_than_the_null_has():
-    """Eight inputs count 36-fold in the weighted metric alone, of which the null, made of the plain one, knows nothing."""
+    """Eight inputs count 36-fold in the weighted metric alone; the null is made of the plain one."""
     context = plain(2)
     loud = context.public.weighted.clone()
     loud[:8] *= 6
