@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
-from geoquant.outliers.statistics import Statistics, summarise, total
+from geoquant.outliers.statistics import Statistics, metrics, summarise, total
 
 OUT, IN, PARTS, TOKENS = 12, 20, 8, 64
 ROW, COLUMN = 5, 13
@@ -78,6 +78,7 @@ def toy(seed: int = 0, plant: str = "", x_scale: float = 1.0, g_scale: float = 1
         w_scale * delta,
         **{text: total(own) for text, own in parts.items()},
         base=w_scale * (weight - 0.1 * change),
+        public_metrics=metrics(parts["public"]),
         **{f"{text}_gradients": torch.stack([part.gradient for part in own]) for text, own in parts.items()},
     )
     return Toy(context, parts, tokens)

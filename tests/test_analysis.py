@@ -102,7 +102,20 @@ def test_a_foreign_folder_is_left_alone(tmp_path, tiny_model_dir):
 def test_without_private_text_and_base_the_scores_that_need_them_are_left_out(tmp_path, tiny_model_dir):
     found = analyze(tiny_model_dir, tmp_path / "A", windows=8, window=24)
     assert found["scores"]
-    assert all(set(score["needs"]) <= {"public_gradients"} for score in found["scores"])
+    assert all(set(score["needs"]) <= {"public_gradients", "public_metrics"} for score in found["scores"])
+
+
+def test_classes_are_there_where_they_are_asked_for(tmp_path, tiny_model_dir, finished):
+    assert all("classes" not in site for site in finished[1]["sites"])
+    found = analyze(tiny_model_dir, tmp_path / "A", windows=8, window=24, classes=True)
+    for site in found["sites"]:
+        assert sum(site["classes"]["columns"]["counts"].values()) == site["shape"][1]
+        assert (site["classes"]["distortion"] is None) == (site["shape"][0] <= 32)
+    assert "Classes of columns at 14 sites" in found["findings"][-2]
+    assert "Distortion of rows" in found["findings"][-1]
+    assert found["findings"][-1] in (tmp_path / "A" / "analysis.html").read_text()
+    with pytest.raises(UserError, match="of another model"):
+        analyze(tiny_model_dir, tmp_path / "A", windows=8, window=24)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from transformers import AttentionInterface
 from geoquant.errors import UserError
 from geoquant.model.walk import read_weight, walk
 from geoquant.outliers.origin import Settings, origins
-from geoquant.outliers.outlier_ratio import outlier_ratio, tails
+from geoquant.outliers.outlier_ratio import outlier_ratio
+from geoquant.outliers.tails import tails
 from oracles.models import ARCHITECTURES, block_outputs, build, site_inputs, tokens_for
 
 LENGTH = 20

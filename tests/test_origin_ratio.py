@@ -1,19 +1,19 @@
-"""How much lies far out: against counting, and against the laws of normal, Laplace and Cauchy numbers."""
+"""How much of |W| ||x|| lies far out: against counting, and against normal weights."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 
-from geoquant.outliers.outlier_ratio import (
-    OutlierRatio,
-    OutlierRatios,
-    normal_tail,
-    outlier_ratio,
-    tails,
-)
+from geoquant.outliers.context import SiteContext
+from geoquant.outliers.outlier_ratio import OutlierRatio, OutlierRatios, outlier_ratio
+from geoquant.outliers.score import site
+from geoquant.outliers.scores import SCORES
+from geoquant.outliers.statistics import summarise
+from geoquant.outliers.tails import normal_tail, tails
 
 
 def generator(seed=0):
@@ -23,52 +23,6 @@ def generator(seed=0):
 def within(found, expected, count):
     """Within four standard errors of a binomial share (6e-5 to be beyond), or one count of rounding."""
     return abs(found - expected) <= 4 * math.sqrt(expected * (1 - expected) / count) + 1 / count
-
-
-@pytest.mark.parametrize("deviations", [2.0, 3.0, 4.0, 6.0])
-def test_normal_numbers_lie_far_out_as_often_as_their_law_says(deviations):
-    x = 3 * torch.randn(1000, 500, generator=generator()) + 1.0
-    found = tails(x, deviations)
-    assert found.count == 500_000
-    assert within(found.six_sigma, normal_tail(deviations), found.count)
-
-
-def test_longer_tails_by_their_laws():
-    """Laplace beyond six of its deviations: exp(-6 sqrt 2); Cauchy beyond 20 medians of its size: 2/pi atan(1/20)."""
-    uniform = torch.rand(1000, 500, generator=generator(1), dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
-    laplace = torch.where(uniform < 0.5, (2 * uniform).log(), -(2 - 2 * uniform).log()).float()
-    assert within(tails(laplace).six_sigma, math.exp(-6 * math.sqrt(2)), uniform.numel())
-    cauchy = (math.pi * (uniform - 0.5)).tan().float()
-    share = 2 / math.pi * math.atan(1 / 20)
-    # The median is found too, at an error that moves the share by less than the count does.
-    assert abs(tails(cauchy).medians - share) < 6 * math.sqrt(share / uniform.numel())
-
-
-def test_tails_against_counting():
-    x = torch.randn(40, 30, generator=generator(2))
-    x[3, 4], x[7, 8] = 900.0, -30.0
-    found = tails(x)
-    flat = x.flatten().double()
-    z = (flat - flat.mean()).abs() / flat.std(correction=0)
-    assert found.six_sigma == (z > 6).double().mean() == 1 / 1200
-    median = x.abs().median()
-    assert found.medians == (flat.abs() > 20 * median).double().mean() == 2 / 1200
-    assert found.largest == pytest.approx(900 / median.item())
-
-
-def test_a_massive_activation_widens_what_counts_as_far():
-    """One number of 3e4 among 600,000 normal ones has half of a variance of 2501: only it is beyond six deviations."""
-    x = torch.randn(2000, 300, generator=generator(3))
-    x[0, 0] = 3e4
-    deviation = math.sqrt((3e4**2 + x.numel()) / x.numel())
-    assert tails(x).six_sigma == 1 / x.numel()
-    found = tails(x, 2 / deviation)
-    assert within(found.six_sigma, normal_tail(2), found.count)
-
-
-def test_a_common_shift_moves_nothing():
-    x = torch.randn(500, 200, generator=generator(10))
-    assert tails(x + 4000.0, 3.0).six_sigma == pytest.approx(tails(x, 3.0).six_sigma, rel=0.02)
 
 
 def test_the_ratio_counts():
@@ -83,6 +37,15 @@ def test_the_ratio_counts():
         assert found == pytest.approx(expected)
     units, _ = outlier_ratio(weights, [1e4 * norm for norm in norms])
     assert units == outlier_ratio(weights, norms)[0]
+
+
+def test_the_score_of_that_name_is_the_ratio_of_a_site():
+    x, weight = torch.randn(60, 20, generator=generator(11)), torch.randn(30, 20, generator=generator(12)).pow(3)
+    public = summarise(x, torch.randn(60, 30, generator=generator(13)), 1.0)
+    context = SiteContext("site", "mlp_in", weight, 0 * weight, public)
+    share = site(SCORES["owl"], SCORES["owl"].compute(context)).item()
+    assert share == pytest.approx(outlier_ratio([weight], [x.norm(dim=0)])[0])
+    assert share > 0
 
 
 def test_normal_weights_have_the_ratio_of_the_null_however_uneven_their_inputs():
@@ -108,7 +71,18 @@ def test_findings_name_the_most():
     assert "most in block 1" in found.finding()
     assert "500 times the median (b)" in found.finding()
     kept = found.to_dict()
-    assert kept["normal_tails"]["six_sigma"] == pytest.approx(1.97e-9, rel=0.01)
-    assert kept["sites"][1]["tails"]["six_sigma"] == 0.01
+    assert kept["normal_tails"]["beyond_sigma"] == pytest.approx(1.97e-9, rel=0.01)
+    assert kept["sites"][1]["tails"]["beyond_sigma"] == 0.01
     assert kept["blocks"][0]["tails"] is None
     assert "no site" in OutlierRatios((), ()).finding()
+
+
+def test_inputs_that_are_mostly_zero_have_no_peak_and_no_part_in_the_sentence():
+    relu = tails(torch.tensor([[0.0] * 9 + [1.0]]))
+    found = OutlierRatios(
+        (OutlierRatio("a", 0, "mlp_in", 0.01, 0.01, relu), OutlierRatio("b", 0, "mlp_in", 0.01, 0.01, None)),
+        (OutlierRatio(None, 0, "block", 0.01, 0.01, None),),
+    )
+    assert found.finding().endswith("times what these give).")
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert found.to_dict()["sites"][0]["tails"]["peak"] is None

@@ -82,7 +82,7 @@ def test_a_score_names_the_texts_that_enter(score):
     context, other = toy(2).context, toy(3, "input").context
     expected = score.compute(context)
     for text in ("public", "private", "domain"):
-        names = (text, f"{text}_gradients")
+        names = (text, f"{text}_gradients", *(["public_metrics"] if text == "public" else []))
         swapped = score.compute(replace(context, **{name: getattr(other, name) for name in names}))
         assert torch.equal(swapped, expected) == (text not in score.texts)
 

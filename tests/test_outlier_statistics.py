@@ -192,7 +192,7 @@ def test_errors_are_read_as_asked_and_needs_are_respected():
         name for name, score in SCORES.items() if "private" not in score.needs
     }
     bad = replace(site.context, public_gradients=site.context.public_gradients[:3])
-    with pytest.raises(ValueError, match="public text: got 3, wanted 8"):
+    with pytest.raises(ValueError, match="public text, but got 3, wanted 8"):
         standard_errors([SCORES["fisher"]], bad, {"public": site.parts["public"]})
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geoquant.outliers.histogram import BINS, LARGEST, WIDTH, collect, edges
-from geoquant.outliers.tails import hill, normal_tails, tails, tails_of
+from geoquant.outliers.tails import hill, normal_tail, normal_tails, tails, tails_of
 from test_tangent import generator
 
 
@@ -43,6 +43,23 @@ def test_shares_of_known_laws():
         (tails_of(collect(student(1, n))).beyond_median, 2 / math.pi * math.atan(1 / 20)),
     ):
         assert found == pytest.approx(share, abs=5 * (share / n) ** 0.5)
+
+
+def test_a_massive_activation_widens_what_counts_as_far():
+    """One number of 3e4 among 600,000 normal ones has half of a variance of 2501: only it is beyond six deviations."""
+    x = torch.randn(2000, 300, generator=generator())
+    x[0, 0] = 3e4
+    assert tails(x).beyond_sigma == 1 / x.numel()
+
+
+def test_a_common_shift_moves_no_share_of_the_deviations():
+    x = student(3)
+    assert tails(x + 4000.0).beyond_sigma == pytest.approx(tails(x).beyond_sigma, rel=0.02)
+
+
+def test_normal_tails_are_those_of_scipy():
+    for deviations in (1.0, 3.0, 6.0):
+        assert normal_tail(deviations) == pytest.approx(2 * scipy.stats.norm.sf(deviations), rel=1e-12)
 
 
 def test_the_null_is_a_normal_law():

@@ -39,8 +39,11 @@ from geoquant.observe.compute import compute_dtype
 from geoquant.observe.experts import Expert, find_experts, read_site
 from geoquant.observe.gradient import check_head
 from geoquant.observe.texts import Sequences, padded
-from geoquant.outliers.appraise import Appraisal, Collected, appraise
-from geoquant.outliers.mixtures import mixtures, sentences
+from geoquant.outliers.appraise import Appraisal, Collected, appraise, site_context
+from geoquant.outliers.classes import judged
+from geoquant.outliers.classes import sentences as class_sentences
+from geoquant.outliers.mixtures import mixtures
+from geoquant.outliers.mixtures import sentences as mixture_sentences
 from geoquant.outliers.origin import Settings, origins
 from geoquant.outliers.score import Score
 from geoquant.outliers.scores import SCORES
@@ -70,6 +73,7 @@ def analyze(
     window: int = 512,
     records: int = 48,
     bits: int = 3,
+    classes: bool = False,
     seed: int = 0,
     device: str = "cpu",
     compute: str = "auto",
@@ -81,7 +85,8 @@ def analyze(
     model, base: a folder, hub id or .gguf file of one architecture. private: records that the model was trained on.
     domain: records of the same kind that it has not seen. text: public text (default: the built-in one), of which the
     first `windows` of `window` tokens are read. records: so many of each side. bits: of the plain rounding whose error
-    scores weigh. Scores that need what is not given are left out.
+    scores weigh. classes: of every site's columns too, and the distortion that rounding makes (outliers/classes.py).
+    Scores that need what is not given are left out.
 
     Returns what analysis.json holds. Raises UserError for whatever the user can mend.
     """
@@ -118,7 +123,10 @@ def analyze(
             **{name: {"records": len(side), "tokens": texts[name].count} for name, side in sides.items()},
         },
         "data_sha256": {name: _digest(one) for name, one in texts.items()},
-        "settings": {"window": window, "bits": bits, "parts": PARTS, "seed": seed, "compute": compute},
+        "settings": {
+            **{"window": window, "bits": bits, "parts": PARTS, "seed": seed, "compute": compute},
+            **({"classes": True} if classes else {}),
+        },
         "scores": [_described(score) for score in scores],
     }
     key = begin(folder, facts, command, "an analysis", "scores")
@@ -126,7 +134,7 @@ def analyze(
         known = _origins(folder, loaded, public, seed, pages, progress)
     with clock("scores"):
         chosen = compute_dtype(compute, loaded.model.device)
-        _score(folder, key, loaded, other, blocks, experts, texts, scores, bits, seed, chosen, pages, progress)
+        _score(folder, key, loaded, other, blocks, experts, texts, scores, bits, classes, seed, chosen, pages, progress)
     sites = [site for block in blocks for site in _read(folder, block, key) or ()]
     mixed = mixtures(sites)
     report = {
@@ -135,7 +143,12 @@ def analyze(
         "origins": known,
         "sites": sites,
         "mixtures": mixed,
-        "findings": [*sentences(mixed), *_left_out(loaded, blocks, experts), *findings(sites, facts["scores"])],
+        "findings": [
+            *mixture_sentences(mixed),
+            *_left_out(loaded, blocks, experts),
+            *findings(sites, facts["scores"]),
+            *class_sentences(sites),
+        ],
         "versions": versions(),
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -168,6 +181,7 @@ def _score(
     texts: dict[str, Sequences],
     scores: list[Score],
     bits: int,
+    classes: bool,
     seed: int,
     compute: torch.dtype,
     pages,
@@ -192,12 +206,14 @@ def _score(
             tensors, facts = {}, []
             for site in (*block.sites, *(one.site for one in experts.get(block.index, ()))):
                 seen = {name: collected.of(site.name, name) for name in texts}
-                found = []
+                found, more = [], {}
                 if seen["public"]:  # or nobody chose this expert
                     weight = read_site(loaded.model, site, names)
                     change = None if other is None else read_site(other.model, site, names)
-                    found = appraise(site, weight, change, seen, scores, bits=bits, seed=seed)
-                facts.append(_told(site, found, scores, seen))
+                    context = site_context(site, weight, change, seen, bits=bits)
+                    found = appraise(context, seen, scores, seed=seed)
+                    more = {"classes": judged(context, seed)} if classes else {}
+                facts.append(_told(site, found, scores, seen) | more)
                 tensors |= {f"{site.name}|{name}": value for name, value in _tensors(found)}
             metadata = {"key": key, "sites": json.dumps(facts)}
             write_tensors(_path(folder, block), tensors, metadata)
@@ -348,7 +364,7 @@ def _shapes(loaded: Loaded) -> dict[str, tuple[int, ...]]:
 
 def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:
     given = {"public", *sides, *(() if other is None else ("base",))}
-    return {need.removesuffix("_gradients") for need in score.needs} <= given
+    return {need.partition("_")[0] for need in score.needs} <= given
 
 
 def _described(score: Score) -> dict:

@@ -28,6 +28,9 @@ def analyze(
     window: Annotated[int, Parameter(help="Tokens per window, and at most of a record."), WHOLE] = 512,
     records: Annotated[int, Parameter(help="Records read of each file, its first ones."), WHOLE] = 48,
     bits: Annotated[int, Parameter(help="Codes of the plain rounding whose error scores weigh."), WHOLE] = 3,
+    classes: Annotated[
+        bool, Parameter(help="Class every layer's columns too, and measure how rounding bends its rows.")
+    ] = False,
     seed: Annotated[int, Parameter(help="Seed of the nulls."), WHOLE] = 0,
     device: Device = "cpu",
     json: Json = False,
@@ -54,6 +57,7 @@ def analyze(
                 window=window,
                 records=records,
                 bits=bits,
+                classes=classes,
                 seed=seed,
                 device=device,
                 progress=progress,

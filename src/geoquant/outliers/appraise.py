@@ -15,10 +15,10 @@ from geoquant.outliers import score as reading
 from geoquant.outliers.context import SiteContext, null_context
 from geoquant.outliers.interventions import rounded
 from geoquant.outliers.score import Score
-from geoquant.outliers.statistics import Statistics, nothing_of, summarise, total
+from geoquant.outliers.statistics import Statistics, metrics, nothing_of, summarise, total
 from geoquant.outliers.uncertainty import standard_errors
 
-__all__ = ["Appraisal", "Collected", "appraise"]
+__all__ = ["Appraisal", "Collected", "appraise", "site_context"]
 
 
 @dataclass
@@ -83,30 +83,36 @@ class Appraisal:
     part_errors: Tensor | None
 
 
-def appraise(
+def site_context(
     site: Site,
     weight: Float[Tensor, "out in"],
     base: Float[Tensor, "out in"] | None,
     texts: dict[str, list[Statistics]],
-    scores: Iterable[Score],
     *,
     bits: int = 3,
-    seed: int = 0,
-) -> list[Appraisal]:
-    """Every score that the texts allow. texts: `public`, and perhaps `private` and `domain`, each in parts.
+) -> SiteContext:
+    """What scores are given of a site. texts: `public`, and perhaps `private` and `domain`, each in parts.
 
     bits: of the plain rounding (symmetric, groups of 64) whose error scores weigh.
     """
     given = {name: parts for name, parts in texts.items() if parts}
-    context = SiteContext(
+    return SiteContext(
         site.name,
         site.kind,
         weight,
         rounded(weight, bits) - weight,
         base=base,
+        public_metrics=metrics(given["public"]),
         **{name: total(parts) for name, parts in given.items()},
         **{f"{name}_gradients": torch.stack([part.gradient for part in parts]) for name, parts in given.items()},
     )
+
+
+def appraise(
+    context: SiteContext, texts: dict[str, list[Statistics]], scores: Iterable[Score], *, seed: int = 0
+) -> list[Appraisal]:
+    """Every score that the texts allow. texts: the parts that the context's statistics are made of."""
+    given = {name: parts for name, parts in texts.items() if parts}
     used = [score for score in scores if context.has(score.needs)]
     empty = null_context(context, torch.Generator().manual_seed(seed))
     found = [_one(score, context, empty) for score in used]

@@ -25,6 +25,7 @@ class SiteContext:
     base:    (out, in) the public base's weight, or None.
     public_gradients, private_gradients, domain_gradients: (parts, out, in) the gradient of each part of the text, or
              None. They add up to its `gradient`.
+    public_metrics: (parts, n, n) `mean x x^T` of some inputs in each part of public text (`statistics.metrics`).
     """
 
     name: str
@@ -38,9 +39,10 @@ class SiteContext:
     public_gradients: Float[Tensor, "parts out in"] | None = None
     private_gradients: Float[Tensor, "parts out in"] | None = None
     domain_gradients: Float[Tensor, "parts out in"] | None = None
+    public_metrics: Float[Tensor, "parts n n"] | None = None
 
     def has(self, needs: tuple[str, ...]) -> bool:
-        """Whether everything that a score needs is there (`private`, `domain`, `base`, or gradients)."""
+        """Whether everything that a score needs is there (texts, base, gradients, metrics)."""
         return all(getattr(self, name) is not None for name in needs)
 
 
@@ -71,7 +73,22 @@ def null_context(context: SiteContext, generator: torch.Generator) -> SiteContex
         found[text], gradients = _gaussian(source, generator, 1 if parts is None else len(parts))
         if parts is not None:
             found[f"{text}_gradients"] = gradients
+    if context.public_metrics is not None:
+        found["public_metrics"] = _drawn(context.public_metrics, context.public.tokens, generator)
     return replace(context, weight=weight, delta=shuffled(context.delta), base=base, **found)
+
+
+def _drawn(
+    metrics: Float[Tensor, "parts n n"], tokens: float, generator: torch.Generator
+) -> Float[Tensor, "parts n n"]:
+    """Metrics of parts whose tokens are independent Gaussians, of the mean of these."""
+    parts, count = metrics.shape[:2]
+    lower = _factor(metrics.mean(0).double())
+    found = []
+    for _ in range(parts):
+        x = torch.randn(max(1, round(tokens / parts)), count, generator=generator).to(lower) @ lower.mT
+        found.append(x.mT @ x / len(x))
+    return torch.stack(found).to(metrics.dtype)
 
 
 def _scaled(of: Statistics, tokens: float) -> Statistics:
@@ -114,21 +131,22 @@ def _noise(of: Statistics, generator: torch.Generator, parts: int) -> Float[Tens
     """`sum_t g x^T` of Gaussian x and independent g: rows of covariance `sum_t g_i^2 / tokens * sum_t x x^T`, made of
     equal parts.
     """
-    lower = remembered(_root, of.hessian)
+    lower = remembered(_factor, of.hessian)
     shape = (parts, len(of.output), len(lower))
     noise = torch.randn(shape, generator=generator, dtype=of.hessian.dtype).to(lower.device)
     mixed = (noise.flatten(0, 1) @ lower.mT).view(shape)
     return mixed * (of.output / (parts * max(of.tokens, 1.0))).sqrt()[:, None]
 
 
-def _root(hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    """L with `L L^T` the metric, but for what makes it definite."""
-    scale = hessian.diagonal().double().sqrt().clamp_min(1e-30)
-    correlation = hessian.double() / scale[:, None] / scale
+def _factor(metric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """L with `L L^T` the metric, in its type; of as little more as makes it positive definite."""
+    exact = metric.double()
+    scale = exact.diagonal().sqrt().clamp_min(1e-30)
+    correlation = exact / scale[:, None] / scale
     identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
     # Single precision leaves a metric of few tokens a little indefinite.
     for jitter in (1e-6, 1e-4, 1e-2, 1.0):
         lower, failed = torch.linalg.cholesky_ex(correlation + jitter * identity)
         if not failed:
             break
-    return (lower * scale[:, None]).to(hessian.dtype)
+    return (lower * scale[:, None]).to(metric.dtype)

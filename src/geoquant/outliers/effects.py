@@ -16,7 +16,7 @@ pair. One model is in memory at all times.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
@@ -57,7 +57,19 @@ from geoquant.privacy.scores import RecordScores
 from geoquant.privacy.scoring import score_records
 from geoquant.progress import Progress, silent
 
-__all__ = ["Baseline", "Effect", "Material", "Measured", "changed", "compare", "effect", "effects", "open_baseline"]
+__all__ = [
+    "Baseline",
+    "Effect",
+    "Material",
+    "Measured",
+    "changed",
+    "compare",
+    "effect",
+    "effect_of",
+    "effects",
+    "open_baseline",
+    "replaced",
+]
 
 DECOYS = 63  # per canary, where the tokenizer merges digits
 
@@ -194,14 +206,28 @@ def changed(
     parts = (parts,) if isinstance(parts, Part) else tuple(parts)
     if not parts or len({part.site for part in parts}) < len(parts):
         raise ValueError(f"one part of each site, but got {[part.name for part in parts]}")
-    first = min(_place(model, part.site) for part in parts)
-    with ExitStack() as stack, torch.no_grad():
-        for part in parts:
-            module = model.get_submodule(part.site)
-            stack.callback(setattr, module.weight, "data", module.weight.data)
-            own = base(part.site) if base is not None and intervention.kind == "revert" else None
-            write_weight(module, intervene(read_weight(module), part, intervention, own))
+    for part in parts:
+        _place(model, part.site)
+
+    def made(part: Part) -> Float[Tensor, "out in"]:
+        own = base(part.site) if base is not None and intervention.kind == "revert" else None
+        return intervene(read_weight(model.get_submodule(part.site)), part, intervention, own)
+
+    with replaced(model, ((part.site, made(part)) for part in parts)) as first:
         yield first
+
+
+@contextmanager
+def replaced(model: nn.Module, weights: Iterable[tuple[str, Float[Tensor, "out in"]]]) -> Iterator[int]:
+    """Inside, these sites have these weights; otherwise as `changed`, which gives the same block."""
+    first = []
+    with ExitStack() as stack, torch.no_grad():
+        for site, weight in weights:
+            first.append(_place(model, site))
+            module = model.get_submodule(site)
+            stack.callback(setattr, module.weight, "data", module.weight.data)
+            write_weight(module, weight)
+        yield min(first)
 
 
 def _place(model: nn.Module, site: str) -> int:
@@ -229,21 +255,32 @@ def effect(
 ) -> Effect:
     """Do it, measure, undo it, compare. label: what several parts together are called."""
     begun = perf_counter()
-    model = baseline.model
-    with (
-        changed(model, parts, intervention, base) as first,
-        evaluating(model),
-        baseline.resume.starting_at(first),
-    ):
-        after = _measure(model, baseline.tokenizer, baseline.material)
+    with changed(baseline.model, parts, intervention, base) as first:
+        found = _compared(baseline, first)
     names = [part.name for part in ((parts,) if isinstance(parts, Part) else parts)]
-    found = compare(baseline.measured, after, baseline.material)
     return replace(
         found,
         part=label or " + ".join(names),
         intervention=str(intervention),
         seconds=perf_counter() - begun,
     )
+
+
+def effect_of(
+    baseline: Baseline, weights: Iterable[tuple[str, Float[Tensor, "out in"]]], label: str, intervention: str
+) -> Effect:
+    """The same of weights that are given, by site; label and intervention: what they are called."""
+    begun = perf_counter()
+    with replaced(baseline.model, weights) as first:
+        found = _compared(baseline, first)
+    return replace(found, part=label, intervention=intervention, seconds=perf_counter() - begun)
+
+
+def _compared(baseline: Baseline, first: int) -> Effect:
+    """The model as it is now against the baseline; blocks before `first` are as they were."""
+    with evaluating(baseline.model), baseline.resume.starting_at(first):
+        after = _measure(baseline.model, baseline.tokenizer, baseline.material)
+    return compare(baseline.measured, after, baseline.material)
 
 
 def effects(

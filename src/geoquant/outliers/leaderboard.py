@@ -26,7 +26,8 @@ class Prediction:
     """How one score orders an effect.
 
     rho: Spearman's rank correlation over `sites` sites. ci: its percentile bootstrap interval over sites, 95%.
-    p: of no correlation, two-sided, by permutation of the sites; p_holm: corrected over all scores of the board.
+    p: of no correlation, two-sided, by permutation of the sites; p_holm: corrected over all rankings of the board,
+    those that are the same over all sites counted once.
     hits: how many of the `worst` sites by effect are among as many by score; by chance worst^2 / sites.
     """
 
@@ -58,12 +59,22 @@ def leaderboard(
         if known.sum() < 5:
             raise ValueError(f"rank correlations need at least 5 sites, but {name} has {int(known.sum())}")
         found.append((name, *_correlated(score[known], effect[known], worst, resamples, seed)))
-    corrected = holm([p for _, _, _, p, _, _, _ in found])
+    rankings = [_ranking(score, effect) for score in scores.values()]
+    once = {ranking: p for ranking, (_, _, _, p, _, _, _) in zip(rankings, found, strict=True)}
+    corrected = dict(zip(once, holm(list(once.values())), strict=True))
     board = [
-        Prediction(name, rho, ci, p, adjusted, hits, top, sites)
-        for (name, rho, ci, p, hits, top, sites), adjusted in zip(found, corrected, strict=True)
+        Prediction(name, rho, ci, p, corrected[ranking], hits, top, sites)
+        for (name, rho, ci, p, hits, top, sites), ranking in zip(found, rankings, strict=True)
     ]
     return sorted(board, key=lambda one: -abs(one.rho))
+
+
+def _ranking(score: Float[np.ndarray, " sites"], effect: Float[np.ndarray, " sites"]) -> tuple[float, ...]:
+    """Ranks of the sites; the same for two scores where one orders all sites as the other does."""
+    ranks = np.full(len(score), -1.0)
+    known = np.isfinite(score) & np.isfinite(effect)
+    ranks[known] = rankdata(score[known])
+    return tuple(ranks.tolist())
 
 
 def _correlated(

@@ -24,7 +24,7 @@ from geoquant.observe.compute import BlockCall, cast_call, working_copy
 from geoquant.observe.stream import hooks, open_stream, run_block
 from geoquant.outliers.clipping import Clipping, ClipSplit, clip_curve, clip_split
 from geoquant.outliers.norms import GainSums, NormGain, NormGains, find_norms, norm_gain
-from geoquant.outliers.outlier_ratio import OutlierRatio, OutlierRatios, outlier_ratio, tails
+from geoquant.outliers.outlier_ratio import OutlierRatio, OutlierRatios, outlier_ratio
 from geoquant.outliers.residual import MASSIVE, Boundary, Residuals, boundary, cosines, summarise_residuals
 from geoquant.outliers.sinks import AttentionProbe, Heads, Sinks, summarise_sinks
 from geoquant.outliers.super_weight import (
@@ -36,6 +36,7 @@ from geoquant.outliers.super_weight import (
     random_places,
     zeroed,
 )
+from geoquant.outliers.tails import tails
 from geoquant.progress import Progress, silent
 
 __all__ = ["Origins", "Settings", "origins"]
@@ -305,7 +306,7 @@ def _weigh(work: nn.Module, block: Block, inputs: dict[str, Tensor], sums: _Sums
             sums.notes.append(f"no token reached {stage.name}")
             continue
         squares = x.square().mean(0)
-        far = tails(x)
+        far = tails(x) if x.isfinite().all() else None
         for site in stage.sites:
             weight = read_weight(work.get_submodule(site.name.removeprefix(f"{block.name}.")))
             weights.append(weight)

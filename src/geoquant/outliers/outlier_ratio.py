@@ -1,4 +1,4 @@
-"""How much of a site lies far out: of its weights times inputs, and of its inputs alone.
+"""How much of a site lies far out: of its weights times inputs, and of its inputs alone (tails.py).
 
 The outlier ratio of a layer is the share of `A_ij = |W_ij| ||x_j||` above M times their mean: Yin et al., Outlier
 weighed layerwise sparsity (OWL), ICML 2024, on the score of Wanda (Sun et al., ICLR 2024). Its null has normal weights
@@ -16,49 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["MEANS", "OutlierRatio", "OutlierRatios", "Tails", "normal_tail", "outlier_ratio", "tails"]
+from geoquant.outliers.tails import MEDIANS, SIGMAS, Tails, normal_tail
+
+__all__ = ["MEANS", "OutlierRatio", "OutlierRatios", "outlier_ratio"]
 
 MEANS = 5.0
-DEVIATIONS = 6.0
-MEDIANS = 20.0
-
-
-@dataclass(frozen=True)
-class Tails:
-    """Of all numbers of a site's inputs together.
-
-    six_sigma: share beyond six standard deviations of their mean. medians: share of |x| above 20 times its median.
-    largest: of |x|, over that median. count: how many numbers. Normal numbers: `normal_tail`.
-    """
-
-    six_sigma: float
-    medians: float
-    largest: float
-    count: int
-
-
-def tails(x: Float[Tensor, "tokens in"], deviations: float = DEVIATIONS, medians: float = MEDIANS) -> Tails:
-    """Exact counts, deviations in double precision."""
-    # In single precision the difference of squares would lose a spread that is small beside the mean.
-    mean = x.mean(dtype=torch.float64)
-    variance = x.square().mean(dtype=torch.float64) - mean.square()
-    sizes = x.abs()
-    median = sizes.median().clamp_min(1e-30)
-    far = (x - mean.float()).abs_() > deviations * variance.clamp_min(0).sqrt().float()
-    return Tails(
-        six_sigma=far.sum().item() / x.numel(),
-        medians=(sizes > medians * median).sum().item() / x.numel(),
-        largest=(sizes.max() / median).item(),
-        count=x.numel(),
-    )
-
-
-def normal_tail(deviations: float) -> float:
-    """Share of normal numbers farther than that from their mean: the null of `six_sigma`.
-
-    Of `medians` it is that of 20 times 0.6745 deviations, 2e-41.
-    """
-    return math.erfc(deviations / math.sqrt(2))
 
 
 def outlier_ratio(
@@ -81,7 +43,9 @@ def outlier_ratio(
 
 @dataclass(frozen=True)
 class OutlierRatio:
-    """One site; site None: all of a block. ratio, null: see above. tails: of a site's inputs, None for a block."""
+    """One site; site None: all of a block. ratio, null: see above. tails: of a site's inputs, None for a block and
+    for inputs that are not finite.
+    """
 
     site: str | None
     block: int
@@ -99,9 +63,10 @@ class OutlierRatios:
     blocks: tuple[OutlierRatio, ...]
 
     def to_dict(self) -> dict:
-        null = {"six_sigma": normal_tail(DEVIATIONS), "medians": normal_tail(MEDIANS * 0.6744897501960817)}
+        null = {"beyond_sigma": normal_tail(SIGMAS), "beyond_median": normal_tail(MEDIANS * 0.6744897501960817)}
         return {"means": MEANS, "normal_tails": null} | {
-            name: [asdict(item) for item in getattr(self, name)] for name in ("sites", "blocks")
+            name: [asdict(item) | {"tails": _plain(item.tails)} for item in getattr(self, name)]
+            for name in ("sites", "blocks")
         }
 
     def finding(self) -> str:
@@ -110,13 +75,27 @@ class OutlierRatios:
         ratios = [block.ratio for block in self.blocks]
         most = max(self.blocks, key=lambda block: block.ratio)
         excess = torch.tensor([block.ratio / max(block.null, 1e-30) for block in self.blocks]).median().item()
-        known = [site for site in self.sites if site.tails]
-        far = max(known, key=lambda site: site.tails.six_sigma)
-        high = max(known, key=lambda site: site.tails.largest)
         return (
             f"Outlier ratios: {min(ratios):.2%} to {most.ratio:.2%} of a block's |W| ||x|| exceed {MEANS:.0f} times "
             f"their mean (most in block {most.block}, where normal weights on the same inputs give {most.null:.2%}; "
-            f"median over blocks {excess:.1f} times what these give); inputs beyond 6 deviations: at most "
-            f"{far.tails.six_sigma:.3%} ({far.site}; normal numbers {normal_tail(DEVIATIONS):.0e}); the largest input "
-            f"is {high.tails.largest:,.0f} times the median ({high.site})."
+            f"median over blocks {excess:.1f} times what these give){self._inputs()}."
         )
+
+    def _inputs(self) -> str:
+        known = [site for site in self.sites if site.tails and math.isfinite(site.tails.peak)]
+        if not known:
+            return ""
+        far = max(known, key=lambda site: site.tails.beyond_sigma)
+        high = max(known, key=lambda site: site.tails.peak)
+        return (
+            f"; inputs beyond {SIGMAS:.0f} deviations: at most {far.tails.beyond_sigma:.3%} ({far.site}; normal "
+            f"numbers {normal_tail(SIGMAS):.0e}); the largest input is {high.tails.peak:,.0f} times the median "
+            f"({high.site})"
+        )
+
+
+def _plain(tails: Tails | None) -> dict | None:
+    """For JSON: None stands for what is not finite."""
+    if tails is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in asdict(tails).items()}

@@ -31,6 +31,7 @@ __all__ = [
     "Response",
     "Trajectories",
     "common_length",
+    "gathered",
     "noise",
     "null_class",
     "separation",
@@ -142,18 +143,27 @@ def trajectories(
     """
     names = tuple(classes)
     lengths = tuple(common_length(weights, classes, rho) for rho in rhos)
-    points = np.zeros((len(names), seeds, len(rhos), 2))
     responses = {}
     for index, name in enumerate(names):
         for draw in range(seeds):
-            for place, (rho, length) in enumerate(zip(rhos, lengths)):
+            for rho, length in zip(rhos, lengths):
                 generator = torch.Generator().manual_seed(seed + draw * len(names) + index)
-                found = measure(noise(weights, classes[name], length, generator))
-                points[index, draw, place] = found.standardised
-                responses[name, draw, rho] = found
-                done = (index * seeds + draw) * len(rhos) + place + 1
-                progress("perturbation", done, points[..., 0].size, name)
-    return Trajectories(names, rhos, lengths, points, responses)
+                responses[name, draw, rho] = measure(noise(weights, classes[name], length, generator))
+                progress("perturbation", len(responses), len(names) * seeds * len(rhos), name)
+    return gathered(responses, lengths)
+
+
+def gathered(responses: Mapping[tuple[str, int, float], Response], lengths: tuple[float, ...]) -> Trajectories:
+    """Trajectories from responses by (class, seed, rho), of every class at every seed and rho.
+
+    Raises ValueError where one of these is missing.
+    """
+    names, seeds, rhos = (tuple(dict.fromkeys(key[place] for key in responses)) for place in range(3))
+    missing = [(n, s, r) for n in names for s in seeds for r in rhos if (n, s, r) not in responses]
+    if missing:
+        raise ValueError(f"no response of (class, seed, rho) {missing[0]}, and {len(missing) - 1} more")
+    rows = [[[responses[name, seed, rho].standardised for rho in rhos] for seed in seeds] for name in names]
+    return Trajectories(names, rhos, lengths, np.array(rows), dict(responses))
 
 
 def separation(of: Trajectories, *, permutations: int = 199, seed: int = 0) -> dict[tuple[str, str], Pair]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geoquant.outliers.derived import remembered
 
-__all__ = ["BINS", "REACH", "SMALL", "Statistics", "edges", "left_out", "nothing_of", "summarise", "total"]
+__all__ = ["BINS", "REACH", "SMALL", "Statistics", "edges", "left_out", "metrics", "nothing_of", "summarise", "total"]
 
 SMALL = 0.01  # of the unit: an input below is taken for silent
 BINS = 65
@@ -148,6 +148,13 @@ def total(parts: Sequence[Statistics]) -> Statistics:
     for part in parts[1:]:
         result = result + part
     return result
+
+
+def metrics(parts: Sequence[Statistics], most: int = 128) -> Float[Tensor, "parts n n"]:
+    """`mean x x^T` of each part alone, of at most `most` inputs, evenly spaced."""
+    columns = len(parts[0].hessian)
+    chosen = torch.linspace(0, columns - 1, min(most, columns)).round().long().to(parts[0].hessian.device)
+    return torch.stack([part.mean("hessian")[chosen[:, None], chosen] for part in parts])
 
 
 def left_out(parts: Sequence[Statistics]) -> Iterator[Statistics]:

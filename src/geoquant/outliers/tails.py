@@ -1,10 +1,10 @@
-"""How long the tail of a site's inputs is: what a grid of few levels has to cope with.
+"""How long the tail of a site's inputs is: how much lies far out, and what a grid of few levels has to cope with.
 
 The same numbers from a tensor (`tails`, exact) and from a stream of batches (`tails_of`, of their added histograms).
 From a stream, exact up to float64 rounding: count, kurtosis, largest value, Hill's index. Within the width of one bin
 (1/512 of the value): the median, so also where a share begins and what is divided by it; the entropy of the codes.
 
-Null: a normal law of the same count (`normal_tails`).
+Null: a normal law of the same count (`normal_tails`; `normal_tail` for the shares, exact).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geoquant.outliers.histogram import LARGEST, Histogram, collect
 
-__all__ = ["Tails", "hill", "normal_tails", "tails", "tails_of"]
+__all__ = ["Tails", "hill", "normal_tail", "normal_tails", "tails", "tails_of"]
 
 SIGMAS, MEDIANS = 6.0, 20.0
 BITS = 8
@@ -122,6 +122,14 @@ def normal_tails(count: int, generator: torch.Generator) -> Tails:
         part = collect(torch.randn(min(1 << 20, count - start), generator=generator))
         whole = part if whole is None else whole + part
     return tails_of(whole)
+
+
+def normal_tail(deviations: float) -> float:
+    """Share of normal numbers farther than that from their mean: the null of `beyond_sigma`.
+
+    Of `beyond_median` it is that of 20 times 0.6745 deviations, 2e-41.
+    """
+    return math.erfc(deviations / math.sqrt(2))
 
 
 def _outside(histogram: Histogram, low: float, high: float) -> float:

@@ -55,12 +55,12 @@ def standard_errors(
 def _without_one(context: SiteContext, text: str, parts: Sequence[Statistics]) -> Iterator[SiteContext]:
     for index, rest in enumerate(left_out(parts)):
         changed = replace(context, **{text: rest})
-        name = f"{text}_gradients"
-        gradients = getattr(context, name)
-        if gradients is not None:
-            if len(gradients) != len(parts):
-                raise ValueError(f"one gradient per part of {text} text: got {len(gradients)}, wanted {len(parts)}")
-            changed = replace(changed, **{name: torch.cat([gradients[:index], gradients[index + 1 :]])})
+        for name in (f"{text}_gradients", f"{text}_metrics"):
+            own = getattr(context, name, None)
+            if own is not None:
+                if len(own) != len(parts):
+                    raise ValueError(f"{name}: one per part of {text} text, but got {len(own)}, wanted {len(parts)}")
+                changed = replace(changed, **{name: torch.cat([own[:index], own[index + 1 :]])})
         yield changed
 
 

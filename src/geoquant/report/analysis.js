@@ -26,12 +26,29 @@ function colour() {
   show(chosen ?? Math.max(0, values.indexOf(ordered[known - 1])));
 }
 
+// Of a site's geometry, beside its null; nothing where it was not asked for.
+function classed(found) {
+  const told = [];
+  if (found?.columns) {
+    const of = ["spike", "island", "core"].map((name) =>
+      `${found.columns.counts[name]} ${name} (null ${brief(found.columns.null[name])})`);
+    told.push(`Of ${found.columns.of} columns: ${of.join(", ")}.`);
+  }
+  if (found?.distortion && found.distortion.ratio !== null) {
+    const one = found.distortion;
+    told.push(`Rounding bends rows by ${brief(one.md)} in the metric of the inputs, noise as long by ${brief(one.null)}` +
+      ` (ratio ${brief(one.ratio)}, standard error of its logarithm ${brief(one.error)}).`);
+  }
+  return told.join(" ");
+}
+
 function show(index) {
   const site = data.sites[index], name = pick.value, one = site.scores[name], score = named(name);
   for (const cell of cells) cell.setAttribute("aria-pressed", String(Number(cell.dataset.site) === index));
   document.getElementById("site").textContent = site.name;
   const words = document.getElementById("words"), curve = document.getElementById("curve");
   curve.replaceChildren();
+  document.getElementById("classes").textContent = classed(site.classes);
   if (!one || one.value === null) { words.textContent = "This score was not measured here."; return; }
   const rank = 1 + data.sites.filter((other) => (other.scores[name]?.value ?? -Infinity) > one.value).length;
   const among = data.sites.filter((other) => (other.scores[name]?.value ?? null) !== null).length;

@@ -5,7 +5,8 @@
 
 Sun, Liu, Bair, Kolter: A simple and effective pruning approach for large language models, ICLR 2024, with the norm of
 x_j over all tokens; here per token, so that sites seen by different numbers of tokens compare. Yin et al.: Outlier
-weighed layerwise sparsity (OWL), ICML 2024, over a whole block; here site by site. Neither knows of a rounding error.
+weighed layerwise sparsity (OWL), ICML 2024, over a whole block (`outliers.outlier_ratio`, with the same 5); here weight
+by weight, the mean over a site its ratio. Neither knows of a rounding error.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
+from geoquant.outliers.outlier_ratio import MEANS
 from geoquant.outliers.score import Score
 
-__all__ = ["FAR", "SCORES", "owl", "wanda"]
-
-FAR = 5.0  # times the mean
+__all__ = ["SCORES", "owl", "wanda"]
 
 
 def wanda(context: SiteContext) -> Float[Tensor, "out in"]:
@@ -29,7 +29,7 @@ def wanda(context: SiteContext) -> Float[Tensor, "out in"]:
 def owl(context: SiteContext) -> Float[Tensor, "out in"]:
     """One for each weight far above the mean of its site."""
     importance = wanda(context)
-    return (importance > FAR * importance.mean()).to(importance.dtype)
+    return (importance > MEANS * importance.mean()).to(importance.dtype)
 
 
 SCORES = (
