@@ -28,6 +28,7 @@ from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
 from geoquant.examine import check_context
 from geoquant.folders import begin, claim
+from geoquant.inputs import check_same_sites
 from geoquant.manifest import versions
 from geoquant.measure import builtin_ends
 from geoquant.model.identity import described
@@ -105,7 +106,7 @@ def analyze(
         pages = map_weights(loaded.model)
         blocks = walk(loaded.model, public.tokens[:1, :8], pages)
         check_head(loaded.model, public.tokens[:1, :8], pages)
-        other = None if base is None else _same_shape(load(str(base), device=device), loaded)
+        other = None if base is None else check_same_sites(load(str(base), device=device), loaded)
     scores = [score for score in SCORES.values() if _possible(score, sides, other)]
     facts = {
         "model": described(loaded),
@@ -296,18 +297,6 @@ def _even(sequences: list[list[int]], filler: int) -> Sequences:
             wanted=f"at least {PARTS}, and better {2 * PARTS}: standard errors come from parts of a text",
         )
     return padded(sequences[: len(sequences) // 2 * 2], filler)
-
-
-def _same_shape(other: Loaded, loaded: Loaded) -> Loaded:
-    """The base, if it has the model's sites. Raises UserError otherwise."""
-    mine, its = ({n: tuple(m.weight.shape) for n, m in site_modules(x.model).items()} for x in (loaded, other))
-    if mine != its:
-        name = next(iter(sorted(set(mine.items()) ^ set(its.items()))))[0]
-        raise UserError(
-            f"the base {other.name} has not the layers of {loaded.name} (first: {name})",
-            fix="give the model that it was fine-tuned from",
-        )
-    return other
 
 
 def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:

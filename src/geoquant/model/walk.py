@@ -30,6 +30,7 @@ __all__ = [
     "site_modules",
     "untouched_parameters",
     "walk",
+    "within",
     "write_weight",
 ]
 
@@ -112,6 +113,13 @@ def write_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} for a site of shape {site_shape(module)}")
     own = weight.T if is_transposed(module) else weight
     module.weight.data = own.detach().to(module.weight.device, module.weight.dtype, copy=True).contiguous()
+
+
+def within(name: str) -> str:
+    """A site's name inside its block: what follows the last number that stands alone."""
+    pieces = name.split(".")
+    last = max((index for index, piece in enumerate(pieces) if piece.isdigit()), default=-1)
+    return ".".join(pieces[last + 1 :])
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
