@@ -85,11 +85,12 @@ def identify(
 ) -> dict:
     """Label every group of weights by its effects, into folder `out`.
 
-    groups: see outliers/groups.py. only: leave out layers whose name does not hold this. do: interventions as in outliers/interventions.py (default: quantize@3, and revert
-    where a base is given). private, domain, canaries: records that the model was trained on, others of the same kind
-    that it has not seen, planted secrets; `records` are read of either side. base: calibrates the attack and is what
-    `revert` puts back. text: public text to measure on (default: the end of the built-in one). lam: preference for
-    privacy in the overlap weight. analysis: the folder of a finished one of this model, judged by the labels.
+    groups: as in outliers/groups.py. only: leave out layers whose name does not hold this. do: interventions as in
+    outliers/interventions.py (default: quantize@3, and revert where a base is given). private, domain, canaries:
+    records that the model was trained on, others of the same kind that it has not seen, planted secrets; `records` are
+    read of either side. base: calibrates the attack and is what `revert` puts back. text: public text to measure on
+    (default: the end of the built-in one). lam: preference for privacy in the overlap weight. analysis: the folder of a
+    finished one of this model, judged by the labels.
 
     Returns what identity.json holds. Raises UserError for whatever the user can mend.
     """

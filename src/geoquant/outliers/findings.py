@@ -75,9 +75,10 @@ def _privacy(do: str, rows: list[dict]) -> list[str]:
         return told
     least = min(gaps, key=lambda row: row["effect"]["gap"]["value"])
     gap, sure = least["effect"]["gap"], sum(row["gap_p_holm"] <= LEVEL for row in gaps)
+    most = "" if gap["value"] >= 0 else f", most with {least['group']}: {gap['before']:.3g} to {gap['after']:.3g} nats"
     told.append(
-        f"{do}: the gap between members and others surely shrinks with {sure} of {len(gaps)} groups, most with "
-        f"{least['group']}: {gap['before']:.3g} to {gap['after']:.3g} nats (+- {gap['se']:.2g}). It decides no label."
+        f"{do}: the gap between members' and others' losses surely shrinks with {sure} of {len(gaps)} groups{most} "
+        f"(standard error {gap['se']:.2g}). It decides no label."
     )
     known = [row for row in gaps if row["effect"]["public"]["value"] is not None]
     if len(known) >= FEWEST:
@@ -85,9 +86,7 @@ def _privacy(do: str, rows: list[dict]) -> list[str]:
         shrinks = np.array([-row["effect"]["gap"]["value"] for row in known])
         one = leaderboard({"rise": rises}, shrinks)[0]
         if np.isfinite(one.rho):
-            means = (
-                "privacy falls in part by mere damage" if one.rho > 0 else "it is not mere damage that hides members"
-            )
+            means = f"damage alone {'may explain part of it' if one.rho > 0 else 'does not explain it'}"
             if one.p >= LEVEL or one.ci[0] <= 0 <= one.ci[1]:
                 means = "no relation is sure"
             told.append(
@@ -106,8 +105,8 @@ def _control(one: dict) -> str:
     low, high = one["ci"] or (np.nan, np.nan)
     return (
         f"{one['intervention']}, top against random columns: {what} by {one['top']:.3g} against {one['random']:.3g} "
-        f"nats, on average {one['value']:+.3g} more ({low:+.3g} to {high:+.3g}); more at {one['larger']} of {one['sites']} "
-        f"layers (p = {one['p']:.2g})."
+        f"nats, on average {one['value']:+.3g} more ({low:+.3g} to {high:+.3g}); more at {one['larger']} of "
+        f"{one['sites']} layers (p = {one['p']:.2g})."
     )
 
 
