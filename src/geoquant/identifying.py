@@ -73,7 +73,7 @@ def identify(
     text: str | Path | None = None,
     windows: int = 8,
     window: int = 256,
-    records: int = 100,
+    records: int = 50,
     do: Sequence[str] = (),
     groups: str = "half",
     only: str | None = None,

@@ -47,7 +47,7 @@ def identify(
     ] = None,
     windows: Annotated[int, Parameter(help="Windows of --text, its first ones."), WHOLE] = 8,
     window: Annotated[int, Parameter(help="Tokens per window."), WHOLE] = 256,
-    records: Annotated[int, Parameter(help="Records read of each file, its first ones."), WHOLE] = 100,
+    records: Annotated[int, Parameter(help="Records read of each file, its first ones."), WHOLE] = 50,
     lam: Annotated[float, Parameter(help="Preference for privacy in the overlap weight, 0 to 1.")] = 0.5,
     seed: Annotated[int, Parameter(help="Seed of noise, controls and permutations."), WHOLE] = 0,
     device: Device = "cpu",
