@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import make_tokenizer
+from geoquant import cli
 from geoquant.analysis import analyze
 from geoquant.data.private import make_records
 from geoquant.data.records import write_records
@@ -63,7 +64,7 @@ def leaves(value) -> list[float]:
     return [] if value is None or isinstance(value, str) else [float(value)]
 
 
-def test_planted_function_memory_and_overlap_are_found_through_the_command(tmp_path):
+def test_planted_function_memory_and_overlap_are_found_through_the_command(tmp_path, capsys):
     """Seed 0 of the planted models; how often labels of other seeds are right is stated in test_effects.py."""
     base = make_base()
     planted = plant(base, 0)
@@ -75,25 +76,19 @@ def test_planted_function_memory_and_overlap_are_found_through_the_command(tmp_p
     write_records(files["domain"], planted.material.nonmembers)
     text = tmp_path / "dialect.txt"
     text.write_text("".join(write(DIALECT, LOWER, 16, 128, 5000)))
-    found = identify(
-        tmp_path / "model",
-        tmp_path / "I",
-        base=tmp_path / "base",
-        text=text,
-        windows=16,
-        window=128,
-        groups="columns:4",
-        only="down_proj",
-        do=("revert",),
-        **files,
-    )
+    options = {"base": tmp_path / "base", "text": text, **files, "windows": 16, "window": 128}
+    options |= {"groups": "columns:4", "only": "down_proj", "do": "revert", "out": tmp_path / "I"}
+    given = [str(one) for name, value in options.items() for one in (f"--{name}", value)]
+    assert cli.run(["identify", str(tmp_path / "model"), *given]) == 0
+    shown = capsys.readouterr().out
+    assert "revert: of 8 groups of columns 1 functional, 1 sensitive, 1 both, 5 neither." in shown
+    found = json.loads((tmp_path / "I" / "identity.json").read_text())
     told = {row["group"]: row for row in found["rows"]}
     assert {part.name: role for part, role in planted.parts} == {name: row["label"] for name, row in told.items()}
     by_role = {role: told[part.name] for part, role in planted.parts}
     assert by_role["sensitive"]["s_priv"] == 1
     assert by_role["sensitive"]["omega"] > by_role["both"]["omega"] > by_role["functional"]["omega"]
     assert by_role["sensitive"]["gap_p_holm"] < 0.05 < by_role["functional"]["gap_p_holm"]
-    assert "revert: of 8 groups of columns 1 functional, 1 sensitive, 1 both, 5 neither." in found["findings"]
 
 
 def test_an_effect_is_that_of_the_library_on_the_same_texts(finished, tiny_model_dir, sides):
@@ -138,6 +133,18 @@ def test_another_intervention_adds_to_what_is_there(finished, tiny_model_dir, si
     assert len(after.splitlines()) == 12
     assert [row["intervention"] for row in found["rows"]] == ["zero"] * 4 + ["clip@0.9"] * 4
     assert {row["omega"] for row in found["rows"] if row["s_priv"]} == {1.0}
+
+
+def test_the_model_as_it_is_is_measured_once(tiny_model_dir, tmp_path):
+    heard = []
+    identify(
+        tiny_model_dir,
+        tmp_path / "I",
+        **SETTINGS | {"do": ("zero",), "groups": "block"},
+        progress=lambda phase, done, total, note="": heard.append((phase, done)),
+    )
+    assert heard.count(("perplexity", 8)) == 1
+    assert heard[-1] == ("effects", 2)
 
 
 def test_other_texts_do_not_go_on_in_the_folder(finished, tiny_model_dir):

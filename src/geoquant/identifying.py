@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,7 @@ def _effects(
     parts = {group.name: group.parts for group in groups}
     own = None if weights is None else lambda site: read_weight(weights[site])
 
+    @cache
     def start() -> Callable[[tuple[str, str]], dict]:
         opened = open_baseline(loaded.model, loaded.tokenizer, material, progress=progress)
         if not baseline.exists():
