@@ -156,6 +156,16 @@ def test_blocks_before_the_change_do_not_run():
     assert set(ran) == {0, 1, 2, 3}
 
 
+def test_models_in_half_precision_resume_too():
+    model = make("llama").to(torch.bfloat16)
+    base = open_baseline(model, make_tokenizer(), Material(public()))
+    assert base.resume.kept
+    part = Part("model.layers.3.mlp.up_proj")
+    found = effect(base, part, parse("zero"))
+    with changed(model, part, parse("zero")):
+        assert found.public.after == pytest.approx(perplexity(model, public()).nll, abs=1e-6)
+
+
 @pytest.mark.parametrize("share", [0.6, 0.3, 0.0])
 def test_memory_is_bounded_and_changes_nothing(share):
     model = make("llama")

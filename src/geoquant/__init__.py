@@ -20,11 +20,23 @@ if TYPE_CHECKING:
     from geoquant.auditing import audit
     from geoquant.benching import bench
     from geoquant.errors import UserError
+    from geoquant.identifying import identify
     from geoquant.model.load import load
     from geoquant.pipeline import make_plan, quantize
     from geoquant.recipe import Recipe
 
-__all__ = ["Recipe", "UserError", "__version__", "analyze", "audit", "bench", "load", "make_plan", "quantize"]
+__all__ = [
+    "Recipe",
+    "UserError",
+    "__version__",
+    "analyze",
+    "audit",
+    "bench",
+    "identify",
+    "load",
+    "make_plan",
+    "quantize",
+]
 
 __version__ = "0.1.0"
 
@@ -34,6 +46,7 @@ PUBLIC = {
     "analyze": ("geoquant.analysis", "analyze"),
     "audit": ("geoquant.auditing", "audit"),
     "bench": ("geoquant.benching", "bench"),
+    "identify": ("geoquant.identifying", "identify"),
     "UserError": ("geoquant.errors", "UserError"),
     "load": ("geoquant.model.load", "load"),
     "make_plan": ("geoquant.pipeline", "make_plan"),

@@ -28,12 +28,13 @@ from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
 from geoquant.examine import check_context
 from geoquant.folders import begin, claim
+from geoquant.inputs import check_same_sites
 from geoquant.manifest import versions
 from geoquant.measure import builtin_ends
 from geoquant.model.identity import described
 from geoquant.model.load import Loaded, load, locate
 from geoquant.model.paging import map_weights
-from geoquant.model.walk import Block, Site, site_modules, untouched_parameters, walk
+from geoquant.model.walk import Block, Site, untouched_parameters, walk
 from geoquant.observe.backward import backward
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.experts import Expert, find_experts, read_site
@@ -113,7 +114,7 @@ def analyze(
         blocks = walk(loaded.model, public.tokens[:1, :8], pages)
         check_head(loaded.model, public.tokens[:1, :8], pages)
         experts = find_experts(loaded.model, blocks, public.tokens[:1, :8], pages)
-        other = None if base is None else _same_shape(load(str(base), device=device), loaded)
+        other = None if base is None else check_same_sites(load(str(base), device=device), loaded)
     scores = [score for score in SCORES.values() if _possible(score, sides, other)]
     facts = {
         "model": described(loaded),
@@ -342,24 +343,6 @@ def _even(sequences: list[list[int]], filler: int) -> Sequences:
             wanted=f"at least {PARTS}, and better {2 * PARTS}: standard errors come from parts of a text",
         )
     return padded(sequences[: len(sequences) // PARTS * PARTS], filler, PARTS)
-
-
-def _same_shape(other: Loaded, loaded: Loaded) -> Loaded:
-    """The base, if it has the model's sites. Raises UserError otherwise."""
-    mine, its = (_shapes(x) for x in (loaded, other))
-    if mine != its:
-        name = next(iter(sorted(set(mine.items()) ^ set(its.items()))))[0]
-        raise UserError(
-            f"the base {other.name} has not the layers of {loaded.name} (first: {name})",
-            fix="give the model that it was fine-tuned from",
-        )
-    return other
-
-
-def _shapes(loaded: Loaded) -> dict[str, tuple[int, ...]]:
-    """Of all sites and all stacks of experts."""
-    stacks = {name: tuple(own.shape) for name, own in loaded.model.named_parameters() if own.ndim == 3}
-    return stacks | {name: tuple(module.weight.shape) for name, module in site_modules(loaded.model).items()}
 
 
 def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:

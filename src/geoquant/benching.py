@@ -12,36 +12,30 @@ beside what anybody would guess first (depth, size, the length of the error).
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
-from geoquant.data.records import Record, Split, as_records
-from geoquant.data.text import Windows, read_text
-from geoquant.data.text import windows as cut_windows
+from geoquant.data.records import Record, as_records
 from geoquant.errors import UserError
 from geoquant.examine import check_context
 from geoquant.folders import begin, claim
+from geoquant.inputs import analysis_hash, base_scores, check_same_model, public_windows, read_analysis, told_of
+from geoquant.lines import each_once
 from geoquant.manifest import versions
-from geoquant.measure import builtin_tail
 from geoquant.model.identity import model_hash
-from geoquant.model.load import Loaded, load, load_tokenizer, locate
+from geoquant.model.load import Loaded, load, locate
 from geoquant.model.walk import read_weight, site_modules
 from geoquant.outliers.effects import Baseline, Material, effect, open_baseline
 from geoquant.outliers.interventions import Intervention, Part
 from geoquant.outliers.leaderboard import ceiling, leaderboard
 from geoquant.outliers.references import MEASURES as GEOMETRY
 from geoquant.outliers.references import quartiles, reference_values
-from geoquant.privacy.scores import RecordScores
-from geoquant.privacy.scoring import check_same_tokens, score_records
 from geoquant.progress import Progress, silent
 from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
-from geoquant.runs import read_json
 
 __all__ = ["bench"]
 
@@ -79,7 +73,7 @@ def bench(
         raise UserError(f"--bits {' '.join(map(str, bits))}", wanted="whole numbers from 2 to 8")
     for one in (model, *(() if base is None else (base,))):
         locate(str(one))
-    told = _analysis(Path(analysis))
+    told = read_analysis(Path(analysis))
     sides = [
         () if given is None else as_records(given, name)[:records]
         for name, given in (("private", private), ("domain", domain))
@@ -89,20 +83,20 @@ def bench(
     with clock("load"):
         reference = None
         if base is not None and private is not None:
-            reference = _base_scores(str(base), str(model), sides, device, progress)
+            # Dropped before the model is read.
+            reference = base_scores(load(str(base), device=device), str(base), str(model), sides, progress)
         loaded = load(str(model), device=device)
-        if model_hash(loaded.model) != told["model"]["sha256"]:
-            raise UserError(f"{analysis} is the analysis of another model than {model}", fix=f"analyze {model} first")
+        check_same_model(told, Path(analysis), str(model), model_hash(loaded.model))
         stacked = _drop_stacked(told, loaded)
         check_context(loaded, window)
-        public = _windows(loaded, text, window, windows)
+        public = public_windows(loaded, text, window, windows)
     facts = {
         "model": told["model"],
-        "analysis_sha256": hashlib.sha256((Path(analysis) / "analysis.json").read_bytes()).hexdigest(),
+        "analysis_sha256": analysis_hash(Path(analysis)),
         "texts": {
             "public": {"source": public.source, "sha256": public.sha256, "windows": windows, "window": window},
-            "private": _side(sides[0]),
-            "domain": _side(sides[1]),
+            "private": told_of(sides[0]),
+            "domain": told_of(sides[1]),
         },
         "settings": {"bits": list(bits), "seed": seed, "reference": base is not None},
     }
@@ -135,13 +129,6 @@ def bench(
     return report
 
 
-def _analysis(folder: Path) -> dict:
-    """What a finished analysis says."""
-    if not (folder / "analysis.json").exists():
-        raise UserError(f"{folder} holds no analysis.json", fix="run geoquant analyze first")
-    return read_json(folder / "analysis.json", model=dict, sites=list, scores=list)
-
-
 def _drop_stacked(told: dict, loaded: Loaded) -> list[str]:
     """Leave out sites that are slices of a parameter, which cannot be rounded alone; a sentence if there are any."""
     modules = site_modules(loaded.model)
@@ -151,27 +138,6 @@ def _drop_stacked(told: dict, loaded: Loaded) -> list[str]:
     return [f"{left} experts' matrices, which one parameter holds together, were not rounded."] if left else []
 
 
-def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -> Windows:
-    if text is None:
-        return builtin_tail(loaded.tokenizer, length, count)
-    return cut_windows(loaded.tokenizer, read_text(text), length=length, count=count, source=str(text))
-
-
-def _base_scores(
-    base: str, model: str, sides: list[tuple[Record, ...]], device: str, progress: Progress
-) -> tuple[RecordScores, RecordScores]:
-    """Both sides under the public base, which is dropped before the model is read."""
-    split = Split(*sides)
-    check_same_tokens(model, load_tokenizer(model), base, load_tokenizer(base), split)
-    loaded = load(base, device=device)
-    return tuple(score_records(loaded.model, loaded.tokenizer, side, progress=progress) for side in sides)
-
-
-def _side(records: tuple[Record, ...]) -> dict:
-    texts = "\0".join(record.text for record in records)
-    return {"records": len(records), "sha256": hashlib.sha256(texts.encode()).hexdigest()}
-
-
 # ---- effects
 
 
@@ -179,17 +145,20 @@ def _effects(
     folder: Path, loaded: Loaded, material: Material, sites: list[str], bits: Sequence[int], progress: Progress
 ) -> dict[tuple[str, int], dict]:
     """The effect of each site and bit width; those on disk are not measured again."""
-    path = folder / "effects.jsonl"
-    found = {(line["site"], line["bits"]): line for line in _lines(path)}
-    jobs = [(site, one) for one in bits for site in sites if (site, one) not in found]
-    if jobs:
+
+    def begin() -> Callable[[tuple[str, int]], dict]:
         baseline = open_baseline(loaded.model, loaded.tokenizer, material, progress=progress)
-        for done, (site, one) in enumerate(jobs, 1):
-            found[site, one] = _measured(baseline, site, one)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(found[site, one]) + "\n")
-            progress("effects", done, len(jobs), f"{site} at {one} bits")
-    return {key: found[key] for one in bits for site in sites if (key := (site, one))}
+        return lambda job: _measured(baseline, *job)
+
+    return each_once(
+        folder / "effects.jsonl",
+        [(site, one) for one in bits for site in sites],
+        lambda line: (line["site"], line["bits"]),
+        begin,
+        progress,
+        "effects",
+        lambda job: f"{job[0]} at {job[1]} bits",
+    )
 
 
 def _measured(baseline: Baseline, site: str, bits: int) -> dict:
@@ -200,20 +169,6 @@ def _measured(baseline: Baseline, site: str, bits: int) -> dict:
         "bits": bits,
         **{name: value for name, value in told.items() if name not in ("part", "tasks")},
     }
-
-
-def _lines(path: Path) -> list[dict]:
-    """Whole lines; the last one of a killed run may be cut and is measured again."""
-    if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            kept.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    return kept
 
 
 # ---- predictors and boards

@@ -29,6 +29,7 @@ COMMANDS = {
     "audit": ("audit:audit", "what do the weights reveal about their training records?"),
     "analyze": ("analyze:analyze", "which weights matter to which text: scores, errors, nulls, a map"),
     "bench": ("bench:bench", "which score foretells the harm of rounding a layer?"),
+    "identify": ("identify:identify", "what are these weights for? changed one group at a time, labelled"),
     "records": ("records:records", "make synthetic private records to train on and audit with"),
     "finetune": ("finetune:finetune", "train on records until an attack succeeds, or for some epochs"),
     "export": ("export:export", "one more format from a finished run"),
@@ -46,6 +47,7 @@ RESUME = {
     "audit": "with --out, the scores of texts that were finished are kept: run the same command to go on",
     "analyze": "finished blocks are kept: run the same command to go on",
     "bench": "effects that were measured are kept: run the same command to go on",
+    "identify": "effects that were measured are kept: run the same command to go on",
     "finetune": "the last hundred steps at most are lost: run the same command to go on",
 }
 

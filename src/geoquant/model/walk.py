@@ -31,6 +31,7 @@ __all__ = [
     "site_modules",
     "untouched_parameters",
     "walk",
+    "within",
     "write_weight",
 ]
 
@@ -113,6 +114,13 @@ def write_weight(module: nn.Module, weight: Float[Tensor, "out in"]) -> None:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} for a site of shape {site_shape(module)}")
     own = weight.T if is_transposed(module) else weight
     module.weight.data = own.detach().to(module.weight.device, module.weight.dtype, copy=True).contiguous()
+
+
+def within(name: str) -> str:
+    """A site's name inside its block: what follows the first number that stands alone; experts are one part."""
+    pieces = name.split(".")
+    first = next((index for index, piece in enumerate(pieces) if piece.isdigit()), -1)
+    return ".".join("*" if piece.isdigit() else piece for piece in pieces[first + 1 :])
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

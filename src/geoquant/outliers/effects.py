@@ -18,11 +18,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from time import perf_counter
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,16 +37,7 @@ from geoquant.model.modes import evaluating
 from geoquant.model.vocabulary import HEAD, vocabulary
 from geoquant.model.walk import find_blocks, read_weight, site_modules, write_weight
 from geoquant.outliers.interventions import Intervention, Part, intervene
-from geoquant.outliers.paired import (
-    AdvantageShift,
-    FlipShift,
-    GapShift,
-    Shift,
-    advantage_shift,
-    flip_shift,
-    gap_shift,
-    shift,
-)
+from geoquant.outliers.observed import Effect, Observed, contrast
 from geoquant.outliers.resume import MEMORY, Resume
 from geoquant.privacy.attacks import loss, reference
 from geoquant.privacy.evidence import Evidence
@@ -67,6 +57,7 @@ __all__ = [
     "effect",
     "effect_of",
     "effects",
+    "observe",
     "open_baseline",
     "replaced",
 ]
@@ -103,39 +94,6 @@ class Measured:
     decoys: RecordScores | None = None
     domain: RecordScores | None = None
     tasks: tuple[ChoiceResult, ...] = ()
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What one intervention on one part (or several parts together) does; see the head of this file.
-
-    public: where the model became one that gives no probabilities (NaN), its value is infinite and nothing else was
-    measured. changes: of public text, window by window.
-    """
-
-    part: str
-    intervention: str
-    public: Shift
-    domain: Shift | None = None
-    attacks: dict[str, AdvantageShift] = field(default_factory=dict)
-    gap: GapShift | None = None
-    extraction: FlipShift | None = None
-    exposure: Shift | None = None
-    tasks: dict[str, FlipShift] = field(default_factory=dict)
-    seconds: float = 0.0
-    changes: tuple[float, ...] = ()
-
-    def to_dict(self) -> dict:
-        """For JSON: None stands for what is not finite."""
-        return _plain(asdict(self))
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -300,57 +258,30 @@ def effects(
 
 def compare(before: Measured, after: Measured, material: Material) -> Effect:
     """The paired changes between two states of one model; who did what to whom is left open."""
-    if math.isnan(after.public.nll):
-        lost = Shift(before.public.nll, math.inf, math.inf, 0.0, None, 0.0, len(before.public.windows))
-        return Effect("", "", lost, changes=(math.inf,) * len(before.public.windows))
-    attacks, gap, spans = {}, None, None
-    if before.members is not None:
-        scores = [_attack_scores(state, material) for state in (before, after)]
-        attacks = {name: advantage_shift(scores[0][name], scores[1][name]) for name in scores[0]}
-        # A record without scored tokens has no loss.
-        finest = [
-            tuple(side[np.isfinite(side)] for side in one["reference" if len(one) > 1 else "loss"]) for one in scores
-        ]
-        gap = gap_shift(*finest)
-        written = [[hit for *_, hit in extracted_spans(s.members, material.members)] for s in (before, after)]
-        spans = flip_shift(*written) if written[0] else None
-    return Effect(
-        "",
-        "",
-        shift(np.array(before.public.windows), np.array(after.public.windows)),
-        domain=_domain_shift(before, after),
-        attacks=attacks,
-        gap=gap,
-        extraction=spans,
-        exposure=_exposure_shift(before, after, material.canaries),
-        tasks={old.name: flip_shift(old.correct, new.correct) for old, new in zip(before.tasks, after.tasks)},
-        changes=tuple(new - old for old, new in zip(before.public.windows, after.public.windows)),
+    return contrast(observe(before, material), observe(after, material))
+
+
+def observe(state: Measured, material: Material) -> Observed:
+    """What is kept of a measurement."""
+    if math.isnan(state.public.nll):
+        return Observed(state.public.windows)
+    unseen = state.domain if state.domain is not None else state.nonmembers
+    spans = () if state.members is None else extracted_spans(state.members, material.members)
+    found = None if state.canaries is None else exposure(state.canaries, material.canaries, state.decoys)
+    return Observed(
+        state.public.windows,
+        attacks={} if state.members is None else _attack_scores(state, material),
+        domain=() if unseen is None else tuple(loss.score(Evidence(unseen)).tolist()),
+        spans=tuple((record, hit) for record, _, hit in spans),
+        exposure=() if found is None else tuple(canary.bits for canary in found.canaries),
+        tasks={one.name: one.correct for one in state.tasks},
     )
 
 
-def _attack_scores(state: Measured, material: Material) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _attack_scores(state: Measured, material: Material) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
     """Scores of (members, non-members) by attack."""
     sides = state.members, state.nonmembers
     bases = material.reference or (None, None)
     evidence = [Evidence(own, base) for own, base in zip(sides, bases)]
     tried = {"loss": loss} if material.reference is None else {"loss": loss, "reference": reference}
-    return {name: tuple(attack.score(one) for one in evidence) for name, attack in tried.items()}
-
-
-def _domain_shift(before: Measured, after: Measured) -> Shift | None:
-    pair = [state.domain if state.domain is not None else state.nonmembers for state in (before, after)]
-    if pair[0] is None:
-        return None
-    old, new = (-loss.score(Evidence(scores)) for scores in pair)
-    scored = np.isfinite(old)
-    return shift(old[scored], new[scored]) if scored.any() else None
-
-
-def _exposure_shift(before: Measured, after: Measured, canaries: Sequence[Record]) -> Shift | None:
-    if before.canaries is None:
-        return None
-    found = [exposure(state.canaries, canaries, state.decoys) for state in (before, after)]
-    if found[0] is None or found[1] is None:
-        return None
-    old, new = (np.array([canary.bits for canary in one.canaries]) for one in found)
-    return shift(old, new)
+    return {name: tuple(tuple(attack.score(one).tolist()) for one in evidence) for name, attack in tried.items()}

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import rankdata
 
-from geoquant.outliers.effects import Effect
+from geoquant.outliers.observed import Effect
 from geoquant.privacy.statistics import holm
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Kappa",
     "Label",
     "agreement",
+    "falls",
     "kappa",
     "labels",
     "overlap_weight",
@@ -101,7 +102,7 @@ def labels(
     tests = [
         (index, name, p)
         for index, one in enumerate(found)
-        for name, p in _falls(one).items()
+        for name, p in falls(one).items()
         if measures is None or name in measures
     ]
     corrected = holm([p for *_, p in tests]) if tests else []
@@ -130,7 +131,7 @@ def labels(
     return tuple(made)
 
 
-def _falls(one: Effect) -> dict[str, float]:
+def falls(one: Effect) -> dict[str, float]:
     """p-values of "this privacy measure fell", by measure; 1 for one that rose."""
     found = {name: shift.p for name, shift in one.attacks.items()}
     others = {"exposure": one.exposure, "extraction": one.extraction}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from geoquant.model.walk import within
 from geoquant.report.origins import clip_panel, residual_panel, sink_map
 from geoquant.report.page import fingerprint, finite, rendered, write_page
 
@@ -16,10 +17,10 @@ __all__ = ["render", "write_analysis"]
 def render(found: dict) -> str:
     """The page of what `geoquant.analyze` returned."""
     mark, found = fingerprint(found), finite(found)
-    parts = list(dict.fromkeys(part_of(site["name"]) for site in found["sites"]))
+    parts = list(dict.fromkeys(within(site["name"]) for site in found["sites"]))
     cells: dict[tuple, list[int]] = {}
     for index, site in enumerate(found["sites"]):
-        cells.setdefault((site["block"], part_of(site["name"])), []).append(index)
+        cells.setdefault((site["block"], within(site["name"])), []).append(index)
     blocks = list(dict.fromkeys(site["block"] for site in found["sites"]))
     under = counted(len(found["scores"]), "score")
     return rendered(
@@ -62,13 +63,6 @@ def largest(sites: list[dict], name: str, count: int = 3) -> list[dict]:
 def counted(count: int, what: str) -> str:
     """One score, two scores."""
     return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def part_of(name: str) -> str:
-    """The site's name inside its block: everything after the first number that stands alone; experts are one part."""
-    pieces = name.split(".")
-    first = next((index for index, piece in enumerate(pieces) if piece.isdigit()), -1)
-    return ".".join("*" if piece.isdigit() else piece for piece in pieces[first + 1 :])
 
 
 def embedded(value: object) -> Markup:
