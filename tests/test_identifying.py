@@ -280,6 +280,15 @@ def test_what_was_observed_survives_json():
     assert json.dumps(back.to_dict()) == text
 
 
+def test_a_half_may_hold_nothing_of_a_kind():
+    one = Observed((1.0, 2.0, 3.0, 4.0), spans=((0, True),), exposure=(3.0,), tasks={"t": (True,)})
+    first, second = (contrast(half(one, which), half(one, which)) for which in (0, 1))
+    assert (first.exposure.count, first.extraction.count, first.tasks["t"].count) == (1, 1, 1)
+    assert (second.exposure, second.extraction, second.tasks) == (None, None, {})
+    assert first.public.before == 2
+    assert second.public.before == 3
+
+
 def toy(seed: int, groups: int = 12, records: int = 60):
     """Effects of made-up numbers: group 0 hides members, group 1 raises the loss, the last one leaves no model."""
     rng = np.random.default_rng(seed)

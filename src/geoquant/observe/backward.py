@@ -60,7 +60,8 @@ def backward(
     order, batches in the order of the sequences).
 
     experts: of each block, stacked experts that are watched as sites too. An expert sees the tokens that the router
-    sends there, and `see` is not called where these are none.
+    sends there, and `see` is not called where these are none. What enters a block is kept in half precision, so that a
+    token near a tie may be sent elsewhere than in the model itself.
 
     Gradients are those of the loss in nats summed over the real tokens of a text. Raises UserError where one is not
     finite, or where nobody can say which tokens a site sees.

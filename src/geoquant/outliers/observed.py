@@ -149,7 +149,7 @@ def contrast(before: Observed, after: Observed, part: str = "", intervention: st
         gap=gap,
         extraction=flip_shift(*written) if written[0] else None,
         exposure=shift(*(np.array(state.exposure) for state in (before, after))) if before.exposure else None,
-        tasks={name: flip_shift(old, after.tasks[name]) for name, old in before.tasks.items()},
+        tasks={name: flip_shift(old, after.tasks[name]) for name, old in before.tasks.items() if old},
         changes=tuple(new - old for old, new in zip(before.windows, after.windows)),
         **named,
     )
