@@ -260,8 +260,7 @@ def print_pairs(found: dict[str, dict[tuple[str, str], Pair]]) -> None:
         print(f"{name}: {apart} of {len(pairs)} pairs apart at 0.05 after Holm")
 
 
-PANEL, MARGIN = 180, 34
-CELLS = 40
+PANEL, MARGIN, CELLS = 180, 34, 40
 
 
 def picture(of: Trajectories, against: str) -> str:

@@ -15,6 +15,7 @@ from geoquant.outliers.prm import (
     Response,
     Trajectories,
     common_length,
+    gathered,
     noise,
     null_class,
     separation,
@@ -114,6 +115,21 @@ def test_trajectories_are_one_draw_scaled_and_measured_as_given():
     draws = [torch.cat([part.flatten() for part in one.values()]) for one in seen[:10:2]]
     assert len({tuple(draw.tolist()) for draw in draws}) == 5
     assert found.responses["few", 0, 0.1].nll == pytest.approx(squares[0], rel=1e-5)
+
+
+def test_responses_measured_one_by_one_are_gathered_in_their_places():
+    draw = np.random.default_rng(4)
+    keys = [(name, seed, rho) for seed in (3, 5) for name in ("b", "a", "c") for rho in (0.2, 0.1)]
+    responses = {key: Response(draw.normal(), 0.5, draw.normal(), 0.25) for key in keys}
+    found = gathered(responses, (2.0, 1.0))
+    assert (found.classes, found.rhos, found.lengths) == (("b", "a", "c"), (0.2, 0.1), (2.0, 1.0))
+    assert found.points.shape == (3, 2, 2, 2)
+    for (name, seed, rho), one in responses.items():
+        place = found.classes.index(name), (3, 5).index(seed), found.rhos.index(rho)
+        assert found.points[place].tolist() == [one.nll / 0.5, one.auc / 0.25]
+    del responses["a", 5, 0.1]
+    with pytest.raises(ValueError, match=r"\('a', 5, 0.1\), and 0 more"):
+        gathered(responses, (2.0, 1.0))
 
 
 def test_equal_responses_are_called_apart_at_the_stated_rate():
