@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import make_tokenizer, tiny_llama
-from geoquant.analysis import analyze
+from geoquant.analysis import analyze, findings
 from geoquant.data.private import make_records
 from geoquant.errors import UserError
 
@@ -109,7 +109,13 @@ def test_without_private_text_and_base_the_scores_that_need_them_are_left_out(tm
     ("wrong", "message"),
     [
         ({"domain": ["one text", "and two"] * 9}, "--private"),
-        ({"windows": 3}, "at least 4"),
+        ({"private": ["one text", "and two"] * 9, "domain": ["one text", "others"] * 9}, "9 of 18 non-member records"),
+        ({"windows": 3}, "--windows 3; wanted at least 4"),
+        ({"windows": -4}, "--windows -4"),
+        ({"private": ["one text"] * 9, "records": 0}, "--records 0; wanted at least 4"),
+        ({"private": ["one text"] * 9, "records": -1}, "--records -1"),
+        ({"private": ["a"] * 9}, "too few private records: 0 of two tokens"),
+        ({"bits": 9}, "--bits 9; wanted a whole number from 2 to 8"),
         ({"window": 4096}, "context"),
     ],
 )
@@ -124,6 +130,44 @@ def test_a_base_of_another_shape_is_named(tmp_path, tiny_model_dir):
     make_tokenizer().save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="has not the layers"):
         analyze(tiny_model_dir, tmp_path / "A", base=tmp_path / "base", windows=8, window=24)
+
+
+def test_a_model_is_no_base_of_itself(tmp_path, tiny_model_dir):
+    with pytest.raises(UserError, match="itself; give the model that it was fine-tuned from"):
+        analyze(tiny_model_dir, tmp_path / "A", base=tiny_model_dir, windows=8, window=24)
+    assert not (tmp_path / "A").exists()
+
+
+def test_only_the_sequences_that_were_used_are_counted(tmp_path, tiny_model_dir, sides):
+    found = analyze(tiny_model_dir, tmp_path / "A", private=sides[0], windows=5, window=24, records=7)
+    assert found["texts"]["public"]["windows"] == 4
+    assert found["texts"]["public"]["tokens"] == 4 * 24
+    assert found["texts"]["private"]["records"] == 4
+
+
+def told(*sites: tuple[float | None, float | None, float | None]) -> str:
+    """The sentence on sites of these values, standard errors and nulls."""
+    names = ("value", "se", "null")
+    rows = [{"name": f"s{n}", "scores": {"x": dict(zip(names, one))}} for n, one in enumerate(sites)]
+    return findings(rows, [{"name": "x", "title": "this"}])[0]
+
+
+def test_a_finding_counts_sites_that_four_parts_make_sure_of():
+    assert (
+        told((1.0, 0.2, 0.5), (1.0, 0.1, 0.5), (0.1, 0.1, 0.5))
+        == "This: largest at s0 (1); 1 of 3 sites above their null."
+    )
+    # Errors from four parts: of 20,000 sites with nothing to find one in forty is above its null, not one in fourteen.
+    parts = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0))
+    values = zip(parts.mean(1).tolist(), (parts.std(1) / 2).tolist())
+    count = int(told(*((value, se, 0.0) for value, se in values)).split("; ")[1].split(" of ")[0])
+    assert 0.022 * 20000 < count < 0.028 * 20000
+
+
+def test_a_null_that_cannot_tell_is_not_counted_against():
+    assert "the same by construction" in told((23.1, 0.0, 23.1001), (2.0, 0.0, 2.0))
+    assert "2 of 3 sites are larger than one draw of their null" in told((2, 0.0, 1), (2, 0.0, 1), (1, 0.0, 3))
+    assert "without a null" in told((2.0, None, None), (1.0, 0.1, None))
 
 
 def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
