@@ -69,6 +69,16 @@ def test_the_best_comes_first_and_hits_are_counted():
     assert {one.name: round(one.rho, 9) for one in board}["reverse"] == -1
 
 
+def test_a_score_that_is_the_same_everywhere_comes_last_and_disturbs_no_order():
+    generator = np.random.default_rng(5)
+    effect = generator.normal(size=30)
+    scores = {f"s{n}": effect + n * generator.normal(size=30) for n in range(4)}
+    mixed = {"s2": scores["s2"], "flat": np.ones(30), "s0": scores["s0"], "other": np.zeros(30), "s1": scores["s1"]}
+    board = leaderboard(mixed, effect, resamples=50)
+    assert [one.name for one in board] == ["s0", "s1", "s2", "flat", "other"]
+    assert board[-1].p_holm == 1.0
+
+
 def test_sites_without_a_number_are_left_out():
     effect = np.arange(12.0)
     score = np.where(effect < 3, np.nan, effect)

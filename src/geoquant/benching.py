@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from geoquant.data.records import Record, Split, as_records
+from geoquant.data.records import Record, Split, as_records, check_split
 from geoquant.data.text import Windows, read_text
 from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
@@ -34,17 +34,18 @@ from geoquant.model.load import Loaded, load, load_tokenizer, locate
 from geoquant.model.walk import read_weight, site_modules
 from geoquant.outliers.effects import Baseline, Material, effect, open_baseline
 from geoquant.outliers.interventions import Intervention, Part
-from geoquant.outliers.leaderboard import ceiling, leaderboard
+from geoquant.outliers.leaderboard import FEWEST, ceiling, leaderboard
 from geoquant.privacy.scores import RecordScores
 from geoquant.privacy.scoring import check_same_tokens, score_records
 from geoquant.progress import Progress, silent
 from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
-from geoquant.runs import read_json
+from geoquant.runs import atomic_write, check_writable, read_json
 
 __all__ = ["bench"]
 
 OURS = ("manifest.json", "effects.jsonl", "bench.json", "bench.html")
 BITS = (2, 3, 4)
+LEAST = 4  # records of a side: an interval of fewer says nothing
 
 
 def bench(
@@ -73,6 +74,10 @@ def bench(
     """
     if (private is None) != (domain is None):
         raise UserError("effects on an attack need both sides", wanted="--private and --domain, or neither")
+    if private is not None and records < LEAST:
+        raise UserError(f"--records {records}", wanted=f"at least {LEAST}")
+    if windows < 1 or window < 2:
+        raise UserError(f"--windows {windows} --window {window}", wanted="a window at least, of two tokens or more")
     if not bits or any(not 2 <= one <= 8 for one in bits):
         raise UserError(f"--bits {' '.join(map(str, bits))}", wanted="whole numbers from 2 to 8")
     for one in (model, *(() if base is None else (base,))):
@@ -82,7 +87,10 @@ def bench(
         () if given is None else as_records(given, name)[:records]
         for name, given in (("private", private), ("domain", domain))
     ]
+    if sides[0]:
+        check_split(*sides, minimum=LEAST)
     folder, clock = claim(Path(out), OURS, "a benchmark"), Clock()
+    check_writable(folder / "manifest.json")
     forget_peak_memory()
     with clock("load"):
         reference = None
@@ -132,7 +140,15 @@ def _analysis(folder: Path) -> dict:
     """What a finished analysis says."""
     if not (folder / "analysis.json").exists():
         raise UserError(f"{folder} holds no analysis.json", fix="run geoquant analyze first")
-    return read_json(folder / "analysis.json", model=dict, sites=list, scores=list)
+    told = read_json(folder / "analysis.json", model=dict, sites=list, scores=list)
+    whole = "sha256" in told["model"] and all({"name", "block", "shape", "scores"} <= set(one) for one in told["sites"])
+    if not whole:
+        raise UserError(f"{folder / 'analysis.json'} is damaged: a part is missing", fix="run geoquant analyze again")
+    if len(told["sites"]) < FEWEST:
+        raise UserError(
+            f"{folder} knows {len(told['sites'])} layers", wanted=f"at least {FEWEST}: fewer have no rank correlation"
+        )
+    return told
 
 
 def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -> Windows:
@@ -187,16 +203,21 @@ def _measured(baseline: Baseline, site: str, bits: int) -> dict:
 
 
 def _lines(path: Path) -> list[dict]:
-    """Whole lines; the last one of a killed run may be cut and is measured again."""
+    """Whole lines; the last one of a killed run may be cut, and it and what follows a damaged one is measured again."""
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, written = [], path.read_text(encoding="utf-8", errors="replace")
+    for line in written.splitlines():
         try:
-            kept.append(json.loads(line))
+            one = json.loads(line)
         except json.JSONDecodeError:
             break
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        if not isinstance(one, dict) or not {"site", "bits", *MEASURES, "changes"} <= one.keys():
+            break
+        kept.append(one)
+    whole = "".join(json.dumps(one) + "\n" for one in kept)
+    if whole != written:
+        atomic_write(path, lambda partial: partial.write_text(whole, encoding="utf-8") and None)
     return kept
 
 
@@ -218,10 +239,14 @@ def _predictors(told: dict, loaded: Loaded) -> dict[str, tuple[str, np.ndarray]]
     return found
 
 
+def _value(measured: dict | None, sign: float = 1.0) -> float | None:
+    return None if measured is None or measured["value"] is None else sign * measured["value"]
+
+
 MEASURES = {
     "public": ("rise of the loss on public text", lambda one: one["public"]["value"]),
-    "domain": ("rise of the loss on unseen records", lambda one: one["domain"] and one["domain"]["value"]),
-    "gap": ("fall of the gap between members and others", lambda one: one["gap"] and -one["gap"]["value"]),
+    "domain": ("rise of the loss on unseen records", lambda one: _value(one["domain"])),
+    "gap": ("fall of the gap between members and others", lambda one: _value(one["gap"], -1.0)),
 }
 
 
@@ -230,10 +255,15 @@ def _boards(predictors: dict, found: dict, told: dict, bits: int, seed: int) -> 
     sites, boards = [site["name"] for site in told["sites"]], []
     for measure, (title, read) in MEASURES.items():
         values = [read(found[site, bits]) for site in sites]
-        if all(value is None for value in values):
-            continue
         effect_ = np.array([np.nan if value is None else value for value in values], float)
-        rows = leaderboard({name: score for name, (_, score) in predictors.items()}, effect_, seed=seed)
+        known = {
+            name: score
+            for name, (_, score) in predictors.items()
+            if (np.isfinite(score) & np.isfinite(effect_)).sum() >= FEWEST
+        }
+        if not known:
+            continue
+        rows = leaderboard(known, effect_, seed=seed)
         most = None
         if measure == "public":
             parts = np.array([found[site, bits]["changes"] for site in sites], float).T  # a lost model's are NaN
@@ -246,6 +276,8 @@ def _boards(predictors: dict, found: dict, told: dict, bits: int, seed: int) -> 
 def sentence(board: dict) -> str:
     """What a board says, no more than its interval allows."""
     best, bits = board["rows"][0], board["bits"]
+    if not np.isfinite(best["rho"]):
+        return f"{board['title']} at {bits} bits: nothing to foretell, all layers are alike."
     low, high = best["ci"]
     sure = [row["name"] for row in board["rows"] if row["p_holm"] < 0.05]
     return (

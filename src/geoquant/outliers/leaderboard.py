@@ -15,10 +15,11 @@ from scipy.stats import rankdata, spearmanr
 
 from geoquant.privacy.statistics import holm
 
-__all__ = ["Prediction", "ceiling", "leaderboard"]
+__all__ = ["FEWEST", "Prediction", "ceiling", "leaderboard"]
 
 RESAMPLES = 2000
 WORST = 10
+FEWEST = 5
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,23 @@ def leaderboard(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Prediction]:
-    """All scores against one effect, the best first. Sites where either is no number are left out of that score.
+    """All scores against one effect, the best first, those without a correlation (all equal) last. Sites where either
+    is no number are left out of that score.
 
     Raises ValueError for fewer than five sites: no interval means anything there.
     """
     found = []
     for name, score in scores.items():
         known = np.isfinite(score) & np.isfinite(effect)
-        if known.sum() < 5:
-            raise ValueError(f"rank correlations need at least 5 sites, but {name} has {int(known.sum())}")
+        if known.sum() < FEWEST:
+            raise ValueError(f"rank correlations need at least {FEWEST} sites, but {name} has {int(known.sum())}")
         found.append((name, *_correlated(score[known], effect[known], worst, resamples, seed)))
     corrected = holm([p for _, _, _, p, _, _, _ in found])
     board = [
         Prediction(name, rho, ci, p, adjusted, hits, top, sites)
         for (name, rho, ci, p, hits, top, sites), adjusted in zip(found, corrected, strict=True)
     ]
-    return sorted(board, key=lambda one: -abs(one.rho))
+    return sorted(board, key=lambda one: -abs(one.rho) if np.isfinite(one.rho) else 1.0)
 
 
 def _correlated(
