@@ -87,6 +87,31 @@ def test_a_killed_analysis_goes_on_with_the_blocks_it_lacks(finished, tmp_path, 
     assert (tmp_path / "A" / "scores" / "001.safetensors").stat().st_mtime_ns == kept
 
 
+def test_damaged_parts_are_made_again(finished, tmp_path, tiny_model_dir, base_dir, sides):
+    out, found = finished
+    shutil.copytree(out, tmp_path / "A")
+    (tmp_path / "A" / "scores" / "000.safetensors").write_bytes(b"12")
+    (tmp_path / "A" / "origins.json").write_text('{"findings": [')
+    (tmp_path / "A" / "analysis.json").write_text("{")
+    settings = {"base": base_dir, "private": sides[0], "domain": sides[1], "windows": 8, "window": 24, "records": 8}
+    again = analyze(tiny_model_dir, tmp_path / "A", **settings)
+    assert again["sites"] == found["sites"]
+    assert again["origins"] == found["origins"]
+
+
+def test_a_model_of_zeros_is_analysed(tmp_path):
+    """Every ratio in it is one of nothing and nothing: the files hold null, not NaN."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "zeros")
+    make_tokenizer().save_pretrained(tmp_path / "zeros")
+    analyze(tmp_path / "zeros", tmp_path / "A", windows=4, window=16)
+    for name in ("origins.json", "analysis.json"):
+        json.loads((tmp_path / "A" / name).read_text(), parse_constant=pytest.fail)
+
+
 def test_another_analysis_does_not_go_on_in_the_folder(finished, tiny_model_dir):
     with pytest.raises(UserError, match="of another model"):
         analyze(tiny_model_dir, finished[0], windows=8, window=24)
@@ -116,6 +141,7 @@ def test_without_private_text_and_base_the_scores_that_need_them_are_left_out(tm
         ({"private": ["one text"] * 9, "records": -1}, "--records -1"),
         ({"private": ["a"] * 9}, "too few private records: 0 of two tokens"),
         ({"bits": 9}, "--bits 9; wanted a whole number from 2 to 8"),
+        ({"window": 4}, "--window 4; wanted at least 8"),
         ({"window": 4096}, "context"),
     ],
 )

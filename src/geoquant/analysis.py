@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,14 +40,15 @@ from geoquant.observe.backward import backward
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import check_head
 from geoquant.observe.texts import Sequences, padded
+from geoquant.outliers import origin
 from geoquant.outliers.appraise import Appraisal, Collected, appraise
-from geoquant.outliers.origin import Settings, origins
+from geoquant.outliers.origin import SHORTEST, Settings, origins
 from geoquant.outliers.score import Score
 from geoquant.outliers.scores import SCORES
 from geoquant.privacy.scoring import encode
 from geoquant.progress import Progress, silent
 from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
-from geoquant.runs import read_json, read_metadata, write_json, write_tensors
+from geoquant.runs import check_writable, read_json, read_metadata, write_json, write_tensors
 
 __all__ = ["analyze"]
 
@@ -92,6 +94,8 @@ def analyze(
     for option, given in (("windows", windows), ("records", records)):
         if given < PARTS:
             raise UserError(f"--{option} {given}", wanted=f"at least {PARTS}: {WHY}")
+    if window < SHORTEST:
+        raise UserError(f"--window {window}", wanted=f"at least {SHORTEST} tokens")
     if not 2 <= bits <= 8:
         raise UserError(f"--bits {bits}", wanted="a whole number from 2 to 8")
     for one in (model, *(() if base is None else (base,))):
@@ -104,6 +108,7 @@ def analyze(
     if len(sides) == 2:
         check_split(sides["private"], sides["domain"], minimum=1)
     folder, clock = claim(Path(out), OURS, "an analysis"), Clock()
+    check_writable(folder / "manifest.json")
     forget_peak_memory()
     with clock("load"):
         loaded = load(str(model), device=device)
@@ -159,11 +164,14 @@ def analyze(
 
 def _origins(folder: Path, loaded: Loaded, public: Windows, seed: int, pages, progress: Progress) -> dict:
     """Where outliers come from, on the first few windows of public text; read again where it is there."""
+    from geoquant.report.page import finite
+
     path = folder / "origins.json"
-    if not path.exists():
-        tokens = public.tokens[:ORIGIN_WINDOWS, :ORIGIN_LENGTH]
-        found = origins(loaded.model, tokens, Settings(seed=seed), pages=pages, progress=progress)
-        write_json(path, found.to_dict())
+    with suppress(UserError):  # not there, or damaged
+        return read_json(path, findings=list, **dict.fromkeys(origin.PARTS, dict))
+    tokens = public.tokens[:ORIGIN_WINDOWS, :ORIGIN_LENGTH]
+    found = origins(loaded.model, tokens, Settings(seed=seed), pages=pages, progress=progress)
+    write_json(path, finite(found.to_dict()))
     return read_json(path)
 
 
@@ -358,8 +366,8 @@ def _path(folder: Path, block: Block) -> Path:
 
 def _read(folder: Path, block: Block, key: str) -> list[dict] | None:
     """What a finished block's file says of its sites; None where there is none of this analysis."""
-    path = _path(folder, block)
-    if not path.exists():
+    try:
+        metadata = read_metadata(_path(folder, block))
+    except UserError:  # not there, or damaged
         return None
-    metadata = read_metadata(path)
     return json.loads(metadata["sites"]) if metadata.get("key") == key else None
