@@ -110,12 +110,14 @@ def test_records_too_short_to_be_scored_have_no_board():
     predictors = {
         "good": ("", np.arange(8.0)),
         "rare": ("", np.where(np.arange(8) < 4, 1.0, np.nan)),
-        "noise": ("", generator.normal(size=8)),
+        "depth": ("", generator.normal(size=8)),
     }
     (board,) = benching._boards(predictors, found, {"sites": [{"name": name} for name in names]}, 3, 0)
     assert board["measure"] == "public"
-    assert [row["name"] for row in board["rows"]] == ["good", "noise"]
-    assert "best foretold by good" in benching.sentence(board)
+    assert [row["name"] for row in board["rows"]] == ["good", "depth"]
+    told = benching.sentence(board)
+    assert "best foretold by good" in told
+    assert f"of what anybody would guess, depth has {board['rows'][1]['rho']:+.2f}" in told
     flat = {name: ("", np.ones(8)) for name in ("one", "two")}
     (board,) = benching._boards(flat, found, {"sites": [{"name": name} for name in names]}, 3, 0)
     assert "nothing to foretell" in benching.sentence(board)

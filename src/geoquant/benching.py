@@ -45,6 +45,7 @@ __all__ = ["bench"]
 
 OURS = ("manifest.json", "effects.jsonl", "bench.json", "bench.html")
 BITS = (2, 3, 4)
+GUESSES = ("depth", "size", "norm")
 LEAST = 4  # records of a side: an interval of fewer says nothing
 
 
@@ -280,8 +281,10 @@ def sentence(board: dict) -> str:
         return f"{board['title']} at {bits} bits: nothing to foretell, all layers are alike."
     low, high = best["ci"]
     sure = [row["name"] for row in board["rows"] if row["p_holm"] < 0.05]
+    guesses = [row for row in board["rows"] if row["name"] in GUESSES]
+    beside = f"; of what anybody would guess, {guesses[0]['name']} has {guesses[0]['rho']:+.2f}" if guesses else ""
     return (
         f"{board['title']} at {bits} bits: best foretold by {best['name']}, rank correlation {best['rho']:+.2f} "
-        f"({low:+.2f} to {high:+.2f}) over {best['sites']} layers, {best['hits']} of its worst {best['worst']}; "
-        f"{len(sure)} of {len(board['rows'])} predictors are more than chance."
+        f"({low:+.2f} to {high:+.2f}) over {best['sites']} layers, {best['hits']} of its worst {best['worst']}"
+        f"{beside}; {len(sure)} of {len(board['rows'])} predictors are more than chance, were layers independent."
     )

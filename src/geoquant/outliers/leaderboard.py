@@ -1,5 +1,9 @@
 """Which score foretells what an intervention does? Rank correlations over sites, honest about how few sites there are.
 
+Sites are taken as independent. They are not: where score and effect each owe a third of their variance to where a block
+is, or to the kind of its sites, a score that knows nothing has p < 0.05 in a third of all cases or more. What anybody
+would guess (depth, size) belongs on the board beside it.
+
 An effect that was itself measured with error caps what any score can reach: `ceiling` is the rank correlation that the
 effect would have with a second measurement of itself.
 """
