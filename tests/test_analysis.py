@@ -181,7 +181,7 @@ def told(*sites: tuple[float | None, float | None, float | None]) -> str:
 def test_a_finding_counts_sites_that_four_parts_make_sure_of():
     assert (
         told((1.0, 0.2, 0.5), (1.0, 0.1, 0.5), (0.1, 0.1, 0.5))
-        == "This: largest at s0 (1); 1 of 3 sites above their null."
+        == "This: largest at s0 (1, null 0.5); 1 of 3 sites above their null."
     )
     # Errors from four parts: of 20,000 sites with nothing to find one in forty is above its null, not one in fourteen.
     parts = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0))
@@ -203,6 +203,10 @@ def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
     data = json.loads(page[start : page.index("</script>", start)])
     assert data["sites"] == found["sites"]
     assert page.count('class="cell"') == len(found["sites"])
+    assert page.count(" selected>") == 1
+    assert '<option value="privacy_memory" selected>' in page
+    assert "no sign of safety" in page
+    assert 'class="panel"' not in page  # which would be as wide as the page, however little it holds
     assert "Attention on the sink by block and head" in page
     heads = sum(len(row) for row in found["origins"]["sinks"]["mass"])
     assert page.count("<title>block ") == heads

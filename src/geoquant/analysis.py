@@ -288,7 +288,9 @@ def findings(sites: list[dict], scores: list[dict]) -> list[str]:
             continue
         one, site = max(rows, key=lambda row: row[0]["value"])
         title = score["title"][0].upper() + score["title"][1:]
-        told.append(f"{title}: largest at {site['name']} ({one['value']:.3g}); {_against([row for row, _ in rows])}.")
+        null = "none" if one["null"] is None else f"{one['null']:.3g}"
+        against = _against([row for row, _ in rows])
+        told.append(f"{title}: largest at {site['name']} ({one['value']:.3g}, null {null}); {against}.")
     return told
 
 

@@ -130,7 +130,9 @@ def _through(
                     )
                 flat = flat[real].float()
                 if not flat.isfinite().all():
-                    raise UserError(f"the loss gradient at {site} is not finite", fix="use --compute float32")
+                    raise UserError(
+                        f"the loss gradient at {site} is not finite", fix="from Python, use compute='float32'"
+                    )
                 see(site, x, flat)
 
             output.register_hook(back)
