@@ -95,6 +95,18 @@ def test_what_a_damaged_file_of_effects_still_holds_is_kept(tmp_path):
     assert path.stat().st_mtime_ns == written  # what is whole is not written again
 
 
+def test_a_layer_whose_rounding_loses_the_model_is_the_worst():
+    names = [f"s{n}" for n in range(12)]
+    found = {
+        (name, 2): {"public": {"value": None if n == 3 else 0.1 * n}, "domain": None, "gap": None, "changes": [None]}
+        for n, name in enumerate(names)
+    }
+    score = np.where(np.arange(12) == 3, 99.0, np.arange(12.0))
+    (board,) = benching._boards({"one": ("", score)}, found, {"sites": [{"name": name} for name in names]}, 2, 0)
+    assert board["rows"][0]["sites"] == 12
+    assert board["rows"][0]["rho"] == pytest.approx(1)
+
+
 def test_records_too_short_to_be_scored_have_no_board():
     """Neither a gap that is no number, nor a predictor known at few sites, ends the benchmark."""
     names, generator = [f"s{n}" for n in range(8)], np.random.default_rng(0)

@@ -257,6 +257,8 @@ def _boards(predictors: dict, found: dict, told: dict, bits: int, seed: int) -> 
     for measure, (title, read) in MEASURES.items():
         values = [read(found[site, bits]) for site in sites]
         effect_ = np.array([np.nan if value is None else value for value in values], float)
+        if measure == "public" and np.isfinite(effect_).any():
+            effect_[np.isnan(effect_)] = np.nanmax(effect_) + 1  # the model was lost: nothing is worse
         known = {
             name: score
             for name, (_, score) in predictors.items()
