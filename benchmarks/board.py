@@ -22,14 +22,18 @@ def main() -> None:
         sure = sum(row["p_holm"] < 0.05 for row in rows)
         title = board["title"][0].upper() + board["title"][1:]
         print(f"{title} at {board['bits']} bits, {rows[0]['sites']} layers;", end=" ")
-        print(f"{sure} of {len(rows)} predictors beyond chance;", end=" ")
+        print(f"{sure} of {len(rows)} predictors beyond block and kind;", end=" ")
         print("no ceiling" if ceiling is None else f"a second measurement: {ceiling:.2f}\n")
-        print(f"| predictor | rank correlation | 95% interval | p (Holm) | of the worst {rows[0]['worst']} |")
-        print("|---|---|---|---|---|")
+        beside = f"| beyond block and kind | p (Holm) | of the worst {rows[0]['worst']} |"
+        print(f"| predictor | rank correlation | 95% interval {beside}")
+        print("|---|---|---|---|---|---|")
         for row in rows[: options.most]:
             low, high = row["ci"]
+            partial = "none" if row["partial"] is None else f"{row['partial']:+.2f}"
             p = "< 0.02" if row["p_holm"] < 0.02 else f"{row['p_holm']:.2f}"
-            print(f"| `{row['name']}` | {row['rho']:+.2f} | {low:+.2f} to {high:+.2f} | {p} | {row['hits']} |")
+            print(
+                f"| `{row['name']}` | {row['rho']:+.2f} | {low:+.2f} to {high:+.2f} | {partial} | {p} | {row['hits']} |"
+            )
         print()
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import make_tokenizer, tiny_llama
-from geoquant.analysis import analyze
+from geoquant.analysis import analyze, findings
 from geoquant.data.private import make_records
 from geoquant.errors import UserError
 
@@ -87,6 +87,31 @@ def test_a_killed_analysis_goes_on_with_the_blocks_it_lacks(finished, tmp_path, 
     assert (tmp_path / "A" / "scores" / "001.safetensors").stat().st_mtime_ns == kept
 
 
+def test_damaged_parts_are_made_again(finished, tmp_path, tiny_model_dir, base_dir, sides):
+    out, found = finished
+    shutil.copytree(out, tmp_path / "A")
+    (tmp_path / "A" / "scores" / "000.safetensors").write_bytes(b"12")
+    (tmp_path / "A" / "origins.json").write_text('{"findings": [')
+    (tmp_path / "A" / "analysis.json").write_text("{")
+    settings = {"base": base_dir, "private": sides[0], "domain": sides[1], "windows": 8, "window": 24, "records": 8}
+    again = analyze(tiny_model_dir, tmp_path / "A", **settings)
+    assert again["sites"] == found["sites"]
+    assert again["origins"] == found["origins"]
+
+
+def test_a_model_of_zeros_is_analysed(tmp_path):
+    """Every ratio in it is one of nothing and nothing: the files hold null, not NaN."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "zeros")
+    make_tokenizer().save_pretrained(tmp_path / "zeros")
+    analyze(tmp_path / "zeros", tmp_path / "A", windows=4, window=16)
+    for name in ("origins.json", "analysis.json"):
+        json.loads((tmp_path / "A" / name).read_text(), parse_constant=pytest.fail)
+
+
 def test_another_analysis_does_not_go_on_in_the_folder(finished, tiny_model_dir):
     with pytest.raises(UserError, match="of another model"):
         analyze(tiny_model_dir, finished[0], windows=8, window=24)
@@ -122,7 +147,14 @@ def test_classes_are_there_where_they_are_asked_for(tmp_path, tiny_model_dir, fi
     ("wrong", "message"),
     [
         ({"domain": ["one text", "and two"] * 9}, "--private"),
-        ({"windows": 3}, "at least 4"),
+        ({"private": ["one text", "and two"] * 9, "domain": ["one text", "others"] * 9}, "9 of 18 non-member records"),
+        ({"windows": 3}, "--windows 3; wanted at least 4"),
+        ({"windows": -4}, "--windows -4"),
+        ({"private": ["one text"] * 9, "records": 0}, "--records 0; wanted at least 4"),
+        ({"private": ["one text"] * 9, "records": -1}, "--records -1"),
+        ({"private": ["a"] * 9}, "too few private records: 0 of two tokens"),
+        ({"bits": 9}, "--bits 9; wanted a whole number from 2 to 8"),
+        ({"window": 4}, "--window 4; wanted at least 8"),
         ({"window": 4096}, "context"),
     ],
 )
@@ -139,6 +171,44 @@ def test_a_base_of_another_shape_is_named(tmp_path, tiny_model_dir):
         analyze(tiny_model_dir, tmp_path / "A", base=tmp_path / "base", windows=8, window=24)
 
 
+def test_a_model_is_no_base_of_itself(tmp_path, tiny_model_dir):
+    with pytest.raises(UserError, match="itself; give the model that it was fine-tuned from"):
+        analyze(tiny_model_dir, tmp_path / "A", base=tiny_model_dir, windows=8, window=24)
+    assert not (tmp_path / "A").exists()
+
+
+def test_only_the_sequences_that_were_used_are_counted(tmp_path, tiny_model_dir, sides):
+    found = analyze(tiny_model_dir, tmp_path / "A", private=sides[0], windows=5, window=24, records=7)
+    assert found["texts"]["public"]["windows"] == 4
+    assert found["texts"]["public"]["tokens"] == 4 * 24
+    assert found["texts"]["private"]["records"] == 4
+
+
+def told(*sites: tuple[float | None, float | None, float | None]) -> str:
+    """The sentence on sites of these values, standard errors and nulls."""
+    names = ("value", "se", "null")
+    rows = [{"name": f"s{n}", "scores": {"x": dict(zip(names, one))}} for n, one in enumerate(sites)]
+    return findings(rows, [{"name": "x", "title": "this"}])[0]
+
+
+def test_a_finding_counts_sites_that_four_parts_make_sure_of():
+    assert (
+        told((1.0, 0.2, 0.5), (1.0, 0.1, 0.5), (0.1, 0.1, 0.5))
+        == "This: largest at s0 (1, null 0.5); 1 of 3 sites above their null."
+    )
+    # Errors from four parts: of 20,000 sites with nothing to find one in forty is above its null, not one in fourteen.
+    parts = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0))
+    values = zip(parts.mean(1).tolist(), (parts.std(1) / 2).tolist())
+    count = int(told(*((value, se, 0.0) for value, se in values)).split("; ")[1].split(" of ")[0])
+    assert 0.022 * 20000 < count < 0.028 * 20000
+
+
+def test_a_null_that_cannot_tell_is_not_counted_against():
+    assert "the same by construction" in told((23.1, 0.0, 23.1001), (2.0, 0.0, 2.0))
+    assert "2 of 3 sites are larger than one draw of their null" in told((2, 0.0, 1), (2, 0.0, 1), (1, 0.0, 3))
+    assert "without a null" in told((2.0, None, None), (1.0, 0.1, None))
+
+
 def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
     out, found = finished
     page = (out / "analysis.html").read_text()
@@ -146,6 +216,10 @@ def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
     data = json.loads(page[start : page.index("</script>", start)])
     assert data["sites"] == found["sites"]
     assert page.count('class="cell"') == len(found["sites"])
+    assert page.count(" selected>") == 1
+    assert '<option value="privacy_memory" selected>' in page
+    assert "no sign of safety" in page
+    assert 'class="panel"' not in page  # which would be as wide as the page, however little it holds
     assert "Attention on the sink by block and head" in page
     heads = sum(len(row) for row in found["origins"]["sinks"]["mass"])
     assert page.count("<title>block ") == heads

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from conftest import make_tokenizer, tiny_llama
+from geoquant import benching
 from geoquant.analysis import analyze
 from geoquant.benching import bench
 from geoquant.data.private import make_records
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import perplexity
 from geoquant.lattice.grid import Grid
+from geoquant.lines import read_lines
 from geoquant.measure import builtin_tail
 from geoquant.methods import rtn
 from geoquant.methods.problem import Problem
@@ -80,6 +82,88 @@ def test_a_killed_benchmark_goes_on_where_it_was(finished, tiny_model_dir, analy
     assert (again / "effects.jsonl").read_text().splitlines()[:9] == lines[:9]
 
 
+KEYS = {"site", "bits", *benching.MEASURES, "changes"}
+
+
+def test_what_a_damaged_file_of_effects_still_holds_is_kept(tmp_path):
+    path = tmp_path / "effects.jsonl"
+    lines = [
+        json.dumps({"site": f"s{n}", "bits": 3, "public": {}, "domain": None, "gap": None, "changes": []}) + "\n"
+        for n in range(4)
+    ]
+    for damage in (b'{"site": "s2", "bi', b"[1, 2]\n", b"{}\n", b"\xff\xfe{}\n"):
+        path.write_bytes("".join(lines[:2]).encode() + damage + lines[3].encode())
+        assert [one["site"] for one in read_lines(path, KEYS)] == ["s0", "s1"]
+        assert path.read_text() == "".join(lines[:2])
+    written = path.stat().st_mtime_ns
+    assert len(read_lines(path, KEYS)) == 2
+    assert path.stat().st_mtime_ns == written  # what is whole is not written again
+
+
+def test_a_layer_whose_rounding_loses_the_model_is_the_worst():
+    names = [f"s{n}" for n in range(12)]
+    found = {
+        (name, 2): {"public": {"value": None if n == 3 else 0.1 * n}, "domain": None, "gap": None, "changes": [None]}
+        for n, name in enumerate(names)
+    }
+    score = np.where(np.arange(12) == 3, 99.0, np.arange(12.0))
+    (board,) = benching._boards(
+        {"one": ("", score)}, found, {"sites": [{"name": name, "block": n} for n, name in enumerate(names)]}, 2, 0
+    )
+    assert board["rows"][0]["sites"] == 12
+    assert board["rows"][0]["rho"] == pytest.approx(1)
+
+
+def test_records_too_short_to_be_scored_have_no_board():
+    """Neither a gap that is no number, nor a predictor known at few sites, ends the benchmark."""
+    names, generator = [f"s{n}" for n in range(8)], np.random.default_rng(0)
+    found = {
+        (name, 3): {
+            "public": {"value": float(n)},
+            "domain": None,
+            "gap": {"value": None},
+            "changes": [n + 0.1, n - 0.1],
+        }
+        for n, name in enumerate(names)
+    }
+    predictors = {
+        "good": ("", np.arange(8.0)),
+        "rare": ("", np.where(np.arange(8) < 4, 1.0, np.nan)),
+        "depth": ("", generator.normal(size=8)),
+    }
+    (board,) = benching._boards(
+        predictors, found, {"sites": [{"name": name, "block": n} for n, name in enumerate(names)]}, 3, 0
+    )
+    assert board["measure"] == "public"
+    assert [row["name"] for row in board["rows"]] == ["good", "depth"]
+    told = benching.sentence(board)
+    assert "best foretold by good" in told
+    assert f"of what anybody would guess, depth has {board['rows'][1]['rho']:+.2f}" in told
+    flat = {name: ("", np.ones(8)) for name in ("one", "two")}
+    (board,) = benching._boards(
+        flat, found, {"sites": [{"name": name, "block": n} for n, name in enumerate(names)]}, 3, 0
+    )
+    assert "nothing to foretell" in benching.sentence(board)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda told: told["model"].pop("sha256"), "damaged: a part is missing; run geoquant analyze again"),
+        (lambda told: told["sites"][0].pop("scores"), "damaged: a part is missing"),
+        (lambda told: told["sites"].__delitem__(slice(3, None)), "3 layers; wanted at least 5"),
+    ],
+)
+def test_a_damaged_or_tiny_analysis_is_refused(tmp_path, analysed, tiny_model_dir, damage, message):
+    told = json.loads((analysed / "analysis.json").read_text())
+    damage(told)
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / "analysis.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=message):
+        bench(tiny_model_dir, tmp_path / "B", analysis=tmp_path / "A", **SETTINGS)
+    assert not (tmp_path / "B").exists()
+
+
 def test_the_page_and_the_file_hold_the_boards(finished):
     out, found = finished
     told = json.loads((out / "bench.json").read_text())
@@ -97,7 +181,15 @@ def test_the_analysis_of_another_model_is_refused(analysed, tmp_path):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"bits": (9,)}, "2 to 8"), ({"private": ["one", "two"]}, "both"), ({"analysis": "nowhere"}, "no analysis")],
+    [
+        ({"bits": (9,)}, "2 to 8"),
+        ({"private": ["one", "two"]}, "both"),
+        ({"private": ["one", "two"] * 9, "domain": ["one", "three"] * 9}, "9 of 18 non-member records are identical"),
+        ({"private": ["one", "two"] * 9, "domain": ["three", "four"] * 9, "records": -1}, "--records -1"),
+        ({"windows": 0}, "--windows 0"),
+        ({"window": 1}, "--window 1"),
+        ({"analysis": "nowhere"}, "no analysis"),
+    ],
 )
 def test_bad_input_is_one_line_and_leaves_no_folder(analysed, tiny_model_dir, tmp_path, wrong, message):
     with pytest.raises(UserError, match=message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from geoquant.outliers.leaderboard import ceiling, leaderboard
 
@@ -64,6 +64,63 @@ def test_scores_that_order_all_sites_alike_count_once():
     assert least.p_holm == pytest.approx(min(1.0, 5 * least.p))
 
 
+def placed(generator, depth: float, kind: float) -> np.ndarray:
+    """30 blocks of 7 kinds: so much of the variance is a random walk over blocks, so much is the kind's."""
+    walk, kinds = generator.normal(size=30).cumsum(), generator.normal(size=7)
+    shared = [(one - one.mean()) / one.std() for one in (walk, kinds)]
+    own = generator.normal(size=(30, 7)) * np.sqrt(1 - depth - kind)
+    return (own + np.sqrt(depth) * shared[0][:, None] + np.sqrt(kind) * shared[1]).ravel()
+
+
+PLACES = {"blocks": np.repeat(np.arange(30), 7), "kinds": np.tile(np.arange(7), 30)}
+
+
+@pytest.mark.parametrize(("depth", "kind"), [(0.0, 0.0), (0.4, 0.0), (0.0, 0.4), (0.4, 0.4)])
+def test_what_score_and_effect_share_by_their_place_is_no_prediction(depth, kind):
+    """At 5%: of 100 scores that know nothing at most 11 may alarm (binomial, p < 0.01 for more)."""
+    generator = np.random.default_rng(6)
+    alarms = 0
+    for _ in range(100):
+        score, effect = placed(generator, depth, kind), placed(generator, depth, kind)
+        alarms += leaderboard({"one": score}, effect, **PLACES, resamples=300)[0].p < 0.05
+    assert alarms <= 11
+
+
+def test_beyond_block_and_kind_is_the_correlation_of_residuals_by_regression():
+    """A missing site makes the table uneven; against least squares on indicator columns."""
+    generator = np.random.default_rng(7)
+    score = placed(generator, 0.3, 0.3)
+    effect, kept = placed(generator, 0.3, 0.3) + score, np.arange(210) != 17
+    columns = [(PLACES[name][:, None] == np.unique(PLACES[name]))[kept] for name in PLACES]
+    design = np.concatenate(columns, axis=1).astype(float)
+    ranks = [rankdata(one[kept]) for one in (score, effect)]
+    left = [one - design @ np.linalg.lstsq(design, one)[0] for one in ranks]
+    found = leaderboard({"one": np.where(kept, score, np.nan)}, effect, **PLACES, resamples=200)[0]
+    assert found.partial == pytest.approx(np.corrcoef(*left)[0, 1], abs=1e-9)
+    assert found.p < 0.01
+
+
+def test_depth_itself_has_nothing_beyond_the_block():
+    effect = placed(np.random.default_rng(8), 0.5, 0.0)
+    found = leaderboard({"depth": PLACES["blocks"].astype(float)}, effect, **PLACES, resamples=100)[0]
+    assert np.isnan(found.partial)
+    assert found.p == 1.0
+
+
+def test_blocks_are_drawn_whole():
+    """Seven equal sites a block say no more than one: the interval is that of 30 sites, wider than that of 210."""
+    generator = np.random.default_rng(9)
+    score = generator.normal(size=30)
+    effect = score + generator.normal(size=30)
+    many = [np.repeat(one, 7) for one in (score, effect)]
+    whole, single, free = (
+        leaderboard({"one": one}, other, **places, resamples=1000)[0].ci
+        for one, other, places in ((*many, PLACES), (score, effect, {}), (*many, {}))
+    )
+    assert whole == pytest.approx(single, abs=0.06)
+    assert whole[1] - whole[0] > 1.8 * (free[1] - free[0])
+
+
 def test_the_interval_covers_a_planted_correlation():
     """Bivariate normals with Spearman 0.5 (Pearson 2 sin(pi rho / 6)), 60 sites, 200 draws: bootstrap intervals of this
     size cover in 90% or more.
@@ -87,6 +144,16 @@ def test_the_best_comes_first_and_hits_are_counted():
     assert hits["same"] == 5
     assert hits["reverse"] == 0
     assert {one.name: round(one.rho, 9) for one in board}["reverse"] == -1
+
+
+def test_a_score_that_is_the_same_everywhere_comes_last_and_disturbs_no_order():
+    generator = np.random.default_rng(5)
+    effect = generator.normal(size=30)
+    scores = {f"s{n}": effect + n * generator.normal(size=30) for n in range(4)}
+    mixed = {"s2": scores["s2"], "flat": np.ones(30), "s0": scores["s0"], "other": np.zeros(30), "s1": scores["s1"]}
+    board = leaderboard(mixed, effect, resamples=50)
+    assert [one.name for one in board] == ["s0", "s1", "s2", "flat", "other"]
+    assert board[-1].p_holm == 1.0
 
 
 def test_sites_without_a_number_are_left_out():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from geoquant.errors import UserError
 from geoquant.lines import each_once, read_lines
 from geoquant.progress import silent
 
@@ -19,7 +18,7 @@ def squares(path, jobs, done):
 
         return work
 
-    return each_once(path, jobs, lambda line: line["job"], begin, silent, "squares")
+    return each_once(path, jobs, lambda line: line["job"], {"job"}, begin, silent, "squares")
 
 
 def test_each_job_is_done_once_in_the_order_asked(tmp_path):
@@ -48,14 +47,17 @@ def test_a_line_that_was_cut_is_done_again(tmp_path, cut):
     assert done == ([] if cut == 1 else ["begun", 4])
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
+@pytest.mark.parametrize("broken", ['{"jo', "[]", '{"other": 2}', "\ufffd"])
+def test_what_follows_a_broken_line_is_done_again(tmp_path, broken):
     path = tmp_path / "lines.jsonl"
-    path.write_text('{"job": 1}\n{"jo\n{"job": 2}\n')
-    with pytest.raises(UserError, match=r"lines\.jsonl:2 is damaged"):
-        read_lines(path)
+    path.write_text('{"job": 1}\n' + broken + '\n{"job": 2}\n')
+    assert read_lines(path, {"job"}) == [{"job": 1}]
+    assert path.read_text() == '{"job": 1}\n'
     assert read_lines(tmp_path / "none") == []
 
 
 def test_what_is_no_number_is_no_json(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
-        each_once(tmp_path / "x", [1], lambda line: 1, lambda: lambda job: {"value": float("nan")}, silent, "numbers")
+        each_once(
+            tmp_path / "x", [1], lambda line: 1, set(), lambda: lambda job: {"value": float("nan")}, silent, "numbers"
+        )

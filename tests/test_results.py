@@ -111,7 +111,7 @@ def test_a_stage_that_was_not_solved_is_none_and_a_damaged_one_is_named(tmp_path
     save_stage(tmp_path, solved(STAGES[0]), plans())
     path = stage_path(tmp_path, STAGES[0])
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"b\.0\.q\.safetensors.*delete it and run again with --resume"):
+    with pytest.raises(UserError, match=r"b\.0\.q\.safetensors.*delete it and run the same command again"):
         load_stage(tmp_path, STAGES[0])
 
 

@@ -440,7 +440,7 @@ def test_a_damaged_site_is_named_and_solved_again_once_removed(stopped, nursery,
     path.write_bytes(path.read_bytes()[:-7])
     line = refused(flags, stopped, capsys)
     assert str(path) in line
-    assert "delete it and run again with --resume" in line
+    assert "delete it and run the same command again (quantize: with --resume)" in line
     path.unlink()
     code, log = nursery.run("quantize", *flags, "--out", str(stopped), "--resume")
     assert code == 0, log
@@ -489,7 +489,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(case, rounding, tmp_p
         assert cli.run(["quantize", *rounding, "--out", str(run)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]
     assert "disk full while writing" in line
-    assert "free some space, then run the same command with --resume" in line
+    assert "free some space, then run the same command again (quantize: with --resume)" in line
     assert ".partial-" not in line
     assert (f"while writing {run / 'model'};" in line) == (place != "sites")
     assert not list(run.rglob(".partial-*"))

@@ -76,6 +76,7 @@ def test_nan_is_not_json(tmp_path):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "disk full while writing .*x.bin; .*--resume"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk full while writing .*x.bin"),
+        (OSError(errno.EFBIG, "File too large"), "cannot write .*x.bin: File too large"),
         (OSError(errno.EROFS, "Read-only file system"), "cannot write .*x.bin: Read-only file system"),
         (
             SafetensorError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })'),
@@ -110,7 +111,8 @@ def test_a_full_disk_inside_a_folder_names_the_folder_to_be(tmp_path, error):
     with pytest.raises(UserError) as caught:
         build()
     assert str(caught.value) == (
-        f"disk full while writing {tmp_path / 'model'}; free some space, then run the same command with --resume"
+        f"disk full while writing {tmp_path / 'model'}; "
+        "free some space, then run the same command again (quantize: with --resume)"
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -16,13 +16,15 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
-from geoquant.data.records import Record, as_records
+from geoquant.data.records import Record, as_records, check_split
 from geoquant.data.text import Windows, read_text
 from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
@@ -40,19 +42,20 @@ from geoquant.observe.compute import compute_dtype
 from geoquant.observe.experts import Expert, find_experts, read_site
 from geoquant.observe.gradient import check_head
 from geoquant.observe.texts import Sequences, padded
+from geoquant.outliers import origin
 from geoquant.outliers.appraise import Appraisal, Collected, appraise, site_context
 from geoquant.outliers.classes import judged
 from geoquant.outliers.classes import sentences as class_sentences
 from geoquant.outliers.mixtures import mixtures
 from geoquant.outliers.mixtures import sentences as mixture_sentences
-from geoquant.outliers.origin import Settings, origins
+from geoquant.outliers.origin import SHORTEST, Settings, origins
 from geoquant.outliers.score import Score
 from geoquant.outliers.scores import SCORES
 from geoquant.outliers.statistics import Statistics
 from geoquant.privacy.scoring import encode
 from geoquant.progress import Progress, silent
 from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
-from geoquant.runs import read_json, read_metadata, write_json, write_tensors
+from geoquant.runs import check_writable, read_json, read_metadata, write_json, write_tensors
 
 __all__ = ["analyze"]
 
@@ -60,6 +63,10 @@ OURS = ("manifest.json", "origins.json", "scores", "analysis.json", "analysis.ht
 ORIGIN_WINDOWS, ORIGIN_LENGTH = 4, 256
 # Of each text. A standard error from fewer says little, and each costs memory.
 PARTS = 4
+WHY = "standard errors come from as many parts of a text"
+# Standard errors from so few parts are themselves uncertain: the 97.5% point of Student's t.
+SURE = float(student.ppf(0.975, PARTS - 1))
+SAME = 1e-3  # of the null: what order of summation and five digits leave of equal numbers
 
 
 def analyze(
@@ -93,6 +100,13 @@ def analyze(
     """
     if domain is not None and private is None:
         raise UserError("--domain is compared with private records", wanted="--private as well")
+    for option, given in (("windows", windows), ("records", records)):
+        if given < PARTS:
+            raise UserError(f"--{option} {given}", wanted=f"at least {PARTS}: {WHY}")
+    if window < SHORTEST:
+        raise UserError(f"--window {window}", wanted=f"at least {SHORTEST} tokens")
+    if not 2 <= bits <= 8:
+        raise UserError(f"--bits {bits}", wanted="a whole number from 2 to 8")
     for one in (model, *(() if base is None else (base,))):
         locate(str(one))
     sides = {
@@ -100,16 +114,20 @@ def analyze(
         for name, given in (("private", private), ("domain", domain))
         if given is not None
     }
+    if len(sides) == 2:
+        check_split(sides["private"], sides["domain"], minimum=1)
     folder, clock = claim(Path(out), OURS, "an analysis"), Clock()
+    check_writable(folder / "manifest.json")
     forget_peak_memory()
     with clock("load"):
         loaded = load(str(model), device=device)
         public = _windows(loaded, text, window, windows)
         check_context(loaded, window)
-        texts = {"public": _even(public.tokens.tolist(), 0)}
+        texts = {"public": _even("public text", public.tokens.tolist(), 0)}
         for name, side in sides.items():
             encoded = encode(loaded.tokenizer, side, window)
-            texts[name] = _even([ids for ids, _ in encoded if len(ids) > 1], loaded.tokenizer.pad_token_id or 0)
+            long = [ids for ids, _ in encoded if len(ids) > 1]
+            texts[name] = _even(f"{name} records", long, loaded.tokenizer.pad_token_id or 0)
         pages = map_weights(loaded.model)
         blocks = walk(loaded.model, public.tokens[:1, :8], pages)
         check_head(loaded.model, public.tokens[:1, :8], pages)
@@ -120,8 +138,8 @@ def analyze(
         "model": described(loaded),
         "base": other and described(other),
         "texts": {
-            "public": {"source": public.source, "windows": len(public), "tokens": texts["public"].count},
-            **{name: {"records": len(side), "tokens": texts[name].count} for name, side in sides.items()},
+            "public": {"source": public.source, **_size("windows", texts["public"])},
+            **{name: _size("records", texts[name]) for name in sides},
         },
         "data_sha256": {name: _digest(one) for name, one in texts.items()},
         "settings": {
@@ -130,6 +148,8 @@ def analyze(
         },
         "scores": [_described(score) for score in scores],
     }
+    if other is not None and facts["base"]["sha256"] == facts["model"]["sha256"]:
+        raise UserError(f"the base {base} is {model} itself", fix="give the model that it was fine-tuned from")
     key = begin(folder, facts, command, "an analysis", "scores")
     with clock("origins"):
         known = _origins(folder, loaded, public, seed, pages, progress)
@@ -164,11 +184,14 @@ def analyze(
 
 def _origins(folder: Path, loaded: Loaded, public: Windows, seed: int, pages, progress: Progress) -> dict:
     """Where outliers come from, on the first few windows of public text; read again where it is there."""
+    from geoquant.report.page import finite
+
     path = folder / "origins.json"
-    if not path.exists():
-        tokens = public.tokens[:ORIGIN_WINDOWS, :ORIGIN_LENGTH]
-        found = origins(loaded.model, tokens, Settings(seed=seed), pages=pages, progress=progress)
-        write_json(path, found.to_dict())
+    with suppress(UserError):  # not there, or damaged
+        return read_json(path, findings=list, **dict.fromkeys(origin.PARTS, dict))
+    tokens = public.tokens[:ORIGIN_WINDOWS, :ORIGIN_LENGTH]
+    found = origins(loaded.model, tokens, Settings(seed=seed), pages=pages, progress=progress)
+    write_json(path, finite(found.to_dict()))
     return read_json(path)
 
 
@@ -296,12 +319,10 @@ def findings(sites: list[dict], scores: list[dict]) -> list[str]:
         if not rows:
             continue
         one, site = max(rows, key=lambda row: row[0]["value"])
-        beyond = sum(1 for found, _ in rows if _beyond(found))
         title = score["title"][0].upper() + score["title"][1:]
-        told.append(
-            f"{title}: largest at {site['name']} ({one['value']:.3g}, null {one['null']:.3g}); {beyond} of {len(rows)} "
-            "sites above their null."
-        )
+        null = "none" if one["null"] is None else f"{one['null']:.3g}"
+        against = _against([row for row, _ in rows])
+        told.append(f"{title}: largest at {site['name']} ({one['value']:.3g}, null {null}); {against}.")
     return told
 
 
@@ -321,9 +342,17 @@ def _left_out(loaded: Loaded, blocks: tuple[Block, ...], experts: dict[int, tupl
     return told
 
 
-def _beyond(found: dict) -> bool:
-    known = None not in (found["value"], found["se"], found["null"])
-    return known and found["value"] > found["null"] + 2 * found["se"]
+def _against(rows: list[dict]) -> str:
+    """How many sites are above their null, where a null could tell."""
+    known = [one for one in rows if None not in (one["se"], one["null"])]
+    if not known:
+        return "without a null"
+    if all(abs(one["value"] - one["null"]) <= SAME * abs(one["null"]) for one in known):
+        return "of whole sites the null is the same by construction"
+    beyond = sum(1 for one in known if one["value"] > one["null"] + SURE * one["se"])
+    if not any(one["se"] for one in known):
+        return f"{beyond} of {len(rows)} sites are larger than one draw of their null"
+    return f"{beyond} of {len(rows)} sites above their null"
 
 
 # ---- texts and models
@@ -335,14 +364,19 @@ def _windows(loaded: Loaded, text: str | Path | None, length: int, count: int) -
     return cut_windows(loaded.tokenizer, read_text(text), length=length, count=count, source=str(text))
 
 
-def _even(sequences: list[list[int]], filler: int) -> Sequences:
+def _even(what: str, sequences: list[list[int]], filler: int) -> Sequences:
     """As many sequences as make parts of one size. Raises UserError for too few to make parts of."""
     if len(sequences) < PARTS:
         raise UserError(
-            f"{len(sequences)} sequences of two tokens or more in a text",
-            wanted=f"at least {PARTS}, and better {2 * PARTS}: standard errors come from parts of a text",
+            f"too few {what}: {len(sequences)} of two tokens or more",
+            wanted=f"at least {PARTS}, and better {2 * PARTS}: {WHY}",
         )
     return padded(sequences[: len(sequences) // PARTS * PARTS], filler, PARTS)
+
+
+def _size(unit: str, used: Sequences) -> dict:
+    """What was used of a text: the sequences that did not make a part of one size were not."""
+    return {unit: len(used.lengths), "tokens": used.count}
 
 
 def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:
@@ -370,8 +404,8 @@ def _path(folder: Path, block: Block) -> Path:
 
 def _read(folder: Path, block: Block, key: str) -> list[dict] | None:
     """What a finished block's file says of its sites; None where there is none of this analysis."""
-    path = _path(folder, block)
-    if not path.exists():
+    try:
+        metadata = read_metadata(_path(folder, block))
+    except UserError:  # not there, or damaged
         return None
-    metadata = read_metadata(path)
     return json.loads(metadata["sites"]) if metadata.get("key") == key else None

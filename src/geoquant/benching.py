@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from geoquant.data.records import Record, as_records
+from geoquant.data.records import Record, as_records, check_split
 from geoquant.errors import UserError
 from geoquant.examine import check_context
 from geoquant.folders import begin, claim
@@ -28,19 +28,22 @@ from geoquant.lines import each_once
 from geoquant.manifest import versions
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load, locate
-from geoquant.model.walk import read_weight, site_modules
+from geoquant.model.walk import read_weight, site_modules, within
 from geoquant.outliers.effects import Baseline, Material, effect, open_baseline
 from geoquant.outliers.interventions import Intervention, Part
-from geoquant.outliers.leaderboard import ceiling, leaderboard
+from geoquant.outliers.leaderboard import FEWEST, ceiling, leaderboard
 from geoquant.outliers.references import MEASURES as GEOMETRY
 from geoquant.outliers.references import quartiles, reference_values
 from geoquant.progress import Progress, silent
 from geoquant.reporting import Clock, forget_peak_memory, peak_memory_bytes
+from geoquant.runs import check_writable
 
 __all__ = ["bench"]
 
 OURS = ("manifest.json", "effects.jsonl", "bench.json", "bench.html")
 BITS = (2, 3, 4)
+GUESSES = ("depth", "size", "norm")
+LEAST = 4  # records of a side: an interval of fewer says nothing
 
 
 def bench(
@@ -69,16 +72,27 @@ def bench(
     """
     if (private is None) != (domain is None):
         raise UserError("effects on an attack need both sides", wanted="--private and --domain, or neither")
+    if private is not None and records < LEAST:
+        raise UserError(f"--records {records}", wanted=f"at least {LEAST}")
+    if windows < 1 or window < 2:
+        raise UserError(f"--windows {windows} --window {window}", wanted="a window at least, of two tokens or more")
     if not bits or any(not 2 <= one <= 8 for one in bits):
         raise UserError(f"--bits {' '.join(map(str, bits))}", wanted="whole numbers from 2 to 8")
     for one in (model, *(() if base is None else (base,))):
         locate(str(one))
     told = read_analysis(Path(analysis))
+    if len(told["sites"]) < FEWEST:
+        raise UserError(
+            f"{analysis} knows {len(told['sites'])} layers", wanted=f"at least {FEWEST}: fewer have no rank correlation"
+        )
     sides = [
         () if given is None else as_records(given, name)[:records]
         for name, given in (("private", private), ("domain", domain))
     ]
+    if sides[0]:
+        check_split(*sides, minimum=LEAST)
     folder, clock = claim(Path(out), OURS, "a benchmark"), Clock()
+    check_writable(folder / "manifest.json")
     forget_peak_memory()
     with clock("load"):
         reference = None
@@ -154,6 +168,7 @@ def _effects(
         folder / "effects.jsonl",
         [(site, one) for one in bits for site in sites],
         lambda line: (line["site"], line["bits"]),
+        {"site", "bits", *MEASURES, "changes"},
         begin,
         progress,
         "effects",
@@ -210,10 +225,14 @@ def _predictors(told: dict, loaded: Loaded) -> dict[str, tuple[str, np.ndarray]]
     return found
 
 
+def _value(measured: dict | None, sign: float = 1.0) -> float | None:
+    return None if measured is None or measured["value"] is None else sign * measured["value"]
+
+
 MEASURES = {
     "public": ("rise of the loss on public text", lambda one: one["public"]["value"]),
-    "domain": ("rise of the loss on unseen records", lambda one: one["domain"] and one["domain"]["value"]),
-    "gap": ("fall of the gap between members and others", lambda one: one["gap"] and -one["gap"]["value"]),
+    "domain": ("rise of the loss on unseen records", lambda one: _value(one["domain"])),
+    "gap": ("fall of the gap between members and others", lambda one: _value(one["gap"], -1.0)),
 }
 
 
@@ -222,10 +241,18 @@ def _boards(predictors: dict, found: dict, told: dict, bits: int, seed: int) -> 
     sites, boards = [site["name"] for site in told["sites"]], []
     for measure, (title, read) in MEASURES.items():
         values = [read(found[site, bits]) for site in sites]
-        if all(value is None for value in values):
-            continue
         effect_ = np.array([np.nan if value is None else value for value in values], float)
-        rows = leaderboard({name: score for name, (_, score) in predictors.items()}, effect_, seed=seed)
+        if measure == "public" and np.isfinite(effect_).any():
+            effect_[np.isnan(effect_)] = np.nanmax(effect_) + 1  # the model was lost: nothing is worse
+        known = {
+            name: score
+            for name, (_, score) in predictors.items()
+            if (np.isfinite(score) & np.isfinite(effect_)).sum() >= FEWEST
+        }
+        if not known:
+            continue
+        places = {"blocks": [site["block"] for site in told["sites"]], "kinds": [within(name) for name in sites]}
+        rows = leaderboard(known, effect_, **places, seed=seed)
         most = None
         if measure == "public":
             parts = np.array([found[site, bits]["changes"] for site in sites], float).T  # a lost model's are NaN
@@ -238,10 +265,14 @@ def _boards(predictors: dict, found: dict, told: dict, bits: int, seed: int) -> 
 def sentence(board: dict) -> str:
     """What a board says, no more than its interval allows."""
     best, bits = board["rows"][0], board["bits"]
+    if not np.isfinite(best["rho"]):
+        return f"{board['title']} at {bits} bits: nothing to foretell, all layers are alike."
     low, high = best["ci"]
     sure = [row["name"] for row in board["rows"] if row["p_holm"] < 0.05]
+    guesses = [row for row in board["rows"] if row["name"] in GUESSES]
+    beside = f"; of what anybody would guess, {guesses[0]['name']} has {guesses[0]['rho']:+.2f}" if guesses else ""
     return (
         f"{board['title']} at {bits} bits: best foretold by {best['name']}, rank correlation {best['rho']:+.2f} "
-        f"({low:+.2f} to {high:+.2f}) over {best['sites']} layers, {best['hits']} of its worst {best['worst']}; "
-        f"{len(sure)} of {len(board['rows'])} predictors are more than chance."
+        f"({low:+.2f} to {high:+.2f}) over {best['sites']} layers, {best['hits']} of its worst {best['worst']}"
+        f"{beside}; {len(sure)} of {len(board['rows'])} predictors say more than block and kind of a layer do."
     )

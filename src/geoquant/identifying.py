@@ -285,6 +285,7 @@ def _effects(
         folder / "effects.jsonl",
         [(do, group) for do in named for group in parts],
         lambda line: (line["intervention"], line["group"]),
+        {"intervention", "group", "seconds", "after"},
         start,
         progress,
         "effects",

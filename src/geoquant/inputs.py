@@ -35,7 +35,10 @@ def read_analysis(folder: Path) -> dict:
     """What a finished analysis says."""
     if not (folder / "analysis.json").exists():
         raise UserError(f"{folder} holds no analysis.json", fix="run geoquant analyze first")
-    return read_json(folder / "analysis.json", model=dict, sites=list, scores=list)
+    told = read_json(folder / "analysis.json", model=dict, sites=list, scores=list)
+    if "sha256" not in told["model"] or any(not {"name", "block", "shape", "scores"} <= set(s) for s in told["sites"]):
+        raise UserError(f"{folder / 'analysis.json'} is damaged: a part is missing", fix="run geoquant analyze again")
+    return told
 
 
 def analysis_hash(folder: Path) -> str:

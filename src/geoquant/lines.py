@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import TypeVar
 
-from geoquant.errors import UserError
 from geoquant.progress import Progress
+from geoquant.runs import atomic_write
 
 __all__ = ["each_once", "read_lines"]
 
@@ -19,6 +19,7 @@ def each_once(
     path: Path,
     jobs: Sequence[Key],
     key_of: Callable[[dict], Key],
+    keys: Set[str],
     begin: Callable[[], Callable[[Key], dict]],
     progress: Progress,
     phase: str,
@@ -26,10 +27,10 @@ def each_once(
 ) -> dict[Key, dict]:
     """The line of every job, in the order of the jobs; those that are in the file are not done again.
 
-    key_of: which job a line is of. begin: called once and only where a job is missing; gives what does one. What the
-    lines hold must be JSON without NaN.
+    key_of: which job a line is of. keys: what every line has. begin: called once and only where a job is missing; gives
+    what does one. What the lines hold must be JSON without NaN.
     """
-    found = {key_of(line): line for line in read_lines(path)}
+    found = {key_of(line): line for line in read_lines(path, keys)}
     missing = [job for job in jobs if job not in found]
     if missing:
         work = begin()
@@ -41,26 +42,22 @@ def each_once(
     return {job: found[job] for job in jobs}
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Whole lines; the last one of a killed run may be cut, is taken away and done again.
-
-    Raises UserError for a broken line in the middle: nobody but another program wrote that.
+def read_lines(path: Path, keys: Set[str] = frozenset()) -> list[dict]:
+    """Whole lines that have these keys, up to the first that is not one: a killed run may have cut its last one. What
+    follows is taken away, and done again.
     """
     if not path.exists():
         return []
-    lines, kept = path.read_text(encoding="utf-8").splitlines(keepends=True), []
-    for number, line in enumerate(lines, 1):
+    written, kept = path.read_text(encoding="utf-8", errors="replace"), []
+    for line in written.splitlines():
         try:
-            value = json.loads(line)
-            if not isinstance(value, dict):
-                raise ValueError(line)
-            kept.append(value)
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}:{number} is damaged", fix="delete the line, or choose a new folder") from None
-    whole = lines[: len(kept)]
-    if whole and not whole[-1].endswith("\n"):
-        whole[-1] += "\n"
-    if whole != lines:
-        path.write_text("".join(whole), encoding="utf-8")
+            one = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(one, dict) or not keys <= one.keys():
+            break
+        kept.append(one)
+    whole = "".join(json.dumps(one) + "\n" for one in kept)
+    if whole != written:
+        atomic_write(path, lambda partial: partial.write_text(whole, encoding="utf-8") and None)
     return kept

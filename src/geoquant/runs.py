@@ -53,7 +53,16 @@ __all__ = [
 ]
 
 PARTIAL = ".partial-"
-UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+UNWRITABLE = (
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 @contextlib.contextmanager
@@ -69,7 +78,8 @@ def _explained(path: Path) -> Iterator[None]:
             raise
         if _disk_full(error):
             raise UserError(
-                f"disk full while writing {path}", fix="free some space, then run the same command with --resume"
+                f"disk full while writing {path}",
+                fix="free some space, then run the same command again (quantize: with --resume)",
             ) from None
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise UserError(f"cannot write {path}: {error.strerror}", fix="choose another --out folder") from None
@@ -163,7 +173,11 @@ def read_json(path: Path, **entries: type) -> dict:
     Raises UserError when it is missing, damaged, or lacks one of them.
     """
     # Without its manifest a folder is no run of ours: nothing could be resumed in it.
-    mend = "choose a new folder" if path.name == "manifest.json" else "delete it and run again with --resume"
+    mend = (
+        "choose a new folder"
+        if path.name == "manifest.json"
+        else "delete it and run the same command again (quantize: with --resume)"
+    )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -223,7 +237,9 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}", fix="delete it and run again with --resume") from None
+        raise UserError(
+            f"cannot read {path}: {error}", fix="delete it and run the same command again (quantize: with --resume)"
+        ) from None
 
 
 def claim_output(out: Path, *, resume: bool) -> tuple[Path, ...]:

@@ -153,7 +153,7 @@ def _through(
             x, true = kept.pop(site)
             flat = g.detach().flatten(0, -2)[true].float()
             if not flat.isfinite().all():
-                raise UserError(f"the loss gradient at {site} is not finite", fix="use --compute float32")
+                raise UserError(f"the loss gradient at {site} is not finite", fix="from Python, use compute='float32'")
             if len(flat):
                 see(site, x, flat)
 

@@ -39,7 +39,7 @@ from geoquant.outliers.super_weight import (
 from geoquant.outliers.tails import tails
 from geoquant.progress import Progress, silent
 
-__all__ = ["Origins", "Settings", "origins"]
+__all__ = ["PARTS", "SHORTEST", "Origins", "Settings", "origins"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Origins:
 
 
 NOTHING = 0.01  # of a birth: a weight that makes less of it is not behind it
+SHORTEST = 8  # tokens of a window: halves of fewer hold no pattern
 PARTS = ("sinks", "norms", "residuals", "super_weights", "clipping", "outliers")
 
 
@@ -149,8 +150,10 @@ def origins(
 
     Raises UserError for windows too short to have halves, and where no blocks are found.
     """
-    if tokens.shape[1] < 8:
-        raise UserError(f"windows of {tokens.shape[1]} tokens", wanted="at least 8", fix="give longer windows")
+    if tokens.shape[1] < SHORTEST:
+        raise UserError(
+            f"windows of {tokens.shape[1]} tokens", wanted=f"at least {SHORTEST}", fix="give longer windows"
+        )
     _, modules = find_blocks(model)
     generator = torch.Generator().manual_seed(settings.seed)
     sums = _Sums()

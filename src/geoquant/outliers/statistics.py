@@ -1,8 +1,7 @@
 """What one text does at one site: sums over its tokens, of inputs x and of loss gradients g at the outputs.
 
-Sums and not means: those of two sets of tokens add, and taking one set away again leaves the others. That is how every
-score gets its standard error (uncertainty.py): the sums of each part of a text are kept, and the score is taken again
-without each part in turn.
+Sums and not means: those of two sets of tokens add. That is how every score gets its standard error (uncertainty.py):
+the sums of each part of a text are kept, and the score is taken again without each part in turn.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Statistics:
     fisher:    (out, in) `sum_t g_i^2 x_j^2`, the diagonal empirical Fisher of the weights, per token.
     gradient:  (out, in) `sum_t g_i x_j`, the gradient of the summed loss.
     fourth:    (in,) `sum_t x^4`.
-    largest:   (in,) `max_t |x|`; of a difference an upper limit only.
+    largest:   (in,) `max_t |x|`.
     silent:    (in,) tokens with |x| below `SMALL` units.
     histogram: (in, BINS) tokens by asinh(x / unit), a fixed grid; the ends take what lies beyond.
     """
@@ -60,38 +59,12 @@ class Statistics:
             joined[name] = remembered(_JOIN.get(name, torch.add), one, two) if name in INPUTS else one + two
         return Statistics(**joined | {"unit": self.unit})
 
-    def __sub__(self, other: Statistics) -> Statistics:
-        """What is left when `other`, a part of it, is taken away again."""
-        rest = {
-            "tokens": self.tokens - other.tokens,
-            "unit": self.unit,
-            "hessian": remembered(_metric_rest, self.hessian, other.hessian),
-            "weighted": _metric_rest(self.weighted, other.weighted),
-            "gradient": self.gradient - other.gradient,
-            "largest": self.largest,
-            **{name: remembered(_rest, getattr(self, name), getattr(other, name)) for name in REST},
-            **{name: _rest(getattr(self, name), getattr(other, name)) for name in ("output", "fisher")},
-        }
-        return Statistics(**rest)
-
     def mean(self, name: str) -> Tensor:
         """One of the sums divided by the tokens; without tokens the sum, which is zero."""
         return getattr(self, name) / max(self.tokens, 1.0)
 
 
-REST = ("fourth", "silent", "histogram")
 _JOIN = {"largest": torch.maximum}
-
-
-def _rest(whole: Tensor, part: Tensor) -> Tensor:
-    """Sums of squares; where a part held nearly all, rounding would leave less than nothing."""
-    return (whole - part).clamp_min(0)
-
-
-def _metric_rest(whole: Float[Tensor, "in in"], part: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
-    rest = whole - part
-    rest.diagonal().clamp_min_(0)
-    return rest
 
 
 def edges(unit: float) -> Float[Tensor, " bins+1"]:
@@ -158,9 +131,15 @@ def metrics(parts: Sequence[Statistics], most: int = 128) -> Float[Tensor, "part
 
 
 def left_out(parts: Sequence[Statistics]) -> Iterator[Statistics]:
-    """The statistics of all parts but one, leaving out each in turn; here `largest` is exact."""
-    whole = total(parts)
-    maxima = torch.stack([part.largest for part in parts])
-    for index, part in enumerate(parts):
-        others = torch.cat([maxima[:index], maxima[index + 1 :]])
-        yield replace(whole - part, largest=others.amax(0)) if len(others) else whole - part
+    """The statistics of all parts but one, leaving out each in turn; of a single part, those of no tokens.
+
+    Summed anew: the whole less a part that holds a massive token would leave nothing but rounding.
+    """
+    for index in range(len(parts)):
+        others = [*parts[:index], *parts[index + 1 :]]
+        yield total(others) if others else _nothing(parts[0])
+
+
+def _nothing(like: Statistics) -> Statistics:
+    zeros = {name: torch.zeros_like(value) for name, value in vars(like).items() if isinstance(value, Tensor)}
+    return replace(like, tokens=0.0, **zeros)

@@ -20,9 +20,10 @@ function colour() {
     cell.title = `${data.sites[cell.dataset.site].name}: ${brief(value)}`;
   }
   const score = named(name);
-  document.getElementById("unit").textContent = `${score.title}${score.unit ? `, in ${score.unit}` : ""}.`;
+  document.getElementById("unit").textContent = `${score.title}${score.unit ? `, in ${score.unit}` : ""}.` +
+    (score.combine === "sum" ? " A sum over the layer: large layers have more of it, and so has their null." : "");
   const known = ordered.length;
-  document.getElementById("scale").textContent = known ? `${brief(ordered[0])} to ${brief(ordered[known - 1])}, by rank` : "not measured";
+  document.getElementById("scale").textContent = known ? `${brief(ordered[0])} to ${brief(ordered[known - 1])}, by rank, darker is higher` : "not measured";
   show(chosen ?? Math.max(0, values.indexOf(ordered[known - 1])));
 }
 

@@ -31,10 +31,16 @@ def render(found: dict) -> str:
         fingerprint=mark,
         parts=parts,
         rows=[(block, [cells.get((block, part), []) for part in parts]) for block in blocks],
+        first=first_shown([score["name"] for score in found["scores"]]),
         figures=origin_figures(found["origins"]),
         worst=[(score, largest(found["sites"], score["name"])) for score in found["scores"]],
         data=embedded({"scores": found["scores"], "sites": found["sites"], "bits": found["settings"]["bits"]}),
     )
+
+
+def first_shown(names: list[str]) -> str | None:
+    """The score that the map opens with: what most of its readers came for, and not the first by alphabet."""
+    return next((name for name in ("privacy_memory", "fisher_private", "hop_row_weighted") if name in names), None)
 
 
 def origin_figures(known: dict) -> list[tuple[str, str, Markup]]:

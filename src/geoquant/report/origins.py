@@ -34,7 +34,7 @@ def sink_map(mass: Sequence[Sequence[float] | None]) -> Markup:
             )
     most = max((max(row), block) for block, row in enumerate(mass) if row)
     label = f"Attention on the sink by block and head: at most {percent(most[0])}, in block {most[1]}"
-    return picture(LEFT + CELL * heads + RIGHT, TOP + CELL * len(mass) + 4, label, *parts, class_="panel")
+    return picture(LEFT + CELL * heads + RIGHT, TOP + CELL * len(mass) + 4, label, *parts, class_="natural")
 
 
 def residual_panel(largest: Sequence[float], typical: Sequence[float], gaussian: float) -> Markup:
@@ -89,4 +89,4 @@ def _lines(
     for x in (min(xs), max(xs)):
         parts.append(tag("text", f"{x:g}", x=at(x, 10**low)[0], y=TOP + h + 14, class_="tick middle"))
     parts.append(tag("text", across, x=LEFT + w / 2, y=height - 3, class_="axis-name middle"))
-    return picture(WIDTH, height, label, *parts, class_="panel")
+    return picture(WIDTH, height, label, *parts, class_="natural")
