@@ -353,10 +353,16 @@ def test_sentences_say_no_more_than_the_numbers():
     told = findings(report)
     assert told[0] == "zero: of 12 blocks 2 functional, 1 sensitive, 0 both, 9 neither."
     assert told[1] == "zero: 1 groups leave no model at all (NaN), the first of them block 11."
-    assert "the advantage of the loss attack with block 0" in told[2]
-    assert "beyond chance after correction" in told[2]
+    assert "the surest fall of a measure of privacy is that of the advantage of the loss attack with block 0" in told[2]
     assert "surely shrinks with 1 of 11 groups, most with block 0" in told[3]
     assert "no relation is sure" in told[4]
+    calm = [row for row in report["rows"] if row["label"] == "neither"]
+    for row in calm:
+        row["p_holm"], row["effect"]["public"]["value"] = 1.0, -0.5 - 0.01 * row["block"]
+    second = findings(report | {"rows": calm})
+    assert second[0] == "zero: of 9 blocks 0 functional, 0 sensitive, 0 both, 9 neither."
+    assert second[1].startswith("zero: public NLL rises with no group; it falls most with block 10, by 0.6 (standard")
+    assert second[2] == "zero: no measure of privacy falls beyond chance, nor nearly so (p = 1 with every group)."
     page = render(
         report
         | {
