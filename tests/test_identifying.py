@@ -17,7 +17,7 @@ from geoquant.data.private import make_records
 from geoquant.data.records import write_records
 from geoquant.data.text import Windows
 from geoquant.errors import UserError
-from geoquant.identifying import identify
+from geoquant.identifying import _verdicts, identify
 from geoquant.measure import builtin_tail
 from geoquant.model.load import load
 from geoquant.outliers.effects import Material, effect, observe, open_baseline
@@ -198,6 +198,36 @@ def test_every_layer_is_judged_by_the_analysis(tiny_model_dir, analysed, tmp_pat
     assert [one["asked"] for one in found["verdicts"]] == [True, True]
     assert "not enough to tell: 0 of 14 groups are functional" in found["verdicts"][1]["sentence"]
     assert any(sentence.startswith("Geometry and noise@1e-09: not enough") for sentence in found["findings"])
+
+
+def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are_not_known_everywhere():
+    """15 of 30 made-up layers are functional and score higher; the other feature is missing at one layer."""
+    rng = np.random.default_rng(0)
+    before = Observed(tuple(3 + 0.1 * rng.standard_normal(8)))
+    names = tuple(Group(f"layer.{i}", (Part(f"layer.{i}"),), i, "layer") for i in range(30))
+    found = {}
+    for i, group in enumerate(names):
+        after = Observed(tuple(np.array(before.windows) + 0.5 * (i % 2) + 1e-3 * rng.standard_normal(8)))
+        found[group.name] = contrast(before, after, group.name, "zero")
+    rows = identified(names, {"zero": found}, 0.5)
+    told = {
+        "scores": [{"name": "known"}, {"name": "missing"}],
+        "sites": [
+            {
+                "name": group.name,
+                "scores": {
+                    "known": {"value": 3.0 * (i % 2) + rng.standard_normal()},
+                    "missing": {"value": None if i == 4 else 1.0 * i},
+                },
+            }
+            for i, group in enumerate(names)
+        ],
+    }
+    (one,) = _verdicts(told, parse_grouping("site"), rows, 0, lambda *_: None)
+    assert "15 of 30 groups are functional, and geometry tells them apart" in one["sentence"]
+    assert "not enough to tell: 0 of 30 groups are sensitive" in one["sentence"]
+    assert one["features"] == ["known"]
+    assert json.loads(json.dumps(one, allow_nan=False))["questions"][0]["found"]["auc"]["linear"] > 0.9
 
 
 @pytest.mark.parametrize(
