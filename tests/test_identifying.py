@@ -17,7 +17,7 @@ from geoquant.data.private import make_records
 from geoquant.data.records import write_records
 from geoquant.data.text import Windows
 from geoquant.errors import UserError
-from geoquant.identifying import identify
+from geoquant.identifying import _verdicts, identify
 from geoquant.measure import builtin_tail
 from geoquant.model.load import load
 from geoquant.outliers.effects import Material, effect, observe, open_baseline
@@ -200,6 +200,36 @@ def test_every_layer_is_judged_by_the_analysis(tiny_model_dir, analysed, tmp_pat
     assert any(sentence.startswith("Geometry and noise@1e-09: not enough") for sentence in found["findings"])
 
 
+def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are_not_known_everywhere():
+    """15 of 30 made-up layers are functional and score higher; the other feature is missing at one layer."""
+    rng = np.random.default_rng(0)
+    before = Observed(tuple(3 + 0.1 * rng.standard_normal(8)))
+    names = tuple(Group(f"layer.{i}", (Part(f"layer.{i}"),), i, "layer") for i in range(30))
+    found = {}
+    for i, group in enumerate(names):
+        after = Observed(tuple(np.array(before.windows) + 0.5 * (i % 2) + 1e-3 * rng.standard_normal(8)))
+        found[group.name] = contrast(before, after, group.name, "zero")
+    rows = identified(names, {"zero": found}, 0.5)
+    told = {
+        "scores": [{"name": "known"}, {"name": "missing"}],
+        "sites": [
+            {
+                "name": group.name,
+                "scores": {
+                    "known": {"value": 3.0 * (i % 2) + rng.standard_normal()},
+                    "missing": {"value": None if i == 4 else 1.0 * i},
+                },
+            }
+            for i, group in enumerate(names)
+        ],
+    }
+    (one,) = _verdicts(told, parse_grouping("site"), rows, 0, lambda *_: None)
+    assert "15 of 30 groups are functional, and geometry tells them apart" in one["sentence"]
+    assert "not enough to tell: 0 of 30 groups are sensitive" in one["sentence"]
+    assert one["features"] == ["known"]
+    assert json.loads(json.dumps(one, allow_nan=False))["questions"][0]["found"]["auc"]["linear"] > 0.9
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -353,10 +383,16 @@ def test_sentences_say_no_more_than_the_numbers():
     told = findings(report)
     assert told[0] == "zero: of 12 blocks 2 functional, 1 sensitive, 0 both, 9 neither."
     assert told[1] == "zero: 1 groups leave no model at all (NaN), the first of them block 11."
-    assert "the advantage of the loss attack with block 0" in told[2]
-    assert "beyond chance after correction" in told[2]
+    assert "the surest fall of a measure of privacy is that of the advantage of the loss attack with block 0" in told[2]
     assert "surely shrinks with 1 of 11 groups, most with block 0" in told[3]
     assert "no relation is sure" in told[4]
+    calm = [row for row in report["rows"] if row["label"] == "neither"]
+    for row in calm:
+        row["p_holm"], row["effect"]["public"]["value"] = 1.0, -0.5 - 0.01 * row["block"]
+    second = findings(report | {"rows": calm})
+    assert second[0] == "zero: of 9 blocks 0 functional, 0 sensitive, 0 both, 9 neither."
+    assert second[1].startswith("zero: public NLL rises with no group; it falls most with block 10, by 0.6 (standard")
+    assert second[2] == "zero: no measure of privacy falls beyond chance, nor nearly so (p = 1 with every group)."
     page = render(
         report
         | {

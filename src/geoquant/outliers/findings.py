@@ -45,16 +45,22 @@ def _counts(do: str, rows: list[dict], groups: str) -> str:
 
 
 def _largest(do: str, rows: list[dict]) -> str:
-    row = max(rows, key=lambda row: _rise(row))
+    row = max(rows, key=_rise)
     if row["effect"]["public"]["value"] is None:
         count = sum(one["effect"]["public"]["value"] is None for one in rows)
         return f"{do}: {count} groups leave no model at all (NaN), the first of them {row['group']}."
-    se = row["effect"]["public"]["se"]
-    spread = "" if se is None else f" +- {se:.2g}"
+    if _rise(row) <= 0:
+        row = min(rows, key=_rise)
+        return f"{do}: public NLL rises with no group; it falls most with {row['group']}, by {_nats(row, -1)} nats."
     return (
-        f"{do}: public NLL rises most with {row['group']}, by {row['effect']['public']['value']:+.3g}{spread} nats; "
-        f"functional begins at {row['threshold']:.3g}."
+        f"{do}: public NLL rises most with {row['group']}, by {_nats(row, 1)} nats; functional begins at "
+        f"{row['threshold']:.3g}."
     )
+
+
+def _nats(row: dict, sign: int) -> str:
+    public = row["effect"]["public"]
+    return f"{sign * public['value']:.3g}" + ("" if public["se"] is None else f" (standard error {public['se']:.2g})")
 
 
 def _rise(row: dict) -> float:
@@ -68,8 +74,13 @@ def _privacy(do: str, rows: list[dict]) -> list[str]:
     if not asked:
         return []
     row = min(asked, key=lambda row: row["p_holm"])
-    surest = f"{do}: the surest fall is that of {_measure(row['by'])} with {row['group']}, p = {row['p_holm']:.2g}"
-    told = [f"{surest}, {'beyond' if row['p_holm'] <= LEVEL else 'not beyond'} chance after correction."]
+    surest = f"that of {_measure(row['by'])} with {row['group']}, p = {row['p_holm']:.2g}"
+    if row["p_holm"] <= LEVEL:
+        told = [f"{do}: the surest fall of a measure of privacy is {surest}."]
+    elif row["p_holm"] < 1:
+        told = [f"{do}: no measure of privacy falls beyond chance; nearest to it comes {surest}."]
+    else:
+        told = [f"{do}: no measure of privacy falls beyond chance, nor nearly so (p = 1 with every group)."]
     gaps = [row for row in rows if row["gap_p_holm"] is not None]
     if not gaps:
         return told
@@ -86,7 +97,7 @@ def _privacy(do: str, rows: list[dict]) -> list[str]:
         shrinks = np.array([-row["effect"]["gap"]["value"] for row in known])
         one = leaderboard({"rise": rises}, shrinks)[0]
         if np.isfinite(one.rho):
-            means = f"damage alone {'may explain part of it' if one.rho > 0 else 'does not explain it'}"
+            means = f"mere damage {'may be part of it' if one.rho > 0 else 'is not what shrinks it'}"
             if one.p >= LEVEL or one.ci[0] <= 0 <= one.ci[1]:
                 means = "no relation is sure"
             told.append(

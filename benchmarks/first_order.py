@@ -1,0 +1,114 @@
+"""Why scores lose sight of fine rounding: the part of each layer's effect that is of first order in its error.
+
+    python benchmarks/first_order.py MODEL ANALYSIS BENCH
+
+The loss on a text changes by `<g, delta> + 1/2 delta^T H delta + ...`, g its gradient and delta the error of rounding.
+A trained model has g = 0 on what it learned, not on a text; the first term has either sign, belongs to the text, and
+falls with the error while the second falls with its square. For every bit width of BENCH (geoquant bench geometry):
+how effects on public text are ordered by <g, delta> on that same text, by <g, delta> on other windows of it, by the
+scores of second order in ANALYSIS; and how these order what is left of the effect when <g, delta> is taken away.
+Spearman's correlations with bootstrap intervals over layers.
+
+Gradients of all layers are in memory at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from geoquant.data.text import read_text, windows
+from geoquant.measure import builtin_ends
+from geoquant.model.load import load
+from geoquant.model.walk import is_transposed, read_weight, site_modules
+from geoquant.outliers.interventions import rounded
+from geoquant.outliers.leaderboard import ceiling, leaderboard
+
+SECOND = ("kronecker_row", "fisher", "dsm", "hop_row_weighted", "hop_row")
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("analysis", type=Path)
+    parser.add_argument("bench", type=Path)
+    parser.add_argument("--text", help="the public text of BENCH, if it was given one")
+    options = parser.parse_args()
+    told = json.loads((options.analysis / "analysis.json").read_text(encoding="utf-8"))
+    found = json.loads((options.bench / "bench.json").read_text(encoding="utf-8"))
+    text = found["texts"]["public"]
+    loaded = load(options.model, dtype=torch.float32)
+    length, count = text["window"], text["windows"]
+    if options.text is None:
+        other, own = builtin_ends(loaded.tokenizer, length, count, count)
+    else:
+        both = windows(loaded.tokenizer, read_text(options.text), length=length, count=2 * count)
+        own, other = (replace(both, tokens=tokens) for tokens in both.tokens.split(count))
+    if own.sha256 != text["sha256"]:
+        raise SystemExit(f"{options.bench} was measured on another text: give it with --text")
+    sites = {site["name"]: site["scores"] for site in told["sites"]}
+    for bits in found["settings"]["bits"]:
+        effects = {line["site"]: line for line in found["effects"] if line["bits"] == bits}
+        changes = {name: error(loaded.model, name, bits) for name in effects}
+        measured = np.array([line["public"]["value"] for line in effects.values()])
+        here, there = (first_order(loaded.model, one.tokens, changes) for one in (own, other))
+        seconds = {name: np.array([sites[site][name]["value"] for site in effects]) for name in SECOND}
+        rest = measured - here
+        parts = np.array([line["changes"] for line in effects.values()]).T
+        print(
+            f"{bits} bits, {len(effects)} layers: effects {np.median(np.abs(measured)):.2g} nats (median size), first "
+            f"order {np.median(np.abs(here)):.2g}, the rest {np.median(np.abs(rest)):.2g}; {np.mean(measured < 0):.0%} "
+            f"of layers gain; a second measurement: {ceiling(parts):.2f}"
+        )
+        board = leaderboard({"<g, delta>, this text": here, "<g, delta>, another": there, **seconds}, measured)
+        left = {row.name: row for row in leaderboard(seconds, rest)}
+        for row in board:
+            after = f", the rest {said(left[row.name])}" if row.name in left else ""
+            print(f"  {row.name}: {said(row)}{after}")
+
+
+def said(row) -> str:
+    """A correlation and its interval."""
+    return f"{row.rho:+.2f} ({row.ci[0]:+.2f} to {row.ci[1]:+.2f})"
+
+
+def error(model, site: str, bits: int) -> Tensor:
+    """What rounding does to a layer's weight, as the benchmark rounds it."""
+    weight = read_weight(site_modules(model)[site])
+    return rounded(weight, bits) - weight
+
+
+def first_order(model, tokens: Int[Tensor, "n length"], changes: dict[str, Tensor]) -> np.ndarray:
+    """`<g, delta>` of each change, in nats a token; g the gradient of the mean loss on the windows."""
+    modules = site_modules(model)
+    weights = [modules[name].weight for name in changes]
+    totals = [torch.zeros(weight.shape) for weight in weights]
+    model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    with torch.enable_grad():
+        for window in tokens:
+            logits = model(window[None], use_cache=False).logits[0, :-1].float()
+            loss = cross_entropy(logits, window[1:], reduction="sum")
+            for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
+                total += gradient.float()
+    scored = tokens.shape[0] * (tokens.shape[1] - 1)
+    model.requires_grad_(False)
+    products = []
+    for name, total in zip(changes, totals, strict=True):
+        own = total.T if is_transposed(modules[name]) else total
+        products.append((own * changes[name]).sum().item() / scored)
+    return np.array(products)
+
+
+if __name__ == "__main__":
+    main()
