@@ -8,8 +8,6 @@ falls with the error while the second falls with its square. For every bit width
 how effects on public text are ordered by <g, delta> on that same text, by <g, delta> on other windows of it, by the
 scores of second order in ANALYSIS; and how these order what is left of the effect when <g, delta> is taken away.
 Spearman's correlations with bootstrap intervals over layers.
-
-Gradients of all layers are in memory at once.
 """
 
 from __future__ import annotations
@@ -21,15 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from geoquant.data.text import read_text, windows
 from geoquant.measure import builtin_ends
 from geoquant.model.load import load
-from geoquant.model.walk import is_transposed, read_weight, site_modules
-from geoquant.outliers.interventions import rounded
+from geoquant.model.walk import walk
+from geoquant.outliers.first_order import first_order
 from geoquant.outliers.leaderboard import ceiling, leaderboard
 
 SECOND = ("kronecker_row", "fisher", "dsm", "hop_row_weighted", "hop_row")
@@ -56,11 +51,12 @@ def main() -> None:
     if own.sha256 != text["sha256"]:
         raise SystemExit(f"{options.bench} was measured on another text: give it with --text")
     sites = {site["name"]: site["scores"] for site in told["sites"]}
-    for bits in found["settings"]["bits"]:
+    blocks, widths = walk(loaded.model, own.tokens[:1, :8]), found["settings"]["bits"]
+    slopes = [first_order(loaded.model, blocks, one.tokens, widths) for one in (own, other)]
+    for bits in widths:
         effects = {line["site"]: line for line in found["effects"] if line["bits"] == bits}
-        changes = {name: error(loaded.model, name, bits) for name in effects}
         measured = np.array([line["public"]["value"] for line in effects.values()])
-        here, there = (first_order(loaded.model, one.tokens, changes) for one in (own, other))
+        here, there = (np.array([one[site, bits] for site in effects]).mean(1) for one in slopes)
         seconds = {name: np.array([sites[site][name]["value"] for site in effects]) for name in SECOND}
         rest = measured - here
         parts = np.array([line["changes"] for line in effects.values()]).T
@@ -79,35 +75,6 @@ def main() -> None:
 def said(row) -> str:
     """A correlation and its interval."""
     return f"{row.rho:+.2f} ({row.ci[0]:+.2f} to {row.ci[1]:+.2f})"
-
-
-def error(model, site: str, bits: int) -> Tensor:
-    """What rounding does to a layer's weight, as the benchmark rounds it."""
-    weight = read_weight(site_modules(model)[site])
-    return rounded(weight, bits) - weight
-
-
-def first_order(model, tokens: Int[Tensor, "n length"], changes: dict[str, Tensor]) -> np.ndarray:
-    """`<g, delta>` of each change, in nats a token; g the gradient of the mean loss on the windows."""
-    modules = site_modules(model)
-    weights = [modules[name].weight for name in changes]
-    totals = [torch.zeros(weight.shape) for weight in weights]
-    model.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    with torch.enable_grad():
-        for window in tokens:
-            logits = model(window[None], use_cache=False).logits[0, :-1].float()
-            loss = cross_entropy(logits, window[1:], reduction="sum")
-            for total, gradient in zip(totals, torch.autograd.grad(loss, weights), strict=True):
-                total += gradient.float()
-    scored = tokens.shape[0] * (tokens.shape[1] - 1)
-    model.requires_grad_(False)
-    products = []
-    for name, total in zip(changes, totals, strict=True):
-        own = total.T if is_transposed(modules[name]) else total
-        products.append((own * changes[name]).sum().item() / scored)
-    return np.array(products)
 
 
 if __name__ == "__main__":

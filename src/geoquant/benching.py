@@ -12,6 +12,7 @@ beside what anybody would guess first (depth, size, the length of the error).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from geoquant.data.records import Record, as_records, check_split
+from geoquant.data.text import Windows
 from geoquant.errors import UserError
 from geoquant.examine import check_context
 from geoquant.folders import begin, claim
@@ -28,8 +30,11 @@ from geoquant.lines import each_once
 from geoquant.manifest import versions
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load, locate
-from geoquant.model.walk import read_weight, site_modules, within
+from geoquant.model.paging import map_weights
+from geoquant.model.walk import read_weight, site_modules, walk, within
+from geoquant.observe.compute import compute_dtype
 from geoquant.outliers.effects import Baseline, Material, effect, open_baseline
+from geoquant.outliers.first_order import first_order
 from geoquant.outliers.interventions import Intervention, Part
 from geoquant.outliers.leaderboard import FEWEST, ceiling, leaderboard
 from geoquant.outliers.references import MEASURES as GEOMETRY
@@ -118,6 +123,10 @@ def bench(
     with clock("effects"):
         material = Material(public, members=sides[0], nonmembers=sides[1], reference=reference)
         found = _effects(folder, loaded, material, [site["name"] for site in told["sites"]], bits, progress)
+    with clock("first order"):
+        slopes = _first_order(loaded, public, bits, progress)
+    for (site, one), line in found.items():
+        line["first_order"] = slopes.get((site, one))
     with clock("geometry"):
         references = _references(told, loaded, bits, seed, progress)
     predictors = _predictors(told, loaded)
@@ -168,7 +177,7 @@ def _effects(
         folder / "effects.jsonl",
         [(site, one) for one in bits for site in sites],
         lambda line: (line["site"], line["bits"]),
-        {"site", "bits", *MEASURES, "changes"},
+        {"site", "bits", "public", "domain", "gap", "changes"},
         begin,
         progress,
         "effects",
@@ -184,6 +193,14 @@ def _measured(baseline: Baseline, site: str, bits: int) -> dict:
         "bits": bits,
         **{name: value for name, value in told.items() if name not in ("part", "tasks")},
     }
+
+
+def _first_order(loaded: Loaded, public: Windows, bits: Sequence[int], progress: Progress) -> dict:
+    """The part of every effect on public text that is of first order in the error, window by window."""
+    pages = map_weights(loaded.model)
+    blocks = walk(loaded.model, public.tokens[:1, :8], pages)
+    compute = compute_dtype("float32", loaded.model.device)
+    return first_order(loaded.model, blocks, public.tokens, bits, compute=compute, pages=pages, progress=progress)
 
 
 # ---- predictors and boards
@@ -229,8 +246,19 @@ def _value(measured: dict | None, sign: float = 1.0) -> float | None:
     return None if measured is None or measured["value"] is None else sign * measured["value"]
 
 
+def _rest(one: dict) -> tuple[list[float] | None, float | None]:
+    """The effect on public text without its first order: window by window, and their mean."""
+    slopes, changes = one.get("first_order"), one["changes"]
+    if slopes is None:
+        return None, None
+    rest = [math.nan if change is None else change - slope for change, slope in zip(changes, slopes, strict=True)]
+    value = float(np.mean(rest))
+    return rest, value if math.isfinite(value) else None
+
+
 MEASURES = {
     "public": ("rise of the loss on public text", lambda one: one["public"]["value"]),
+    "rest": ("rise of the loss on public text beyond its first order in the error", lambda one: _rest(one)[1]),
     "domain": ("rise of the loss on unseen records", lambda one: _value(one["domain"])),
     "gap": ("fall of the gap between members and others", lambda one: _value(one["gap"], -1.0)),
 }
@@ -242,7 +270,7 @@ def _boards(predictors: dict, found: dict, told: dict, bits: int, seed: int) -> 
     for measure, (title, read) in MEASURES.items():
         values = [read(found[site, bits]) for site in sites]
         effect_ = np.array([np.nan if value is None else value for value in values], float)
-        if measure == "public" and np.isfinite(effect_).any():
+        if measure in ("public", "rest") and np.isfinite(effect_).any():
             effect_[np.isnan(effect_)] = np.nanmax(effect_) + 1  # the model was lost: nothing is worse
         known = {
             name: score
@@ -254,8 +282,10 @@ def _boards(predictors: dict, found: dict, told: dict, bits: int, seed: int) -> 
         places = {"blocks": [site["block"] for site in told["sites"]], "kinds": [within(name) for name in sites]}
         rows = leaderboard(known, effect_, **places, seed=seed)
         most = None
-        if measure == "public":
-            parts = np.array([found[site, bits]["changes"] for site in sites], float).T  # a lost model's are NaN
+        if measure in ("public", "rest"):
+            lines = [found[site, bits] for site in sites]
+            own = [one["changes"] if measure == "public" else _rest(one)[0] for one in lines]
+            parts = np.array(own, float).T  # a lost model's are NaN
             most = ceiling(parts, seed=seed) if len(parts) > 1 and np.isfinite(parts).all() else None
         rows = [asdict(row) for row in rows]
         boards.append({"bits": bits, "measure": measure, "title": title, "ceiling": most, "rows": rows})
