@@ -139,7 +139,7 @@ def bench(
         "geometry": GEOMETRY,
         "references": references,
         "effects": list(found.values()),
-        "findings": [sentence(board) for board in boards] + stacked,
+        "findings": [sentence(board) for board in boards] + stacked + _same_text(told, public, text),
         "versions": versions(),
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -159,6 +159,13 @@ def _drop_stacked(told: dict, loaded: Loaded) -> list[str]:
     left = len(told["sites"]) - len(kept)
     told["sites"] = kept
     return [f"{left} experts' matrices, which one parameter holds together, were not rounded."] if left else []
+
+
+def _same_text(told: dict, public: Windows, text: str | Path | None) -> list[str]:
+    """A sentence where harm is measured on what scores were made from; of the built-in text it is another end."""
+    if text is None or told["texts"]["public"]["source"] != public.source:
+        return []
+    return ["The analysis read this very text from its start, too: scores have seen what they are judged on."]
 
 
 # ---- effects

@@ -7,7 +7,7 @@ the sums of each part of a text are kept, and the score is taken again without e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -137,9 +137,4 @@ def left_out(parts: Sequence[Statistics]) -> Iterator[Statistics]:
     """
     for index in range(len(parts)):
         others = [*parts[:index], *parts[index + 1 :]]
-        yield total(others) if others else _nothing(parts[0])
-
-
-def _nothing(like: Statistics) -> Statistics:
-    zeros = {name: torch.zeros_like(value) for name, value in vars(like).items() if isinstance(value, Tensor)}
-    return replace(like, tokens=0.0, **zeros)
+        yield total(others) if others else nothing_of(parts[0])
