@@ -103,7 +103,7 @@ def test_metric_noise_has_the_inverse_metric_as_covariance():
 
 
 def test_metric_noise_then_babai_is_babai_with_noise_in_its_centres():
-    """With A^-1 = U^T U, nearest plane on w + sigma xi U is nearest plane whose centres get sigma xi_j U_jj. The mechanism's factor of the metric may therefore be any: the noise has the same law."""
+    """With A^-1 = U^T U, nearest plane on w + sigma xi U is nearest plane whose centres get sigma xi_j U_jj."""
     columns = 12
     x = torch.randn(100, columns, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     metric, order = x.T @ x / 100, torch.arange(columns)

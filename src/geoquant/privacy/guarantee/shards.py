@@ -16,11 +16,12 @@ neighbours' sums are within `2 C / step + 1.5 sqrt(d)` steps. Norms are sums in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from geoquant.errors import UserError
 from geoquant.privacy.guarantee.adjacency import OneRecord
@@ -30,7 +31,7 @@ from geoquant.privacy.guarantee.scope import Scope
 from geoquant.privacy.guarantee.statement import GaussianNoise, Guarantee
 from geoquant.privacy.guarantee.weight_ball import Release, as_float64, check_names, finished, no_seed
 
-__all__ = ["LowRank", "aggregate"]
+__all__ = ["LowRank", "aggregate", "noisy_mean"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,19 +101,28 @@ def aggregate(
     for origin in origins.values():
         origin.claim()
     factors = [clip_factor(shard, names, adjacency.clip) for shard in shards]
-    whole = adjacency.shards * sigma  # the noise of the sum
     tensors, added = {}, np.zeros(len(shards))
     for name in names:
-        total = drawn(tuple(shapes[name].shape))
-        for index, shard in enumerate(shards):
-            clipped = factors[index] * values_of(shard[name])
-            added[index] += float(np.square(clipped).sum())
-            total += on_lattice(clipped, whole)
-        mean = released(total, whole) / adjacency.shards
+        clipped = (by * values_of(shard[name]) for by, shard in zip(factors, shards))
+        mean, squares = noisy_mean(clipped, len(shards), sigma)
+        added += squares
         tensors[name] = Released(finished(base[name].values, mean), guarantee)
     if (added > (adjacency.clip * (1 + off + 1e-9)) ** 2).any():
         raise RuntimeError("a shard's change was not the same when it was read again")  # nothing was given away
     return Release(tensors, guarantee)
+
+
+def noisy_mean(
+    clipped: Iterable[Float[np.ndarray, ...]], k: int, sigma: float
+) -> tuple[Float[np.ndarray, ...], Float[np.ndarray, " k"]]:
+    """The mean of k changes of one tensor, with noise, and the squared norm of each. The sum is one of integers."""
+    whole = k * sigma  # the noise of the sum
+    total, squares = None, []
+    for change in clipped:
+        total = drawn(change.shape) if total is None else total
+        total += on_lattice(change, whole)
+        squares.append(float(np.square(change).sum()))
+    return released(total, whole) / k, np.array(squares)
 
 
 def clip_factor(shard: Mapping[str, Change], names: Sequence[str], clip: float) -> float:
