@@ -22,6 +22,7 @@ from geoquant.privacy.guarantee import noise
 from geoquant.privacy.guarantee.adjacency import OneRecord, WeightBall, euclidean, in_metric, in_steps
 from geoquant.privacy.guarantee.gaussian import gaussian_epsilon
 from geoquant.privacy.guarantee.noise import drawn, on_lattice, released
+from geoquant.privacy.guarantee.pairs import weight_pairs
 from geoquant.privacy.guarantee.provenance import Public, private
 from geoquant.privacy.guarantee.shards import noisy_mean
 from geoquant.privacy.guarantee.weight_ball import release
@@ -50,29 +51,10 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return np.rint(x / STEP) * STEP
 
 
-# Weights of which the last is an outlier; of the others the first lies just below a boundary between two codes.
-X = np.array([0.49, 0.3, -0.6, 7.0])
-
-
-def moved(**by: float) -> np.ndarray:
-    x = X.copy()
-    for name, amount in by.items():
-        x[int(name[1:])] += amount
-    return x
-
-
-def along(direction: list[float]):
-    return lambda out: out[:, :4] @ np.array(direction)
-
-
-PAIRS = [
-    Pair("a step apart", X, moved(w1=1.0), 1.0, along([0, 1, 0, 0])),
-    Pair("a step apart in all directions", X, X + 0.5, 1.0, along([1, 1, 1, 1])),
-    Pair("across a boundary", X, moved(w0=0.02), 0.02, along([1, 0, 0, 0])),
-    Pair("outlier moved", X, moved(w3=0.02), 0.02, along([0, 0, 0, 1])),
-    Pair("outlier moved by a step", X, moved(w3=1.0), 1.0, along([0, 0, 0, 1])),
-    Pair("order turned around", X, moved(w1=0.31), 0.31, along([0, 1, 1, 0])),
-]
+X = np.array([0.1, 0.3, -0.6, 7.0])  # the last is an outlier
+PAIRS = weight_pairs(X, STEP)
+BESIDE = weight_pairs(X, STEP, further=1)  # of mechanisms that release a number beside the weights
+X = PAIRS[0].one
 
 
 def audit(run, pairs=PAIRS, runs=RUNS, **settings):
@@ -272,7 +254,7 @@ def rounded_first(x, n):
 
 def private_subset(x, n):
     """Noise only where the private weights are large."""
-    return np.where(np.abs(x) >= 0.5, noised(x, n), x)
+    return np.where(np.abs(x) >= 5.0, noised(x, n), x)
 
 
 def reused_seed(x, n):
@@ -290,19 +272,17 @@ def deterministic_rounding(x, n):
     return np.broadcast_to(rounded(x), (n, len(x)))
 
 
-SCALE = Pair("step seen", X, moved(w3=0.02), 0.02, lambda out: out[:, -1])
-ORDER = Pair("order seen", X, moved(w1=0.31), 0.31, lambda out: out[:, -1])
 # out_1 + 2 out_0 is w_1 + 2 w_0 with fresh noise: w_0 was released twice.
-COMPENSATED = Pair("both read", X, moved(w0=1.0), 1.0, lambda out: out[:, 0] + 2 * (out[:, 1] + 2 * out[:, 0]))
+COMPENSATED = Pair("both read", X, X + np.eye(4)[0], 1.0, lambda out: out[:, 0] + 2 * (out[:, 1] + 2 * out[:, 0]))
 
 BROKEN = {
-    private_scales: ([*PAIRS, SCALE], {"step seen"}),
-    private_order: ([*PAIRS, ORDER], {"order seen"}),
-    unnoised_kept: (PAIRS, {"outlier moved", "outlier moved by a step"}),
+    private_scales: (BESIDE, {"outlier moved a little, seen beside", "outlier moved by a step, seen beside"}),
+    private_order: (BESIDE, {"order turned around, seen beside"}),
+    unnoised_kept: (PAIRS, {"outlier moved a little", "outlier moved by a step"}),
     private_compensation: ([*PAIRS, COMPENSATED], {"both read"}),
     rounded_first: (PAIRS, {"across a boundary"}),
     private_subset: (PAIRS, {"a step apart", "across a boundary", "order turned around"}),
-    reused_seed: (PAIRS, {"a step apart", "across a boundary", "outlier moved"}),
+    reused_seed: (PAIRS, {"a step apart", "across a boundary", "outlier moved a little"}),
     stochastic_rounding: (PAIRS, {"a step apart", "outlier moved by a step"}),
     deterministic_rounding: (PAIRS, {"a step apart", "across a boundary"}),
 }
@@ -322,9 +302,21 @@ def test_halved_noise_is_caught():
 
 def test_pairs_a_step_apart_alone_would_miss_half_of_them():
     """Why audits need pairs that are near, on two sides of a boundary, and that move an outlier."""
-    far = [pair for pair in PAIRS if pair.name.startswith("a step apart")]
-    assert not caught(unnoised_kept, far)
-    assert not caught(private_order, far)
+    far = [pair for pair in BESIDE if pair.name.startswith("a step apart")]
+    assert not caught(lambda x, n: np.column_stack([unnoised_kept(x, n), np.zeros(n)]), far)
+    assert not caught(lambda x, n: np.column_stack([rounded_first(x, n), np.zeros(n)]), far)
+
+
+def test_pairs_are_as_far_apart_as_they_say_and_refuse_too_few_weights():
+    for pair in BESIDE:
+        assert np.linalg.norm(pair.other - pair.one) == pytest.approx(pair.distance)
+    by_name = {pair.name: pair for pair in PAIRS}
+    across = by_name["across a boundary"]
+    assert (np.rint(across.one) != np.rint(across.other)).sum() == 1
+    turned = by_name["order turned around"]
+    assert np.argmin(np.abs(turned.one)) != np.argmin(np.abs(turned.other))
+    with pytest.raises(ValueError, match="needs four weights"):
+        weight_pairs(X[:3], STEP)
 
 
 def shards_with(factor: float):

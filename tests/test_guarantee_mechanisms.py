@@ -285,8 +285,43 @@ def test_a_product_is_clipped_as_a_product(without_noise):
     assert float(found[0].norm()) > 0.1
 
 
+def test_a_shared_public_factor_confines_the_noise_to_its_space(without_noise):
+    """Shards that trained only B: the same clipped mean, whether A is known to be shared or not."""
+    k, clip, right = 4, 0.5, tensors(9, a=(3, 10))["a"]
+    factors = [private(tensors(s, b=(12, 3)), f"shard {s}")["b"] for s in range(k)]
+    shared = Public(right, "drawn before training")
+    found = [
+        aggregate(own, public({"a": BASE["a"]}), OneRecord(k, clip), **PAIR)
+        for own in (
+            [{"a": LowRank(raw_again(b), shared, 30.0)} for b in factors],
+            [{"a": LowRank(raw_again(b), Public(right, "the same"), 30.0)} for b in factors],
+        )
+    ]
+    one, other = (out.tensors["a"].values for out in found)
+    assert torch.allclose(one, other, atol=1e-6)
+    assert float(one.norm()) > 0.1
+    assert [out.guarantee.mechanism.slack.dimensions for out in found] == [12 * 3, 12 * 10]
+    assert "space of a public right factor" in found[0].guarantee.sentence
+    assert "space of a public right factor" not in found[1].guarantee.sentence
+
+
+def raw_again(held):
+    return private({"b": raw(held)}, held.origin.name)["b"]
+
+
+def test_noise_in_a_shared_space_has_the_stated_size_and_stays_there():
+    k, rank, rows, columns = 2, 4, 5000, 30
+    shared = Public(tensors(1, a=(rank, columns))["a"], "drawn before training")
+    zero = [{"a": LowRank(private({"b": torch.zeros(rows, rank)}, f"{s}")["b"], shared)} for s in range(k)]
+    found = aggregate(zero, public({"a": torch.zeros(rows, columns)}), OneRecord(k, 1.0), **PAIR)
+    noise = found.tensors["a"].values.double() / found.guarantee.mechanism.sigma
+    basis = torch.linalg.qr(shared.values.double().T).Q
+    assert kstest((noise @ basis).numpy().ravel(), "norm").pvalue > 1e-5
+    assert (noise - noise @ basis @ basis.T).abs().max() < 1e-5
+
+
 def test_shards_are_read_as_they_are_needed():
-    """A mapping that loads its tensors; each is asked for three times at most: shape, norm, sum."""
+    """A mapping that loads its tensors; each is asked for four times at most: shape, space, norm, sum."""
 
     class Lazy(Mapping):
         def __init__(self, held):
@@ -304,7 +339,7 @@ def test_shards_are_read_as_they_are_needed():
 
     own = [Lazy(shard) for shard in changes(3, 1.0)]
     aggregate(own, public(BASE), OneRecord(3, 1.0), **PAIR)
-    assert max(shard.reads for shard in own) <= 3 * 2
+    assert max(shard.reads for shard in own) <= 4 * 2
 
 
 def test_shards_that_do_not_fit_are_refused():

@@ -39,16 +39,17 @@ def test_the_sentence_says_all_of_it_and_what_it_does_not_cover():
     said = guarantee().sentence
     for part in (
         "(4, 1e-05)", "any two weight vectors within 0.5", "L2 distance in units of the weights", "over all covered",
-        "Gaussian noise of standard deviation", SOURCE, "no seed kept", "sensitivity 0.5", "-GDP", "2 tensors: a, b",
-        "the other 1 are the public base SmolLM2-135M, bit for bit (c)", "about weights, not about people",
-        "Does not cover", "Other releases", "Settings chosen by looking at private data",
+        "Gaussian noise of standard deviation", SOURCE, "no seed kept", "sensitivity 0.5", "-GDP",
+        "2 of 3 tensors: a, b", "the rest is bit for bit of the public base SmolLM2-135M: c",
+        "about weights, not about people",
+        "Does not cover", "Other releases", "settings chosen by looking at private data",
     ):  # fmt: skip
         assert part in said, part
     assert not any(word in said for word in ("anonym", "complian", "GDPR"))
     record = guarantee(adjacency=OneRecord(10, 2.5), mechanism=gaussian(0.5)).sentence
     assert "one record replaced, added or removed, which lies in one of 10 disjoint shards" in record
     assert "clipped to L2 norm 2.5" in record
-    assert "A person with several records is not covered" in record
+    assert "A person with several records" in record
     assert "about weights, not" not in record
 
 
@@ -198,7 +199,7 @@ def test_a_trainers_guarantee_is_inherited_word_for_word(tmp_path):
     said = found.guarantee.sentence
     for part in (
         CLAIM["adjacency"], "DP-SGD, as claimed by the hospital's training group", "GeoQuant did not check",
-        "1 tensors: a", "the other 1 are",
+        "1 of 2 tensors: a", "the rest is bit for bit of",
     ):  # fmt: skip
         assert part in said, part
     with pytest.raises(UserError, match="does not give this guarantee"):

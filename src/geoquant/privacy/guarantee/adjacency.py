@@ -95,8 +95,8 @@ class WeightBall:
         )
 
     not_covered = (
-        "This is a statement about weights, not about people: how far one record moves the weights is not bounded by "
-        "it, and weight vectors further apart may be told apart."
+        "How far one record moves the weights (this is a statement about weights, not about people), and weight "
+        "vectors that are further apart."
     )
 
 
@@ -129,8 +129,8 @@ class OneRecord:
         )
 
     not_covered = (
-        "It assumes that shards are disjoint, that which shard a record goes to does not depend on other records, and "
-        "that nothing else of the training looked at more than one shard. A person with several records is not covered."
+        "A person with several records; shards that overlap, records that go to a shard because of other records, and "
+        "whatever of the training looked at more than one shard."
     )
 
 

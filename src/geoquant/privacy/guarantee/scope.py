@@ -53,9 +53,9 @@ class Scope:
 
     @property
     def words(self) -> str:
-        parts = [f"{len(self.covered)} tensors: {_named(self.covered)}"]
+        parts = [f"{len(self.covered)} of {len(self.covered) + len(self.public)} tensors: {_named(self.covered)}"]
         if self.public:
-            parts.append(f"the other {len(self.public)} are {self.base}, bit for bit ({_named(self.public)})")
+            parts.append(f"the rest is bit for bit of {self.base}: {_named(self.public)}")
         return "; ".join(parts)
 
 

@@ -6,7 +6,9 @@ does to its shard's training, it moves the mean of k changes by at most 2 C / k.
 
 A change of low rank, `scale B A`, is clipped as the product it stands for, not by its factors: `(B T)(T^-1 A)` is the
 same change with factors of any norm, the mean of products is not the product of means, and a bound on both factors
-bounds the product only by their product. Its norm is that of the product as it is computed.
+bounds the product only by their product. Its norm is that of the product as it is computed. Where every shard trained
+only B against one public A (the same `Public` object), changes lie in a public space of `rank` dimensions per row, and
+noise goes there and nowhere else: sqrt(in / rank) times less of it.
 
 Clipped changes are rounded to the lattice shard by shard and summed as integers, so the sum is exact. With d weights,
 neighbours' sums are within `2 C / step + 1.5 sqrt(d)` steps. Norms are sums in floats, off by a factor of at most
@@ -50,9 +52,6 @@ class LowRank:
     def shape(self) -> torch.Size:
         return torch.Size((self.b.shape[0], (self.a.values if isinstance(self.a, Public) else self.a).shape[1]))
 
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
 
 Change = Private | LowRank
 
@@ -69,7 +68,7 @@ def aggregate(
     """The base plus the noisy mean of the shards' clipped changes, as float32, and the guarantee.
 
     shards: of each, its change from the base by tensor name, the same names for all. Tensors not named stay the base's.
-    A mapping may load its tensors as they are asked for: each is read twice, once for the norm.
+    A mapping may load its tensors as they are asked for: none is held on to, and each is asked for a few times.
 
     Raises UserError where no guarantee can be given, TypeError for changes or a base without provenance.
     """
@@ -78,7 +77,7 @@ def aggregate(
         raise UserError("not as many shards as stated", got=len(shards), wanted=adjacency.shards)
     names = tuple(shards[0])
     origins: dict[int, Origin] = {}
-    shapes = {}
+    shapes: dict[str, torch.Size] = {}
     for index, shard in enumerate(shards):
         if tuple(sorted(shard)) != tuple(sorted(names)):
             raise UserError(f"shard {index} changes other tensors than shard 0")
@@ -86,26 +85,34 @@ def aggregate(
             change = shard[name]
             if not isinstance(change, Private | LowRank):
                 raise TypeError(f"the change of {name} in shard {index} must be Private, got {type(change).__name__}")
-            if shapes.setdefault(name, change) is not change and change.shape != shapes[name].shape:
+            if shapes.setdefault(name, change.shape) != change.shape:
                 raise UserError(f"{name} has another shape in shard {index}")
             for part in parts(change):
                 origins[id(part.origin)] = part.origin
     check_names(shapes, base)
-    dimensions = sum(change.numel() for change in shapes.values())
+    spaces = {name: shared_space(shards, name) for name in names}
+    dimensions = sum(
+        math.prod(shapes[name]) if space is None else shapes[name][0] * len(space.basis)
+        for name, space in spaces.items()
+    )
     off = (dimensions + 8) * 2.0**-53
     sensitivity = adjacency.sensitivity * (1 + 2 * off + 1e-9)
     sigma, slack = sigma_for(epsilon, delta, sensitivity, dimensions)
     of = f"the mean of {adjacency.shards} clipped changes from the public base"
+    if shared := sum(space is not None for space in spaces.values()):
+        of += f" (of {shared} matrices in the space of a public right factor, which no change leaves)"
     scope = Scope(names, tuple(name for name in base if name not in shapes))
     guarantee = Guarantee(epsilon, delta, adjacency, GaussianNoise(sigma, sensitivity, slack, of), scope)
     for origin in origins.values():
         origin.claim()
-    factors = [clip_factor(shard, names, adjacency.clip) for shard in shards]
+    factors = [clip_factor(shard, spaces, adjacency.clip) for shard in shards]
     tensors, added = {}, np.zeros(len(shards))
     for name in names:
-        clipped = (by * values_of(shard[name]) for by, shard in zip(factors, shards))
+        space = spaces[name]
+        clipped = (by * values_of(shard[name], space) for by, shard in zip(factors, shards))
         mean, squares = noisy_mean(clipped, len(shards), sigma)
         added += squares
+        mean = mean if space is None else mean @ space.basis
         tensors[name] = Released(finished(base[name].values, mean), guarantee)
     if (added > (adjacency.clip * (1 + off + 1e-9)) ** 2).any():
         raise RuntimeError("a shard's change was not the same when it was read again")  # nothing was given away
@@ -125,17 +132,39 @@ def noisy_mean(
     return released(total, whole) / k, np.array(squares)
 
 
-def clip_factor(shard: Mapping[str, Change], names: Sequence[str], clip: float) -> float:
+@dataclass(frozen=True, eq=False)
+class Space:
+    """A public right factor `A = L Q`, rows of Q orthonormal: `||B A|| = ||B L||`, with fewer entries in B L."""
+
+    left: Float[np.ndarray, "rank rank"]
+    basis: Float[np.ndarray, "rank in"]
+
+
+def shared_space(shards: Sequence[Mapping[str, Change]], name: str) -> Space | None:
+    """The space that all changes of a matrix lie in, where every shard trained against one public factor."""
+    first = shards[0][name]
+    if not isinstance(first, LowRank) or not isinstance(first.a, Public):
+        return None
+    if not all(isinstance(shard[name], LowRank) and shard[name].a is first.a for shard in shards):
+        return None
+    basis, left = np.linalg.qr(as_float64(first.a.values).T)
+    return Space(left.T, basis.T)
+
+
+def clip_factor(shard: Mapping[str, Change], spaces: Mapping[str, Space | None], clip: float) -> float:
     """`min(1, C / norm)` over all tensors of a shard."""
-    norm = math.sqrt(sum(float(np.square(values_of(shard[name])).sum()) for name in names))
+    norm = math.sqrt(sum(float(np.square(values_of(shard[name], space)).sum()) for name, space in spaces.items()))
     if not math.isfinite(norm):
         raise UserError("a shard's change holds NaN or infinity", fix="train it again, or let it be zero")
     return 1.0 if norm <= clip else clip / norm
 
 
-def values_of(change: Change) -> np.ndarray:
+def values_of(change: Change, space: Space | None) -> Float[np.ndarray, "out in"]:
+    """What is clipped and released of one change: its weights, or its coordinates in the shared space."""
     if isinstance(change, Private):
         return as_float64(open_for_mechanism(change))
+    if space is not None:
+        return change.scale * (as_float64(open_for_mechanism(change.b)) @ space.left)
     right = change.a.values if isinstance(change.a, Public) else open_for_mechanism(change.a)
     return change.scale * (as_float64(open_for_mechanism(change.b)) @ as_float64(right))
 

@@ -171,8 +171,8 @@ class Guarantee:
     @property
     def not_covered(self) -> str:
         return (
-            f"{self.adjacency.not_covered} Other releases from the same private data add to this one. Settings chosen "
-            "by looking at private data, and other files shipped with the model, are outside."
+            f"{self.adjacency.not_covered} Other releases from the same private data (they add to this one), settings "
+            "chosen by looking at private data, and other files shipped with the model."
         )
 
     def to_dict(self) -> dict[str, str | float]:

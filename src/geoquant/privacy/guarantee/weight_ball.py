@@ -67,7 +67,7 @@ def release(
     """
     no_seed(seed)
     origin = one_origin(weights)
-    check_names(weights, base, adjacency.norm)
+    check_names({name: held.shape for name, held in weights.items()}, base, adjacency.norm)
     scope = Scope(tuple(weights), tuple(name for name in base if name not in weights))
     dimensions = sum(held.numel() for held in weights.values())
     error = product_error(weights, adjacency.norm)
@@ -177,28 +177,23 @@ def one_origin(weights: Mapping[str, Private]):
     return next(iter(origins.values()))
 
 
-def check_names(weights: Mapping[str, object], base: Mapping[str, Public], norm: Norm | None = None) -> None:
+def check_names(shapes: Mapping[str, torch.Size], base: Mapping[str, Public], norm: Norm | None = None) -> None:
     """Every released tensor starts at a public one of its shape, and the norm's shapes fit."""
     for name, value in base.items():
         if not isinstance(value, Public):
             raise TypeError(f"the base's {name} must be Public, got {type(value).__name__}")
-    for name, held in weights.items():
+    for name, shape in shapes.items():
         if name not in base:
             raise UserError(
                 f"the public base has no tensor {name!r}",
                 fix="add one of zeros, as Public(values, source), if the architecture is public",
             )
-        if tuple(base[name].values.shape) != tuple(held.shape):
-            raise UserError(
-                f"{name} has another shape in the base", got=tuple(held.shape), wanted=tuple(base[name].values.shape)
-            )
+        if (wanted := tuple(base[name].values.shape)) != tuple(shape):
+            raise UserError(f"{name} has another shape in the base", got=tuple(shape), wanted=wanted)
     for name in norm.factors if norm else ():
-        if name in weights:
-            columns = weights[name].shape[-1]
-            factor = norm.factors[name].values
-            if len(weights[name].shape) != 2 or tuple(factor.shape) != (columns, columns):
-                raise UserError(
-                    f"the factor of {name} does not fit", got=tuple(factor.shape), wanted=(columns, columns)
-                )
+        if name in shapes:
+            factor, wanted = norm.factors[name].values, (shapes[name][-1],) * 2
+            if len(shapes[name]) != 2 or tuple(factor.shape) != wanted:
+                raise UserError(f"the factor of {name} does not fit", got=tuple(factor.shape), wanted=wanted)
             if not (torch.triu(factor).equal(factor) and bool((factor.diagonal() > 0).all())):
                 raise UserError(f"the factor of {name} must be upper triangular with a positive diagonal")
