@@ -1,7 +1,7 @@
 """Neighbours for auditing a release of weights: pairs that show what such mechanisms commonly get wrong.
 
 Far pairs measure noise that is too small. What is given away outright only shows where it decides: rounding before
-noise at a boundary between two codes, a weight that is kept beside the codes when that weight moves, a scale or an order
+noise at a boundary between two codes, a weight kept beside the codes when that weight moves, a scale or an order
 taken from private weights when it changes. So of one vector of weights six pairs are made, most of them very near.
 """
 
