@@ -102,6 +102,14 @@ def test_a_tie_of_the_first_bits_is_settled_by_further_ones():
     assert noise._below(first, threshold, lambda count: next(further)).tolist() == [True, False]
 
 
+def test_signs_mirror_the_floor():
+    """floor(-y) is -1 - floor(y): zero is no more likely than its neighbours, though both signs reach its cell."""
+    places = np.array([0, 0, 5, 5], np.uint64)
+    words = places | np.array([0, 1, 0, 1], np.uint64) << np.uint64(24)  # the uniform is zero: all are kept
+    answers = iter([np.zeros(4, np.uint32).tobytes(), words.tobytes()])
+    assert noise._drawn(4, lambda count: next(answers)).tolist() == [0, -1, 5, -6]
+
+
 def test_acceptance_is_the_density_of_its_place_as_closely_as_stated():
     """The error of exp and of its argument, against 60 digits: below 2^-50, which is what the slack pays for."""
     rng = np.random.default_rng(1)

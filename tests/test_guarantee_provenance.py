@@ -118,6 +118,37 @@ def test_the_whole_way_of_public_and_released_values(weight, metric):
     assert kept.guarantee is out.guarantee
 
 
+def test_what_audits_catch_is_refused_by_construction(held, metric):
+    """The broken mechanisms of test_guarantee_audit, written down as somebody would who uses this library."""
+    base = {"w": Public(torch.zeros(ROWS, COLUMNS), "the base")}
+    other = private({"w": torch.ones(ROWS, COLUMNS)}, "m")
+    out = release(other, base, WeightBall(0.1, euclidean()), epsilon=8, delta=1e-5).tensors["w"]
+    columns = torch.tensor([0, 5])
+    broken = {
+        "private scales": lambda: derive(lambda w: w.abs().amax(1) / 7, held),
+        "private order": lambda: derive(torch.argsort, held),
+        "kept columns without noise": lambda: derive(lambda q, w: q.index_copy(1, columns, w[:, columns]), out, held),
+        "compensation from private weights": lambda: derive(lambda q, w, h: q + (w - q) @ h, out, held, metric),
+        "noise on a private subset": lambda: derive(lambda q, w: torch.where(w.abs() > 0.1, q, w), out, held),
+        "stochastic rounding": lambda: derive(lambda w: torch.floor(w + torch.rand(ROWS, COLUMNS)), held),
+        "metric from private activations": lambda: derive(lambda h, w: h @ w.T @ w, metric, held),
+    }
+    for name, attempt in broken.items():
+        with pytest.raises(TypeError, match="is private"):
+            pytest.fail(f"{name}: {attempt()}")
+
+
+def test_kept_columns_of_a_release_are_noised(weight, metric):
+    """DQC on released weights keeps released columns: none of them is the private one."""
+    base, held = {"w": Public(weight, "the base")}, private({"w": weight}, "m")
+    out = release(held, base, WeightBall(1.0, euclidean()), epsilon=4, delta=1e-5)
+    problem = derive(Problem, weight=out.tensors["w"], hessian=metric, grid=Grid(8, 8), keep=0.2, damping=0.01)
+    solved = derive(METHODS["dqc"], problem).values
+    apart = solved.kept_weight.float() - weight[:, solved.kept_index]
+    assert solved.kept_index.numel() > 1
+    assert 0.5 < float(apart.std()) / out.guarantee.mechanism.sigma < 2
+
+
 def test_tensors_without_provenance_are_refused_however_they_come(weight, metric):
     public = Public(weight, "the base")
     ways = [
