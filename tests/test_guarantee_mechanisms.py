@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -144,6 +145,17 @@ def test_neighbours_in_a_metric_are_no_further_apart_than_stated(without_noise):
     np.testing.assert_allclose(out, 0.25, atol=1e-10)
     with pytest.raises(UserError, match="too far from the base"):
         perturbed(torch.full((1, columns), 17.0), torch.zeros(1, columns), 1e-3, factor=factor.numpy())
+
+
+def test_products_err_by_less_than_is_added_to_the_sensitivity():
+    rows, columns = 5, 60
+    factor = upper(columns, 1)
+    change = np.random.default_rng(1).uniform(-weight_ball.BOUND, weight_ball.BOUND, (rows, columns))
+    exact = [[sum(Fraction(a) * Fraction(b) for a, b in zip(w, r)) for r in factor.tolist()] for w in change.tolist()]
+    found = (change @ factor.numpy().T).tolist()
+    off = math.sqrt(sum(float(Fraction(a) - b) ** 2 for f, e in zip(found, exact) for a, b in zip(f, e)))
+    allowed = product_error(private({"a": torch.zeros(rows, columns)}, "m"), in_metric({"a": Public(factor, "x")})) / 2
+    assert 0 < off < allowed < 1e4 * off
 
 
 def test_many_rows_are_released_some_at_a_time_alike(without_noise, monkeypatch):

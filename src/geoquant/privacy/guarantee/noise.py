@@ -35,7 +35,7 @@ from decimal import Decimal, localcontext
 from functools import cache
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, UInt
 
 from geoquant.errors import UserError
 from geoquant.privacy.guarantee.gaussian import check_pair, gaussian_epsilon, gaussian_mu
@@ -173,8 +173,8 @@ def _cells(count: int, source: Callable[[int], bytes]) -> Int[np.ndarray, " coun
 
 
 def _below(
-    uniform: Int[np.ndarray, " n"], threshold: Float[np.ndarray, " n"], source: Callable[[int], bytes]
-) -> np.ndarray:
+    uniform: UInt[np.ndarray, " n"], threshold: Float[np.ndarray, " n"], source: Callable[[int], bytes]
+) -> Bool[np.ndarray, " n"]:
     """Whether uniform numbers, of which the first bits are given, lie below thresholds in (0, 1)."""
     scaled = threshold * 2.0**UNIFORM
     first = np.floor(scaled)

@@ -159,7 +159,7 @@ def clip_factor(shard: Mapping[str, Change], spaces: Mapping[str, Space | None],
     return 1.0 if norm <= clip else clip / norm
 
 
-def values_of(change: Change, space: Space | None) -> Float[np.ndarray, "out in"]:
+def values_of(change: Change, space: Space | None) -> Float[np.ndarray, ...]:
     """What is clipped and released of one change: its weights, or its coordinates in the shared space."""
     if isinstance(change, Private):
         return as_float64(open_for_mechanism(change))
