@@ -145,7 +145,10 @@ def test_a_tensor_outside_is_no_guarantee_for_the_model():
 def test_the_base_means_its_bits():
     base = {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([float("nan")])}
     assert scope_of({"x": torch.ones(1)} | base, base, {"x"}).public == ("a", "b")
-    for other in (torch.tensor([-0.0, 1.0]), base["a"].double(), base["a"][None], torch.tensor([0.0, 1.0 + 2e-7])):
+    for other in (
+        torch.tensor([-0.0, 1.0]), base["a"].double(), base["a"][None], torch.tensor([0.0, 1.0 + 2e-7]),
+        base["a"].view(torch.int32),
+    ):  # fmt: skip
         assert scope_of({"a": other}, base, ()).uncovered == ("a",)
     assert scope_of({"new": torch.ones(1)}, base, ()).uncovered == ("new",)
     with pytest.raises(UserError, match="not part of the model"):
