@@ -85,12 +85,12 @@ def test_choosing_and_judging_on_the_same_runs_would_err_more_often(monkeypatch)
     """Why the runs are split: with no leak at all, the best of 400 thresholds looks like one."""
     monkeypatch.setattr(two_point, "CAUTION", 1)
     errors = {"split": 0, "same": 0}
-    for seed in range(200):
+    for seed in range(100):
         one, other = np.random.default_rng(seed).normal(size=(2, 400))
         errors["split"] += lower_bound(one, other, delta=0.0, confidence=0.9)[0] > 0
         half = [np.concatenate([side[:200], side[:200]]) for side in (one, other)]  # judged by what chose
         errors["same"] += lower_bound(*half, delta=0.0, confidence=0.9)[0] > 0
-    allowed = binom.ppf(0.999, 200, 0.1)
+    allowed = binom.ppf(0.999, 100, 0.1)
     assert errors["split"] <= allowed < errors["same"]
 
 
@@ -133,11 +133,11 @@ def test_what_is_no_audit_is_refused():
 
 
 def test_noise_then_rounding_is_never_contradicted_and_a_fair_part_is_found():
-    found = audit(lambda x, n: rounded(noised(x, n)))
+    found = audit(lambda x, n: rounded(noised(x, n)), runs=50_000)
     assert not [result.name for result in found if result.caught]
     assert found[0].claimed == pytest.approx(3.55, abs=0.01)
-    assert 1.2 < found[0].epsilon < 3.55
-    assert found[1].epsilon > 1.2  # the whole vector moves: distances add in squares
+    assert 0.9 < found[0].epsilon < 3.55
+    assert found[1].epsilon > 0.9  # the whole vector moves: distances add in squares
 
 
 def test_a_release_in_public_steps_is_never_contradicted():
@@ -152,7 +152,7 @@ def test_a_release_in_public_steps_is_never_contradicted():
         assert out.guarantee.mechanism.sigma == pytest.approx(SIGMA, rel=1e-5)
         return np.rint((out.tensors["w"].values / steps).numpy())
 
-    assert not caught(run)
+    assert not caught(run, runs=30_000)
 
 
 def test_noise_in_a_metric_is_never_contradicted():
@@ -167,7 +167,7 @@ def test_noise_in_a_metric_is_never_contradicted():
         return out.tensors["w"].values.double().numpy()
 
     pairs = []
-    for angle in (0.0, 0.8, 1.8, 2.6):
+    for angle in (0.0, 0.8, 1.8):
         direction = np.array([math.cos(angle), math.sin(angle)])
         apart = direction / np.linalg.norm(whiten @ direction)
         score = lambda out, apart=apart: out @ (whiten.T @ whiten @ apart)  # noqa: E731
@@ -343,7 +343,7 @@ def test_a_biased_generator_is_caught(monkeypatch):
     """A table without its tail: noise that never leaves one sigma."""
     cut = [entry if index < 255 else 2**128 for index, entry in enumerate(noise._table()[0])]
     monkeypatch.setattr(noise, "_table", lambda: (cut, np.array([min(e >> 96, 2**32 - 1) for e in cut], np.uint32)))
-    assert "a step apart" in caught(noised)
+    assert caught(noised, PAIRS[:1]) == {"a step apart"}
 
 
 # One run on one artefact.
