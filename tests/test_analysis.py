@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 
 from conftest import make_tokenizer, tiny_llama
-from geoquant.analysis import analyze, findings
+from geoquant.analysis import PARTS, analyze
 from geoquant.data.private import make_records
 from geoquant.errors import UserError
+from geoquant.outliers.score_findings import score_findings
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +189,13 @@ def told(*sites: tuple[float | None, float | None, float | None]) -> str:
     """The sentence on sites of these values, standard errors and nulls."""
     names = ("value", "se", "null")
     rows = [{"name": f"s{n}", "scores": {"x": dict(zip(names, one))}} for n, one in enumerate(sites)]
-    return findings(rows, [{"name": "x", "title": "this"}])[0]
+    return score_findings(rows, [{"name": "x", "title": "this"}], PARTS)[0]
 
 
 def test_a_finding_counts_sites_that_four_parts_make_sure_of():
     assert (
         told((1.0, 0.2, 0.5), (1.0, 0.1, 0.5), (0.1, 0.1, 0.5))
-        == "This: largest at s0 (1, null 0.5); 1 of 3 sites above their null."
+        == "This: largest at s0 (1, null 0.5); 1 of 3 sites above their null, 1 below."
     )
     # Errors from four parts: of 20,000 sites with nothing to find one in forty is above its null, not one in fourteen.
     parts = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
 from geoquant.data.records import Record, as_records, check_split
@@ -50,6 +49,7 @@ from geoquant.outliers.mixtures import mixtures
 from geoquant.outliers.mixtures import sentences as mixture_sentences
 from geoquant.outliers.origin import SHORTEST, Settings, origins
 from geoquant.outliers.score import Score
+from geoquant.outliers.score_findings import score_findings
 from geoquant.outliers.scores import SCORES
 from geoquant.outliers.statistics import Statistics
 from geoquant.privacy.scoring import encode
@@ -64,9 +64,6 @@ ORIGIN_WINDOWS, ORIGIN_LENGTH = 4, 256
 # Of each text. A standard error from fewer says little, and each costs memory.
 PARTS = 4
 WHY = "standard errors come from as many parts of a text"
-# Standard errors from so few parts are themselves uncertain: the 97.5% point of Student's t.
-SURE = float(student.ppf(0.975, PARTS - 1))
-SAME = 1e-3  # of the null: what order of summation and five digits leave of equal numbers
 
 
 def analyze(
@@ -167,7 +164,7 @@ def analyze(
         "findings": [
             *mixture_sentences(mixed),
             *_left_out(loaded, blocks, experts),
-            *findings(sites, facts["scores"]),
+            *score_findings(sites, facts["scores"], PARTS),
             *class_sentences(sites),
         ],
         "versions": versions(),
@@ -310,22 +307,6 @@ def _number(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def findings(sites: list[dict], scores: list[dict]) -> list[str]:
-    """One sentence per score, computed from the numbers: where it is largest, how sure that is, and the null."""
-    told = []
-    for score in scores:
-        rows = [(site["scores"][score["name"]], site) for site in sites if score["name"] in site["scores"]]
-        rows = [(one, site) for one, site in rows if one["value"] is not None]
-        if not rows:
-            continue
-        one, site = max(rows, key=lambda row: row[0]["value"])
-        title = score["title"][0].upper() + score["title"][1:]
-        null = "none" if one["null"] is None else f"{one['null']:.3g}"
-        against = _against([row for row, _ in rows])
-        told.append(f"{title}: largest at {site['name']} ({one['value']:.3g}, null {null}); {against}.")
-    return told
-
-
 def _left_out(loaded: Loaded, blocks: tuple[Block, ...], experts: dict[int, tuple[Expert, ...]]) -> list[str]:
     """Sentences on the matrices inside the blocks that have no scores or no origins, if there are any."""
     watched = {one.stack for many in experts.values() for one in many}
@@ -340,19 +321,6 @@ def _left_out(loaded: Loaded, blocks: tuple[Block, ...], experts: dict[int, tupl
             f"as {rest[0][0]})."
         )
     return told
-
-
-def _against(rows: list[dict]) -> str:
-    """How many sites are above their null, where a null could tell."""
-    known = [one for one in rows if None not in (one["se"], one["null"])]
-    if not known:
-        return "without a null"
-    if all(abs(one["value"] - one["null"]) <= SAME * abs(one["null"]) for one in known):
-        return "of whole sites the null is the same by construction"
-    beyond = sum(1 for one in known if one["value"] > one["null"] + SURE * one["se"])
-    if not any(one["se"] for one in known):
-        return f"{beyond} of {len(rows)} sites are larger than one draw of their null"
-    return f"{beyond} of {len(rows)} sites above their null"
 
 
 # ---- texts and models

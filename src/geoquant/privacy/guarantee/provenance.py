@@ -16,16 +16,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from geoquant.errors import UserError
-
-if TYPE_CHECKING:
-    from geoquant.privacy.guarantee.statement import Guarantee
 
 __all__ = ["Origin", "Private", "Public", "Released", "derive", "open_for_mechanism", "private"]
 
@@ -124,6 +121,10 @@ def open_for_mechanism(held: Private) -> Tensor:
     return held._Private__values
 
 
+class Spoken:
+    """What can speak for a released value: the `Guarantee` of statement.py, which stands above this file."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Public:
     """Values that do not depend on private data, and where they are from, in words: these go into the statement."""
@@ -142,13 +143,11 @@ class Released:
     """What a mechanism let out, or a function of it and of public values; `guarantee` speaks for it."""
 
     values: Any
-    guarantee: Guarantee
+    guarantee: Spoken
 
     def __post_init__(self) -> None:
-        from geoquant.privacy.guarantee.statement import Guarantee
-
         _no_private(self.values, "a released value")
-        if not isinstance(self.guarantee, Guarantee):
+        if not isinstance(self.guarantee, Spoken):
             raise TypeError(f"a released value carries the guarantee of its mechanism, got {self.guarantee!r}")
 
 

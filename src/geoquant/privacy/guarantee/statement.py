@@ -16,6 +16,7 @@ from geoquant.errors import UserError
 from geoquant.privacy.guarantee.adjacency import Adjacency, Inherited
 from geoquant.privacy.guarantee.gaussian import check_pair
 from geoquant.privacy.guarantee.noise import SOURCE, Slack, epsilon_with
+from geoquant.privacy.guarantee.provenance import Spoken
 from geoquant.privacy.guarantee.scope import Scope
 
 __all__ = ["GaussianNoise", "Guarantee", "Rounding", "TrainersClaim", "epsilon_of_attack"]
@@ -110,7 +111,7 @@ def epsilon_of_attack(*_: object, **__: object) -> NoReturn:
 
 
 @dataclass(frozen=True)
-class Guarantee:
+class Guarantee(Spoken):
     """(epsilon, delta)-indistinguishability of what was released, for neighbours under `adjacency`."""
 
     epsilon: float
