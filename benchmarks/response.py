@@ -40,6 +40,7 @@ from torch import Tensor
 from geoquant.data.records import Record, as_records
 from geoquant.data.text import Windows, read_text, windows
 from geoquant.geometry.density import Density, density
+from geoquant.lines import read_lines
 from geoquant.model.load import Loaded, load
 from geoquant.model.walk import Block, read_weight, site_modules, walk
 from geoquant.observe.backward import backward
@@ -142,7 +143,7 @@ def respond(
     path: Path,
 ) -> list[dict]:
     """One response per seed, class and rho, those in the file not measured again. lengths: of the noise at each rho."""
-    names, rhos, lines = tuple(members), tuple(lengths), _lines(path)
+    names, rhos, lines = tuple(members), tuple(lengths), read_lines(path)
     known = {(line["class"], line["seed"], line["rho"]) for line in lines}
     begun = time.time()
     for draw in range(seeds):
@@ -172,18 +173,6 @@ def told(found: Effect) -> dict:
         low, high = one.difference.ci
         line[name] = [one.difference.value, (high - low) / 2 / TWO_SIDED]
     return line | {"auc": {name: one.auc[1] for name, one in found.attacks.items()}, "seconds": found.seconds}
-
-
-def _lines(path: Path) -> list[dict]:
-    """Whole lines; the last one of a killed run may be cut and is measured again."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    path.write_text("".join(json.dumps(line) + "\n" for line in found), encoding="utf-8")
-    return found
 
 
 def trajectories(lines: list[dict], lengths: Mapping[float, float], against: str) -> Trajectories:

@@ -13,6 +13,7 @@ from geoquant import benching
 from geoquant.analysis import analyze
 from geoquant.benching import bench
 from geoquant.data.private import make_records
+from geoquant.data.text import windows as cut_windows
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import perplexity
 from geoquant.lattice.grid import Grid
@@ -213,3 +214,13 @@ def test_reference_values_are_the_quartiles_of_all_layers_and_of_a_kind(finished
     kind = next(site.kind for block in walk(loaded.model, torch.tensor([[1, 2, 3]])) for site in block.sites[-1:])
     assert rows[2, kind]["high"] == pytest.approx(np.quantile(down, 0.75), rel=1e-4)
     assert rows[2, "all"]["median"] > 1.5 * rows[3, "all"]["median"]
+
+
+def test_a_bench_says_when_scores_have_seen_its_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A line of words. " * 60)
+    public = cut_windows(make_tokenizer(), text.read_text(), length=8, count=2, source=str(text))
+    seen = {"texts": {"public": {"source": str(text)}}}
+    assert "this very text" in benching._same_text(seen, public, text)[0]
+    assert benching._same_text({"texts": {"public": {"source": "another"}}}, public, text) == []
+    assert benching._same_text(seen, public, None) == []

@@ -32,7 +32,6 @@ from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load, locate
 from geoquant.model.paging import map_weights
 from geoquant.model.walk import read_weight, site_modules, walk, within
-from geoquant.observe.compute import compute_dtype
 from geoquant.outliers.effects import Baseline, Material, effect, open_baseline
 from geoquant.outliers.first_order import first_order
 from geoquant.outliers.interventions import Intervention, Part
@@ -206,8 +205,7 @@ def _first_order(loaded: Loaded, public: Windows, bits: Sequence[int], progress:
     """The part of every effect on public text that is of first order in the error, window by window."""
     pages = map_weights(loaded.model)
     blocks = walk(loaded.model, public.tokens[:1, :8], pages)
-    compute = compute_dtype("float32", loaded.model.device)
-    return first_order(loaded.model, blocks, public.tokens, bits, compute=compute, pages=pages, progress=progress)
+    return first_order(loaded.model, blocks, public.tokens, bits, pages=pages, progress=progress)
 
 
 # ---- predictors and boards

@@ -10,6 +10,7 @@ carries function. Both are compared with a null here: noise of the same length i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ __all__ = [
     "distortion",
     "distortions",
     "expert_distortion",
+    "median_distortions",
     "quick",
 ]
 
@@ -74,6 +76,22 @@ def distortions(
             md = torch.where(inside, torch.inf, (normal / own).sqrt())
             parts.append((md, (normal / delta.square().sum(1)).sqrt(), part.dims))
     return [Distortion(*(torch.cat(column) for column in zip(*parts, strict=True))) for parts in found]
+
+
+def median_distortions(
+    points: Float[Tensor, "n D"], changes: Sequence[Float[Tensor, "n D"]], rows: int = 48
+) -> list[float]:
+    """Median MD of each change over `rows` rows that are spread evenly, their neighbours sought among all.
+
+    NaN where no row has one: too few rows to have neighbours, or all within their tangent spaces.
+    """
+    count = len(points)
+    neighbours_ = min(NEIGHBOURS, count - 1)
+    if neighbours_ < 2:
+        return [math.nan] * len(changes)
+    asked = torch.linspace(0, count - 1, min(rows, count), device=points.device).round().long()
+    found = [one.md for one in distortions(points, changes, k=neighbours_, rows=asked)]
+    return [md[md.isfinite()].median().item() if md.isfinite().any() else math.nan for md in found]
 
 
 # ---- a check that is quick enough for a device

@@ -13,10 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geoquant.geometry.distortion import distortions
+from geoquant.geometry.distortion import median_distortions
 from geoquant.geometry.nulls import matched_noise
 from geoquant.geometry.spectrum import spectrum_change
-from geoquant.geometry.tangent import NEIGHBOURS
 from geoquant.outliers.interventions import rounded
 
 __all__ = ["MEASURES", "quartiles", "reference_values"]
@@ -29,7 +28,6 @@ MEASURES = {
     "angle": "largest angle between the 32 leading input directions before and after, radians",
     "information": "divergence of the squared spectra, nats",
 }
-ROWS = 48  # asked for their MD; neighbours are sought among all
 LARGEST = 2048  # of the shorter side: beyond it eigenvectors cost more than they tell
 
 
@@ -40,7 +38,7 @@ def reference_values(
     errors = {one: rounded(weight, one) - weight for one in bits}
     generator = torch.Generator().manual_seed(seed)
     noises = {one: matched_noise(error, generator) for one, error in errors.items()}
-    moved = _moved(weight, [*errors.values(), *noises.values()])
+    moved = median_distortions(weight, [*errors.values(), *noises.values()])
     found = {}
     for place, (one, error) in enumerate(errors.items()):
         values = {
@@ -53,17 +51,6 @@ def reference_values(
             values |= {"spectrum": change.relative, "angle": max(change.angles), "information": change.kl}
         found[one] = {name: _number(values.get(name)) for name in MEASURES}
     return found
-
-
-def _moved(weight: Tensor, changes: list[Tensor]) -> list[float | None]:
-    """Median MD of each change over rows that are spread evenly; None for too few rows to have neighbours."""
-    count = len(weight)
-    neighbours = min(NEIGHBOURS, count - 1)
-    if neighbours < 2:
-        return [None] * len(changes)
-    rows = torch.linspace(0, count - 1, min(ROWS, count), device=weight.device).round().long()
-    found = [one.md for one in distortions(weight, changes, k=neighbours, rows=rows)]
-    return [md[md.isfinite()].median().item() if md.isfinite().any() else None for md in found]
 
 
 def _number(value: float | None) -> float | None:
