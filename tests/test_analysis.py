@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from html import unescape
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from geoquant.analysis import PARTS, analyze
 from geoquant.data.private import make_records
 from geoquant.errors import UserError
 from geoquant.outliers.appraise import DRAWS
-from geoquant.outliers.score_findings import score_findings
+from geoquant.outliers.score_findings import headlines, score_findings
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +233,48 @@ def test_a_null_that_cannot_tell_is_not_counted_against():
     assert "1 of 2 sites above" in told((2.0, None, None, None), (1.0, 0.1, 0.1, 0.0))
 
 
+def test_findings_stand_under_what_they_are_about_the_surest_first():
+    """Three scores of rounding, one of private text, one of weights: the first two of a headline are shown."""
+    rows = [
+        {
+            "name": f"s{n}",
+            "shape": [64, 8],
+            "scores": {
+                name: {"value": float(n < above), "se": 0.01, "null": 0.0, "null_sd": 0.01, "beyond": 0}
+                for name, above in {"none": 0, "most": 9, "some": 4, "secret": 1, "tail": 2}.items()
+            },
+        }
+        for n in range(10)
+    ]
+    common = {"unit": "nats per token", "same": "", "error_over": "texts", "needs": []}
+    scores = [common | {"name": name, "title": name} for name in ("none", "most", "some")]
+    scores += [common | {"name": "secret", "title": "secret", "needs": ["private"]}]
+    scores += [common | {"name": "tail", "title": "tail", "unit": "", "error_over": "rows"}]
+    told = {one["title"]: one for one in headlines(rows, scores, PARTS, DRAWS)}
+    assert list(told) == ["Private and unseen records", "What rounding costs", "Weights by themselves"]
+    costs = told["What rounding costs"]
+    assert [sentence.split(":")[0] for sentence in costs["first"] + costs["rest"]] == ["Most", "Some", "None"]
+    assert len(costs["rest"]) == 1
+    whole = [sentence for one in told.values() for sentence in one["first"] + one["rest"]]
+    assert sorted(whole) == sorted(score_findings(rows, scores, PARTS, DRAWS))
+
+
+def test_every_score_says_what_its_error_and_its_null_are_made_of(finished):
+    """Rows for weights alone, which are never without an error; nulls that are drawn have a spread."""
+    found = finished[1]
+    told = {score["name"]: score for score in found["scores"]}
+    assert {name for name, score in told.items() if score["error_over"] == "rows"} == {
+        *("change", "change_squared", "distortion", "kurtosis", "kurtosis_row", "kurtosis_column")
+    }
+    assert {name for name, score in told.items() if score["same"]} == {"change", "change_squared"}
+    assert found["nulls"] == {"draws": DRAWS, "beyond": 0.01}
+    for name, score in told.items():
+        read = [site["scores"][name] for site in found["sites"]]
+        assert any(one["se"] for one in read), name
+        assert any(one["null_sd"] for one in read) == (not score["same"]), name
+        assert (read[0]["beyond"] is None) == (score["axis"] == "site")
+
+
 def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
     out, found = finished
     page = (out / "analysis.html").read_text()
@@ -241,6 +285,9 @@ def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
     assert page.count(" selected>") == 1
     assert '<option value="privacy_memory" selected>' in page
     assert "no sign of safety" in page
+    assert 'type="checkbox" id="over"' in page
+    listed = [unescape(one) for one in re.findall(r"<li>(.*?)</li>", page)]
+    assert [sentence for sentence in found["findings"] if listed.count(sentence) != 1] == []
     assert 'class="panel"' not in page  # which would be as wide as the page, however little it holds
     assert "Attention on the sink by block and head" in page
     heads = sum(len(row) for row in found["origins"]["sinks"]["mass"])
