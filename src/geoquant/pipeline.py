@@ -41,8 +41,9 @@ from geoquant.privacy.scores import SplitScores
 from geoquant.privacy.scoring import check_same_tokens
 from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
-from geoquant.protecting import check_protection, load_protected, protect, protected
+from geoquant.protecting import check_protection, load_protected, protect, protected, protected_folder, released
 from geoquant.recipe import PACKED, Recipe, checked, located
+from geoquant.releasing import announced, with_guarantee
 from geoquant.report.build import write_report
 from geoquant.results import load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, recorded_recipe, remove_empty, write_json
@@ -77,6 +78,10 @@ def quantize(
             if check and check.refusal:
                 progress("records", 0, 1, "they allow no verdict on leakage")
             loaded, blocks, texts, plan, notes = prepare(recipe)
+            price, guarantee = announced(recipe, loaded, texts.calibration.source)
+            if price:
+                progress("guarantee", 0, 1, price)
+                notes += (price,)
             for warning in (changed := write_manifest(run, recipe, loaded, texts, split, command)):
                 progress("resume", 0, 1, warning)
             notes += changed
@@ -115,7 +120,10 @@ def quantize(
         with clock("protect"):
             protection = protect(run, recipe, loaded, progress)
             loaded = None  # never two models in memory
-            loaded = load_protected(run, recipe.device)
+            if released(recipe):  # nothing that was decided on the private model outlives it
+                loaded, blocks, texts, plan = prepare_released(run, recipe, texts)
+            else:
+                loaded = load_protected(run, recipe.device)
     with clock("quantize"):
         solve(run, recipe, loaded, blocks, texts, plan, progress)
     if missing == stages:  # a resumed run did only part of the work in this time
@@ -141,17 +149,21 @@ def quantize(
         run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
     report["protection"] = protection
+    report["privacy"] = with_guarantee(privacy, protection["guarantee"] if protection else guarantee)
     write_report(run, report)
     raise_failure(exports)
     finish_manifest(run)
     return report
 
 
-def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
-    """Everything that is decided, and everything that can be refused, before the first long step."""
+def prepare(recipe: Recipe, model: str | None = None) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
+    """Everything that is decided, and everything that can be refused, before the first long step.
+
+    model: of which; left out, the recipe's.
+    """
     check_choices(recipe)
     check_protection(recipe)
-    loaded = load(recipe.model, device=recipe.device)
+    loaded = load(model or recipe.model, device=recipe.device)
     texts = prepare_texts(loaded.tokenizer, recipe)
     check_context(loaded, recipe.window)
     pages = map_weights(loaded.model)
@@ -173,6 +185,18 @@ def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tup
         folds = find_folds(loaded.model, repeated(blocks), texts.calibration.tokens[:1, :8], pages)
         check_folds(packed[0], folds, blocks)
     return loaded, blocks, texts, plan, notes + alone
+
+
+def prepare_released(run: Path, recipe: Recipe, before: Texts) -> tuple[Loaded, tuple[Block, ...], Texts, Plan]:
+    """All of `prepare` once more, of the released model alone. before: texts by the given model's tokenizer."""
+    loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))
+    for mine, its in ((before.calibration, texts.calibration), (before.evaluation, texts.evaluation)):
+        if not torch.equal(mine.tokens, its.tokens):
+            raise UserError(
+                "the tokenizer of the given model is not the public base's, whose files are shipped with a guarantee",
+                fix="fine-tune with the base's tokenizer",
+            )
+    return loaded, blocks, texts, plan
 
 
 def check_folds(format: str, folds: dict[str, Fold], blocks: tuple[Block, ...]) -> None:
@@ -310,9 +334,11 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     run = Path(run)
     recipe = checked(recorded_recipe(run))
     report = read_json(run / "report.json", exports=list, warnings=list)
-    loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
-    check_same_model(run, loaded)
-    if protected(recipe):
+    given = protected_folder(run) if released(recipe) else None  # then the model it was made of is not needed
+    loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}), given)
+    if given is None:
+        check_same_model(run, loaded)
+    if protected(recipe) and given is None:
         loaded = None
         loaded = load_protected(run, recipe.device)
     for stage in (stage for block in blocks for stage in block.stages):
@@ -339,6 +365,8 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     loaded, blocks, texts, plan, notes = prepare(recipe)
     if (split := load_records(recipe)) and (refusal := check_sides(split, seed=recipe.seed).refusal):
         notes += (f"the audit will give no verdict: {refusal}",)
+    if price := announced(recipe, loaded, texts.calibration.source)[0]:
+        notes += (price,)
     spent: Cost = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
     return {
         "model": reporting.model_facts(loaded),

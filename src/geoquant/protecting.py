@@ -19,22 +19,36 @@ from torch import nn
 
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
+from geoquant.measure import prepare_texts
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import trim
 from geoquant.privacy.anchor import anchored
+from geoquant.privacy.guarantee.claim import Inherit
 from geoquant.progress import Progress
 from geoquant.recipe import Recipe
+from geoquant.releasing import check_claim, claimed, entry_of, foretold, public_base, release_model
 from geoquant.runs import atomic_directory, read_json, write_json
 
-__all__ = ["check_protection", "load_protected", "protect", "protected"]
+__all__ = ["check_protection", "load_protected", "protect", "protected", "protected_folder", "released"]
 
 FOLDER, FACTS = "protected", "protection.json"
 
 
 def protected(recipe: Recipe) -> bool:
     """Whether a lever on whole weights is asked for."""
-    return recipe.anchor > 0
+    return recipe.anchor > 0 or released(recipe)
+
+
+def released(recipe: Recipe) -> bool:
+    """Whether the weights pass through a mechanism, after which the given model must not be looked at again."""
+    claim = claimed(recipe)
+    return claim is not None and not isinstance(claim, Inherit)
+
+
+def protected_folder(run: Path) -> str:
+    """Where the model lies that is compressed in the given one's place."""
+    return str(run / FOLDER)
 
 
 def check_protection(recipe: Recipe) -> None:
@@ -44,9 +58,12 @@ def check_protection(recipe: Recipe) -> None:
             f"--anchor {recipe.anchor:g} goes back towards a public base",
             wanted="--base MODEL, the one it was fine-tuned from",
         )
+    check_claim(recipe)
     if recipe.base is not None and not protected(recipe):
         raise UserError(
-            "--base serves --anchor", got="no --anchor", fix="add --anchor 0.5, or for the audit: --reference"
+            "--base serves --anchor and --radius",
+            got="neither",
+            fix="add --anchor 0.5, or for the audit: --reference",
         )
 
 
@@ -58,15 +75,34 @@ def protect(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> di
     """
     folder = run / FOLDER
     if not (folder / FACTS).exists():
-        base = load(recipe.base, device=recipe.device)
-        _check_same_weights(loaded, base)
-        facts = _anchor(recipe, loaded.model, base.model, progress)
-        dtype = chosen_dtype(loaded.model, None)
+        if released(recipe):
+            made, facts = _release(run, recipe, loaded, progress)
+        else:
+            base, made = load(recipe.base, device=recipe.device), loaded
+            _check_same_weights(loaded, base)
+            facts = _anchor(recipe, loaded.model, base.model, progress)
+        dtype = chosen_dtype(made.model, None)
         with atomic_directory(folder) as partial:
-            write_shards(partial, untouched(loaded.model, (), dtype))
-            write_side_files(partial, loaded.model, loaded.tokenizer, dtype)
+            write_shards(partial, untouched(made.model, (), dtype))
+            write_side_files(partial, made.model, made.tokenizer, dtype)
             write_json(partial / FACTS, facts)
     return read_json(folder / FACTS, lever=str)
+
+
+def _release(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> tuple[Loaded, dict]:
+    """The public base with every tensor released, and what the report says of it."""
+    if any((run / "sites").glob("*.safetensors")):
+        raise UserError(
+            f"the released weights of {run} are gone, and drawing noise again would be a second release",
+            fix="restore RUN/protected, or choose a new folder",
+        )
+    claim = claimed(recipe)
+    base = public_base(claim, recipe, loaded)
+    text = prepare_texts(base.tokenizer, recipe).calibration
+    price = foretold(claim, base, recipe.rate if recipe.grid == "lattice" else recipe.bits)
+    guarantee = release_model(claim, base, loaded.model, tokens=text.tokens, text=text.source, progress=progress)
+    entry = entry_of(guarantee, claim, recipe.base or recipe.model, text.source, price)
+    return base, {"lever": "guarantee", "anchor": None, "distance": None, "guarantee": entry}
 
 
 def load_protected(run: Path, device: str) -> Loaded:
