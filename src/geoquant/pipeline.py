@@ -78,7 +78,7 @@ def quantize(
             if check and check.refusal:
                 progress("records", 0, 1, "they allow no verdict on leakage")
             loaded, blocks, texts, plan, notes = prepare(recipe)
-            price, guarantee = announced(recipe, loaded, texts.calibration.source)
+            price, guarantee = announced(recipe, loaded, texts)
             if price:
                 progress("guarantee", 0, 1, price)
                 notes += (price,)
@@ -121,7 +121,7 @@ def quantize(
             protection = protect(run, recipe, loaded, progress)
             loaded = None  # never two models in memory
             if released(recipe):  # nothing that was decided on the private model outlives it
-                loaded, blocks, texts, plan = prepare_released(run, recipe, texts)
+                loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))
             else:
                 loaded = load_protected(run, recipe.device)
     with clock("quantize"):
@@ -185,18 +185,6 @@ def prepare(recipe: Recipe, model: str | None = None) -> tuple[Loaded, tuple[Blo
         folds = find_folds(loaded.model, repeated(blocks), texts.calibration.tokens[:1, :8], pages)
         check_folds(packed[0], folds, blocks)
     return loaded, blocks, texts, plan, notes + alone
-
-
-def prepare_released(run: Path, recipe: Recipe, before: Texts) -> tuple[Loaded, tuple[Block, ...], Texts, Plan]:
-    """All of `prepare` once more, of the released model alone. before: texts by the given model's tokenizer."""
-    loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))
-    for mine, its in ((before.calibration, texts.calibration), (before.evaluation, texts.evaluation)):
-        if not torch.equal(mine.tokens, its.tokens):
-            raise UserError(
-                "the tokenizer of the given model is not the public base's, whose files are shipped with a guarantee",
-                fix="fine-tune with the base's tokenizer",
-            )
-    return loaded, blocks, texts, plan
 
 
 def check_folds(format: str, folds: dict[str, Fold], blocks: tuple[Block, ...]) -> None:
@@ -365,7 +353,7 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     loaded, blocks, texts, plan, notes = prepare(recipe)
     if (split := load_records(recipe)) and (refusal := check_sides(split, seed=recipe.seed).refusal):
         notes += (f"the audit will give no verdict: {refusal}",)
-    if price := announced(recipe, loaded, texts.calibration.source)[0]:
+    if price := announced(recipe, loaded, texts)[0]:
         notes += (price,)
     spent: Cost = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
     return {

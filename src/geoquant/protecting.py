@@ -19,7 +19,7 @@ from torch import nn
 
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
-from geoquant.measure import prepare_texts
+from geoquant.measure import BUILTIN, prepare_texts
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import trim
@@ -98,10 +98,12 @@ def _release(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> t
         )
     claim = claimed(recipe)
     base = public_base(claim, recipe, loaded)
-    text = prepare_texts(base.tokenizer, recipe).calibration
+    text, tokens = recipe.calibration or BUILTIN, None
+    if recipe.ball == "metric":
+        tokens = prepare_texts(base.tokenizer, recipe).calibration.tokens
     price = foretold(claim, base, recipe.rate if recipe.grid == "lattice" else recipe.bits)
-    guarantee = release_model(claim, base, loaded.model, tokens=text.tokens, text=text.source, progress=progress)
-    entry = entry_of(guarantee, claim, recipe.base or recipe.model, text.source, price)
+    guarantee = release_model(claim, base, loaded.model, tokens=tokens, text=text, progress=progress)
+    entry = entry_of(guarantee, claim, recipe.base or recipe.model, text, price)
     return base, {"lever": "guarantee", "anchor": None, "distance": None, "guarantee": entry}
 
 

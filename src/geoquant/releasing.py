@@ -17,6 +17,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from geoquant.errors import UserError
+from geoquant.measure import Texts, prepare_texts
 from geoquant.model.changes import Factors, FolderChanges, folder_changes
 from geoquant.model.load import Loaded, load
 from geoquant.privacy.guarantee.adjacency import OneRecord, WeightBall, euclidean, in_metric
@@ -25,7 +26,7 @@ from geoquant.privacy.guarantee.inherited import inherit
 from geoquant.privacy.guarantee.metric import metric_factors
 from geoquant.privacy.guarantee.noise import epsilon_with, sigma_for
 from geoquant.privacy.guarantee.price import Price, price_of
-from geoquant.privacy.guarantee.provenance import Origin, Private, Public, Released, private
+from geoquant.privacy.guarantee.provenance import Origin, Private, Public, private
 from geoquant.privacy.guarantee.shards import Change, LowRank, aggregating
 from geoquant.privacy.guarantee.statement import Guarantee
 from geoquant.privacy.guarantee.weight_ball import releasing
@@ -141,7 +142,8 @@ def release_model(
 ) -> Guarantee:
     """Put the release in the base's place, tensor by tensor, in the base's types; the guarantee of what is there now.
 
-    base: changed in place. model: the private one, for a ball; fine-tunes of shards are read from their folders.
+    base: gets other tensors; what looked at the old ones still sees the base's. model: the private one, for a ball;
+    fine-tunes of shards are read from their folders.
     tokens, text: public, for a ball in a metric. Noise is fresh on every call; nothing of it is kept.
 
     Raises UserError where private and public tensors do not fit, or no guarantee can be given. What the base holds
@@ -161,16 +163,11 @@ def release_model(
         shards = [_Shard(_changes(folder, base), Origin(folder)) for folder in claim.folders]
         adjacency = OneRecord(len(shards), claim.clip)
         guarantee, found = aggregating(shards, labelled, adjacency, epsilon=claim.epsilon, delta=claim.delta)
-    _install(found, public, len(guarantee.scope.covered), progress)
-    return guarantee
-
-
-def _install(
-    found: Iterator[tuple[str, Released]], public: Mapping[str, Tensor], count: int, progress: Progress
-) -> None:
+    places = dict(base.model.named_parameters()) | dict(base.model.named_buffers())
     for index, (name, released) in enumerate(found, start=1):
-        public[name].copy_(released.values)
-        progress("release", index, count, name)
+        places[name].data = released.values.to(places[name].device, places[name].dtype)
+        progress("release", index, len(guarantee.scope.covered), name)
+    return guarantee
 
 
 class _Shard(Mapping[str, Change]):
@@ -208,6 +205,20 @@ def _check_same(own: Mapping[str, Tensor], public: Mapping[str, Tensor], base: s
             got=f"{mine.get(name, 'none')} and {theirs.get(name, 'none')} in the base",
             fix="give the model that it was fine-tuned from",
         )
+
+
+def _check_same_text(recipe: Recipe, base: Loaded, loaded: Loaded, texts: Texts) -> None:
+    """Raise UserError where the base's tokenizer, whose files are shipped, cuts the texts in another way."""
+    mine, its = (getattr(one.tokenizer, "backend_tokenizer", None) for one in (loaded, base))
+    if mine is not None and its is not None and mine.to_str() == its.to_str():
+        return
+    other = prepare_texts(base.tokenizer, recipe)
+    for one, two in ((texts.calibration, other.calibration), (texts.evaluation, other.evaluation)):
+        if not torch.equal(one.tokens, two.tokens):
+            raise UserError(
+                "the tokenizer of the given model is not the public base's, whose files are shipped with a guarantee",
+                fix="fine-tune with the base's tokenizer",
+            )
 
 
 def inherited(claim: Inherit, loaded: Loaded) -> Guarantee:
@@ -264,19 +275,21 @@ def public_base(claim: Ball | Shards, recipe: Recipe, loaded: Loaded) -> Loaded:
     return load(recipe.base, device=recipe.device)
 
 
-def announced(recipe: Recipe, loaded: Loaded, text: str) -> tuple[str | None, dict | None]:
+def announced(recipe: Recipe, loaded: Loaded, texts: Texts) -> tuple[str | None, dict | None]:
     """Before the work: what noise will cost, in words, and what the report will say of a trainer's own guarantee.
 
-    Raises UserError where the trainer's statement, a base or a shard is not what it should be.
+    texts: by the given model's tokenizer. Raises UserError where that is not the base's, and where the trainer's
+    statement, the base or a shard is not what it should be.
     """
     claim = claimed(recipe)
     if claim is None:
         return None, None
     if isinstance(claim, Inherit):
-        return None, entry_of(inherited(claim, loaded), claim, recipe.model, text, None)
+        return None, entry_of(inherited(claim, loaded), claim, recipe.model, texts.calibration.source, None)
     base = public_base(claim, recipe, loaded)
     if isinstance(claim, Ball):
         _check_same(tensors_of(loaded.model), tensors_of(base.model), base.name)
+        _check_same_text(recipe, base, loaded, texts)
     else:
         for folder in claim.folders:
             _changes(folder, base)
