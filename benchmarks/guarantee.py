@@ -141,7 +141,7 @@ def mechanisms(runs: int, confidence: float) -> None:
     print("| --- | --- | ---: | ---: | --- | --- |")
     for name, run, pairs, sound, treated in MECHANISMS:
         found = audit_pairs(run, pairs, claimed, delta=DELTA, runs=runs, confidence=confidence)
-        most = max(found, key=lambda one: one.epsilon - one.claimed)
+        most = max(found, key=lambda one: (one.caught, one.epsilon))
         said = "no" if not most.caught else "**yes**"
         print(f"| {name} | {most.name} | {most.claimed:.2f} | {most.epsilon:.2f} | {said} | {treated} |")
         if most.caught == sound:

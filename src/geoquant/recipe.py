@@ -65,7 +65,7 @@ class Recipe(BaseModel):
     delta: float | None = Field(default=None, gt=0.0, lt=1.0)
     radius: float | None = Field(default=None, gt=0.0)
     ball: Literal["euclidean", "metric"] | None = None
-    shards: tuple[str, ...] = ()
+    shards: tuple[str, ...] | None = None
     clip: float | None = Field(default=None, gt=0.0)
     inherited: str | None = None
     # calibration: None means the text every Python carries
@@ -203,7 +203,7 @@ def located(recipe: Recipe) -> Recipe:
     # Not resolve(): a link may point into a store whose file names say nothing (no .gguf, for one).
     return recipe.model_copy(
         update={name: os.path.abspath(path) for name, path in (texts | models).items() if path and os.path.exists(path)}
-        | {"shards": tuple(os.path.abspath(path) if os.path.exists(path) else path for path in recipe.shards)}
+        | {"shards": recipe.shards and tuple(os.path.abspath(p) if os.path.exists(p) else p for p in recipe.shards)}
     )
 
 

@@ -71,7 +71,7 @@ def claimed(recipe: Recipe) -> Claim | None:
         delta=recipe.delta,
         radius=recipe.radius,
         ball=recipe.ball,
-        shards=recipe.shards,
+        shards=recipe.shards or (),
         clip=recipe.clip,
         inherited=recipe.inherited,
     )
