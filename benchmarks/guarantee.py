@@ -31,6 +31,7 @@ from geoquant.privacy.weight_canaries import audit_quantizer
 DELTA, SIGMA = 1e-5, 1.2  # steps of the grid
 X = np.array([0.1, 0.3, -0.6, 7.0])
 CLIP, SHARDS = 1.0, 2
+NOISE = 2.0  # of the one-run audit, in steps: far more than what rounding hides by itself
 
 Run = Callable[[np.ndarray, int], np.ndarray]
 
@@ -168,7 +169,7 @@ def one_run(model: str, canaries: int, seeds: int) -> None:
     print("| sigma, canaries | claimed epsilon | noise | shown at least, one release each | guesses right |")
     print("| --- | ---: | --- | --- | --- |")
     for epsilon in (8.0, 2.0):
-        sigma = 0.5 * step
+        sigma = NOISE * step
         radius = sigma * gaussian_mu(epsilon, DELTA)
         for words, share in (("as stated", 1.0), ("a quarter of it", 0.25), ("none", 0.0)):
 
@@ -184,7 +185,7 @@ def one_run(model: str, canaries: int, seeds: int) -> None:
             ]
             shown = ", ".join(f"{bound.epsilon:.2f}" for bound in bounds)
             right = ", ".join(f"{bound.correct}/{bound.guesses}" for bound in bounds)
-            print(f"| 0.5 steps, norm {radius / step:.2f} steps | {epsilon:g} | {words} | {shown} | {right} |")
+            print(f"| {NOISE:g} steps, norm {radius / step:.2f} steps | {epsilon:g} | {words} | {shown} | {right} |")
 
 
 def matrix(distance: float) -> None:
