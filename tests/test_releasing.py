@@ -82,8 +82,8 @@ def poisoning(patch, place, tuned):
     shutil.copytree(place / "tuned", tuned)
     release = pipeline.protect
 
-    def poisoned(run, recipe, loaded, progress):
-        facts = release(run, recipe, loaded, progress)
+    def poisoned(run, recipe, loaded, public, progress):
+        facts = release(run, recipe, loaded, public, progress)
         generator = torch.Generator().manual_seed(0)
         for own in loaded.model.parameters():
             own.data = torch.randn(own.shape, generator=generator)
@@ -197,7 +197,7 @@ def released_alone(recipe, folder):
     loaded = load(recipe.model)
     head = loaded.model.get_output_embeddings().weight.detach()  # the report compares with it once more
     before = head.clone()
-    protecting.protect(folder, recipe, loaded, silent)
+    protecting.protect(folder, recipe, loaded, torch.zeros(1, 8, dtype=torch.int64), silent)
     assert torch.equal(head, before)
     return load_file(folder / "protected/model.safetensors")
 

@@ -41,7 +41,15 @@ from geoquant.privacy.scores import SplitScores
 from geoquant.privacy.scoring import check_same_tokens
 from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
-from geoquant.protecting import check_protection, load_protected, protect, protected, protected_folder, released
+from geoquant.protecting import (
+    PUBLIC,
+    check_protection,
+    load_protected,
+    protect,
+    protected,
+    protected_folder,
+    released,
+)
 from geoquant.recipe import PACKED, Recipe, checked, located
 from geoquant.releasing import announced, with_guarantee
 from geoquant.report.build import write_report
@@ -73,6 +81,7 @@ def quantize(
     try:
         with clock("load"):
             split = load_records(recipe)
+            looked = check_protection(recipe, split)
             # Before hours of work: whether the records will allow a verdict.
             check = check_sides(split, seed=recipe.seed) if split else None
             if check and check.refusal:
@@ -84,7 +93,7 @@ def quantize(
                 notes += (price,)
             for warning in (changed := write_manifest(run, recipe, loaded, texts, split, command)):
                 progress("resume", 0, 1, warning)
-            notes += changed
+            notes += looked + changed
             if split and recipe.reference:
                 if not base_scores.exists():
                     names = recipe.model, loaded.tokenizer, recipe.reference, load_tokenizer(recipe.reference)
@@ -118,7 +127,7 @@ def quantize(
     protection = None
     if protected(recipe):
         with clock("protect"):
-            protection = protect(run, recipe, loaded, progress)
+            protection = protect(run, recipe, loaded, texts.calibration.tokens[:PUBLIC], progress)
             loaded = None  # never two models in memory
             if released(recipe):  # nothing that was decided on the private model outlives it
                 loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))
@@ -162,7 +171,6 @@ def prepare(recipe: Recipe, model: str | None = None) -> tuple[Loaded, tuple[Blo
     model: of which; left out, the recipe's.
     """
     check_choices(recipe)
-    check_protection(recipe)
     loaded = load(model or recipe.model, device=recipe.device)
     texts = prepare_texts(loaded.tokenizer, recipe)
     check_context(loaded, recipe.window)
@@ -350,8 +358,11 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
 
 def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     """What `quantize` would do: sites, sizes, time and memory. Writes nothing."""
+    split = load_records(recipe)
+    looked = check_protection(recipe, split)
     loaded, blocks, texts, plan, notes = prepare(recipe)
-    if (split := load_records(recipe)) and (refusal := check_sides(split, seed=recipe.seed).refusal):
+    notes += looked
+    if split and (refusal := check_sides(split, seed=recipe.seed).refusal):
         notes += (f"the audit will give no verdict: {refusal}",)
     if price := announced(recipe, loaded, texts)[0]:
         notes += (price,)
