@@ -143,8 +143,8 @@ def release_model(
     """Put the release in the base's place, tensor by tensor, in the base's types; the guarantee of what is there now.
 
     base: gets other tensors; what looked at the old ones still sees the base's. model: the private one, for a ball;
-    fine-tunes of shards are read from their folders.
-    tokens, text: public, for a ball in a metric. Noise is fresh on every call; nothing of it is kept.
+    fine-tunes of shards are read from their folders. tokens, text: public, for a ball in a metric. Noise is fresh on
+    every call; nothing of it is kept.
 
     Raises UserError where private and public tensors do not fit, or no guarantee can be given. What the base holds
     after an error is still covered, but no model.
