@@ -387,8 +387,6 @@ def test_another_tokenizer_is_refused(place, tmp_path):
 
 
 class Tomorrow(Recipe):
-    """With a lever that nobody has thought of yet."""
-
     lever: float = 0.0
 
 
