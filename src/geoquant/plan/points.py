@@ -1,0 +1,215 @@
+"""Operating points: what a frontier measures, each a name and what it changes in the recipe that all of them share.
+
+A file of points is TOML, one table a point:
+
+    ["lattice, half the change"]
+    rate = 3.25                # any option of a recipe but those that all points share
+    interpolate = 0.5          # before anything else: base + 0.5 (model - base), every tensor
+
+    [full]
+    noise = 0.25               # Gaussian, standard deviation in steps of a 4-bit grid; linear layers
+    quantize = false           # measured as it is
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from geoquant.errors import UserError, unknown_name
+from geoquant.recipe import Recipe, checked
+
+__all__ = ["FAMILIES", "ORIGINAL", "SHARED", "Change", "Point", "default_points", "fitting", "read_points"]
+
+ORIGINAL = "original"
+# What every point of one frontier has in common: without it no two of them could be compared.
+SHARED = frozenset(
+    "model members nonmembers canaries reference evaluation evaluation_windows window formats verify seed device".split()
+)
+FAMILIES = {
+    "original": "the model as it came",
+    "rounding": "rounding in boxes",
+    "lattice": "the lattice alone",
+    "interpolation": "a share of the way back to the public base, everywhere",
+    "noise": "the same noise everywhere",
+    "anchor": "anchored to the public base where it matters",
+    "shape": "other levers alone",
+    "guarantee": "a release under a formal guarantee",
+    "together": "several levers",
+    "dp": "trained with DP-SGD",
+    "own": "points of your own",
+}
+OWN_KEYS = ("family", "interpolate", "noise", "quantize")
+NAME = re.compile(r"[\w.+,%=() -]{1,80}")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is done to the weights before anything is solved; the baselines that are no recipe.
+
+    interpolate: base + amount * (model - base), every tensor, amount in [0, 1]. noise: independent Gaussian noise on
+    every linear layer, of `amount` times the step that the weight's group of 64 columns has on a symmetric 4-bit grid;
+    embeddings, norms and biases stay.
+    """
+
+    kind: str
+    amount: float
+
+    @property
+    def words(self) -> str:
+        if self.kind == "interpolate":
+            return f"{self.amount:g} of the change from the base, all tensors"
+        return f"noise of {self.amount:g} four-bit steps on linear layers"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of the control matrix.
+
+    recipe: what it sets beyond the recipe that all points share. quantize: False where the model is measured as it is.
+    needs: inputs without which it cannot be made. model, statement: another model than the frontier's, and what its
+    trainer claims.
+    """
+
+    name: str
+    family: str
+    recipe: Mapping[str, object] = field(default_factory=dict)
+    change: Change | None = None
+    quantize: bool = True
+    needs: tuple[str, ...] = ()
+    model: str | None = None
+    statement: str | None = None
+
+
+def default_points() -> tuple[Point, ...]:
+    """Every lever alone and together, and the baselines they have to beat."""
+    lattice = {"rate": 3.25}
+    base, told = ("base",), ("base", "private", "domain")
+    points = [
+        Point(ORIGINAL, "original", quantize=False),
+        *(
+            Point(f"{method} {bits} bits", "rounding", {"grid": "box", "bits": bits, "method": method})
+            for method in ("rtn", "babai")
+            for bits in (8, 4, 3)
+        ),
+        *(Point(f"lattice {rate:g}", "lattice", {"rate": rate}) for rate in (8.0, 4.25, 3.25)),
+        *(
+            Point(
+                f"interpolate {share:g}, lattice 3.25",
+                "interpolation",
+                lattice,
+                Change("interpolate", share),
+                needs=base,
+            )
+            for share in (0.8, 0.6, 0.4, 0.2)
+        ),
+        Point("interpolate 0.4", "interpolation", {}, Change("interpolate", 0.4), quantize=False, needs=base),
+        *(
+            Point(f"noise {amount:g}", "noise", {}, Change("noise", amount), quantize=False)
+            for amount in (0.1, 0.25, 0.5, 1.2, 2.0)
+        ),
+        Point("noise 0.25, lattice 3.25", "noise", lattice, Change("noise", 0.25)),
+        *(
+            Point(f"anchor {strength:g}, lattice 3.25", "anchor", lattice | {"anchor": strength}, needs=told)
+            for strength in (0.25, 0.5, 0.75)
+        ),
+        Point("anchor 0.5, lattice 4.25", "anchor", {"rate": 4.25, "anchor": 0.5}, needs=told),
+    ]
+    return tuple(points)
+
+
+def fitting(
+    points: Sequence[Point], given: Collection[str], known: Collection[str] = tuple(Recipe.model_fields)
+) -> tuple[tuple[Point, ...], tuple[str, ...]]:
+    """The points that can be made, and a line on each kind of those that cannot.
+
+    given: inputs that are there ("base", "private"...). known: options that this version has.
+    """
+    kept, left = [], {}
+    for point in points:
+        strange = [name for name in point.recipe if name not in known]
+        absent = [name for name in point.needs if name not in given]
+        if strange:
+            left.setdefault(f"this version has no option {' or '.join(strange)}", []).append(point.name)
+        elif absent:
+            left.setdefault(f"they need {' and '.join(f'--{name}' for name in absent)}", []).append(point.name)
+        else:
+            kept.append(point)
+    return tuple(kept), tuple(f"left out: {'; '.join(names)} ({why})" for why, names in left.items())
+
+
+def read_points(path: Path) -> tuple[Point, ...]:
+    """The points of a TOML file, after the original, which is always one. Raises UserError for what is wrong with it."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file of points {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", wanted="a .toml file of points") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    if not tables:
+        raise UserError(f"{path} holds no points", wanted='a table for each, such as ["lattice 3.25"] and rate = 3.25')
+    return Point(ORIGINAL, "original", quantize=False), *(_point(path, name, table) for name, table in tables.items())
+
+
+def _point(path: Path, name: str, table: object) -> Point:
+    where = f"{path}, point {name!r}"
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: {name!r} is not a point", wanted=f"a table [{name}] with its options")
+    if not NAME.fullmatch(name) or name.strip(" .") != name:
+        raise UserError(f"{where}: a name becomes a folder", wanted="letters, digits, spaces and . , + - = % ( )")
+    if name == ORIGINAL:
+        raise UserError(f"{where}: this name is taken; the original is always measured", fix="leave it out")
+    options = {key: value for key, value in table.items() if key not in OWN_KEYS}
+    if shared := SHARED.intersection(options):
+        raise UserError(f"{where} sets {min(shared)}, which all points share", fix="give it on the command line")
+    for key in options:
+        if key not in Recipe.model_fields:
+            raise _at(where, unknown_name("option", key, (Recipe.model_fields.keys() - SHARED) | set(OWN_KEYS)))
+    family = table.get("family", "own")
+    if family not in FAMILIES:
+        raise _at(where, unknown_name("family", str(family), FAMILIES))
+    quantize = table.get("quantize", True)
+    if not isinstance(quantize, bool):
+        raise UserError(f"{where}: quantize", got=repr(quantize), wanted="true or false")
+    change = _change(where, table)
+    if not quantize and (options or change is None):
+        raise UserError(
+            f"{where} is not quantized", got=", ".join(options) or "nothing to do", wanted="interpolate or noise alone"
+        )
+    try:
+        checked({"model": "model", **options})
+    except UserError as error:
+        raise _at(where, error) from None
+    needs = ("base",) if change and change.kind == "interpolate" else ()
+    return Point(name, family, options, change, quantize, needs)
+
+
+def _change(where: str, table: Mapping) -> Change | None:
+    """What is done to the weights first."""
+    asked = [kind for kind in ("interpolate", "noise") if kind in table]
+    if len(asked) > 1:
+        raise UserError(f"{where}: interpolate and noise", wanted="one of them")
+    if not asked:
+        return None
+    amount, most = table[asked[0]], 1.0 if asked[0] == "interpolate" else 100.0
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 <= amount <= most:
+        raise UserError(f"{where}: {asked[0]}", got=repr(amount), wanted=f"a number from 0 to {most:g}")
+    return Change(asked[0], float(amount))
+
+
+def _at(where: str, error: UserError) -> UserError:
+    return UserError(f"{where}: {error}")
+
+
+def check_names(points: Iterable[Point]) -> None:
+    """Raise UserError where two points share a name, in whatever case: their folders would be one."""
+    seen: set[str] = set()
+    for point in points:
+        if point.name.lower() in seen:
+            raise UserError(f"two points are called {point.name!r}", fix="rename one")
+        seen.add(point.name.lower())
