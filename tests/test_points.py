@@ -6,7 +6,7 @@ import pytest
 
 from geoquant.errors import UserError
 from geoquant.plan.points import FAMILIES, NAME, Change, Point, check_names, default_points, fitting, read_points
-from geoquant.recipe import Recipe, checked
+from geoquant.recipe import checked
 
 EVERYTHING = ("base", "private", "domain")
 
@@ -43,7 +43,10 @@ def test_what_cannot_be_made_is_left_out_with_a_reason():
         "left out: two; three (this version has no option spin)",
         "left out: four (they need --base)",
     )
-    assert len(fitting(points, ("base",), {*Recipe.model_fields, "spin"})[0]) == 4
+    assert len(fitting(points[:1] + points[3:], ("base",))[0]) == 2
+    assert fitting([Point("five", "own", {"aim": "sideways"})], ())[1] == (
+        "left out: five (unknown aim 'sideways'; choose one of: everything)",
+    )
 
 
 def test_a_file_of_points(tmp_path):
@@ -51,7 +54,8 @@ def test_a_file_of_points(tmp_path):
         written(
             tmp_path,
             '["small one"]\nrate = 2.5\n[way]\ninterpolate = 0.25\nbits = 3\nfamily = "interpolation"\n'
-            "[loud]\nnoise = 1\nquantize = false\n",
+            "[loud]\nnoise = 1\nquantize = false\n[back]\nrate = 3\nanchor = 0.5\n"
+            '["by private records"]\nanchor = 0.5\nneeds = ["base", "private"]\n',
         )
     )
     assert found == (
@@ -59,6 +63,8 @@ def test_a_file_of_points(tmp_path):
         Point("small one", "own", {"rate": 2.5}),
         Point("way", "interpolation", {"bits": 3}, Change("interpolate", 0.25), needs=("base",)),
         Point("loud", "own", {}, Change("noise", 1.0), quantize=False),
+        Point("back", "own", {"rate": 3, "anchor": 0.5}, needs=("base",)),
+        Point("by private records", "own", {"anchor": 0.5}, needs=("base", "private")),
     )
 
 
@@ -78,6 +84,7 @@ def test_a_file_of_points(tmp_path):
         ("[a]\nnoise = 1\ninterpolate = 1", "wanted one of them"),
         ("[a]\nquantize = false", "nothing to do"),
         ("[a]\nquantize = false\nnoise = 1\nrate = 3", "is not quantized; got rate"),
+        ('[a]\nneeds = "base"', "needs; got 'base'; wanted a list of base, private, domain"),
         ("[a]\nquantize = 1", "wanted true or false"),
         ('["a/b"]\nrate = 3', "a name becomes a folder"),
         ('["..."]\nrate = 3', "a name becomes a folder"),

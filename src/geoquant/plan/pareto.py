@@ -2,10 +2,10 @@
 
     i beats j  where, on some axis,  v_j - v_i > noise_ij,  and on none  v_i - v_j > noise_ij
 
-Smaller is better on every axis. With no noise this is Pareto's order. With noise it may go round in a ring (i beats j on
-one axis, j beats k on another, k beats i on a third, and elsewhere they are too close to tell): a point is then out only
-if something beats it that it does not beat in turn, by itself or through others. So there is always a point left, a ring
-stays or goes as a whole, and without noise nothing changes.
+Smaller is better on every axis. With no noise this is Pareto's order. With noise it may go round in a ring (i beats j
+on one axis, j beats k on another, k beats i on a third, and elsewhere they are too close to tell): a point is then out
+only if something beats it that it does not beat in turn, by itself or through others. So there is always a point left,
+a ring stays or goes as a whole, and without noise nothing changes.
 """
 
 from __future__ import annotations

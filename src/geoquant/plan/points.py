@@ -2,12 +2,13 @@
 
 A file of points is TOML, one table a point:
 
-    ["lattice, half the change"]
+    ["lattice, half the way back"]
     rate = 3.25                # any option of a recipe but those that all points share
-    interpolate = 0.5          # before anything else: base + 0.5 (model - base), every tensor
+    anchor = 0.5
+    needs = ["base"]           # of the inputs base, private and domain; with an anchor, base if nothing is said
 
     [full]
-    noise = 0.25               # Gaussian, standard deviation in steps of a 4-bit grid; linear layers
+    noise = 0.25               # before anything else: Gaussian, in steps of a 4-bit grid; linear layers
     quantize = false           # measured as it is
 """
 
@@ -26,9 +27,10 @@ __all__ = ["FAMILIES", "ORIGINAL", "SHARED", "Change", "Point", "default_points"
 
 ORIGINAL = "original"
 # What every point of one frontier has in common: without it no two of them could be compared.
-SHARED = frozenset(
-    "model members nonmembers canaries reference evaluation evaluation_windows window formats verify seed device".split()
-)
+SHARED = {
+    *("model", "members", "nonmembers", "canaries", "reference", "base", "private", "domain"),
+    *("evaluation", "evaluation_windows", "window", "formats", "verify", "seed", "device"),
+}
 FAMILIES = {
     "original": "the model as it came",
     "rounding": "rounding in boxes",
@@ -42,7 +44,8 @@ FAMILIES = {
     "dp": "trained with DP-SGD",
     "own": "points of your own",
 }
-OWN_KEYS = ("family", "interpolate", "noise", "quantize")
+INPUTS = ("base", "private", "domain")
+OWN_KEYS = ("family", "interpolate", "needs", "noise", "quantize")
 NAME = re.compile(r"[\w.+,%=() -]{1,80}")
 
 
@@ -87,7 +90,7 @@ class Point:
 def default_points() -> tuple[Point, ...]:
     """Every lever alone and together, and the baselines they have to beat."""
     lattice = {"rate": 3.25}
-    base, told = ("base",), ("base", "private", "domain")
+    base = ("base",)
     points = [
         Point(ORIGINAL, "original", quantize=False),
         *(
@@ -112,13 +115,13 @@ def default_points() -> tuple[Point, ...]:
             for amount in (0.1, 0.25, 0.5, 1.2, 2.0)
         ),
         Point("noise 0.25, lattice 3.25", "noise", lattice, Change("noise", 0.25)),
-        *(
-            Point(f"anchor {strength:g}, lattice 3.25", "anchor", lattice | {"anchor": strength}, needs=told)
-            for strength in (0.25, 0.5, 0.75)
-        ),
-        Point("anchor 0.5, lattice 4.25", "anchor", {"rate": 4.25, "anchor": 0.5}, needs=told),
     ]
     return tuple(points)
+
+
+def _back(options: Mapping, share: float) -> dict:
+    """Every weight at this share of the change from the base."""
+    return {**options, "anchor": round(1 - share, 9), "aim": "everything"}
 
 
 def fitting(
@@ -130,19 +133,28 @@ def fitting(
     """
     kept, left = [], {}
     for point in points:
-        strange = [name for name in point.recipe if name not in known]
-        absent = [name for name in point.needs if name not in given]
-        if strange:
-            left.setdefault(f"this version has no option {' or '.join(strange)}", []).append(point.name)
-        elif absent:
-            left.setdefault(f"they need {' and '.join(f'--{name}' for name in absent)}", []).append(point.name)
-        else:
+        if (why := _obstacle(point, given, known)) is None:
             kept.append(point)
+        else:
+            left.setdefault(why, []).append(point.name)
     return tuple(kept), tuple(f"left out: {'; '.join(names)} ({why})" for why, names in left.items())
 
 
+def _obstacle(point: Point, given: Collection[str], known: Collection[str]) -> str | None:
+    """Why a point cannot be made, or None."""
+    if strange := [name for name in point.recipe if name not in known]:
+        return f"this version has no option {' or '.join(strange)}"
+    if absent := [name for name in point.needs if name not in given]:
+        return f"they need {' and '.join(f'--{name}' for name in absent)}"
+    try:
+        checked({"model": "model", **point.recipe})
+    except UserError as error:  # a choice that this version does not offer
+        return str(error)
+    return None
+
+
 def read_points(path: Path) -> tuple[Point, ...]:
-    """The points of a TOML file, after the original, which is always one. Raises UserError for what is wrong with it."""
+    """The points of a TOML file, after the original, which is always one. Raises UserError for what is wrong there."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -185,8 +197,10 @@ def _point(path: Path, name: str, table: object) -> Point:
         checked({"model": "model", **options})
     except UserError as error:
         raise _at(where, error) from None
-    needs = ("base",) if change and change.kind == "interpolate" else ()
-    return Point(name, family, options, change, quantize, needs)
+    needs = table.get("needs", ["base"] if options.get("anchor") or (change and change.kind == "interpolate") else [])
+    if not isinstance(needs, list) or not set(needs) <= set(INPUTS):
+        raise UserError(f"{where}: needs", got=repr(needs), wanted=f"a list of {', '.join(INPUTS)}")
+    return Point(name, family, options, change, quantize, tuple(needs))
 
 
 def _change(where: str, table: Mapping) -> Change | None:
