@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from conftest import make_tokenizer
 from geoquant.errors import UserError
 from geoquant.pipeline import export, quantize
+from geoquant.plan import estimate
 from geoquant.privacy.anchor import anchored
 from geoquant.recipe import checked
 
@@ -25,6 +26,14 @@ SHORT = {
     "verify": False,
     "target": "weights",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def constant_machine():
+    """How fast this machine multiplies is measured elsewhere, and takes a second each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+        yield
 
 
 def moved(folder, out, *, seed: int = 3, size: float = 0.02):
