@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
+from pydantic.fields import FieldInfo
 
 from geoquant.errors import UserError
-from geoquant.plan.points import FAMILIES, NAME, Change, Point, check_names, default_points, fitting, read_points
-from geoquant.recipe import checked
+from geoquant.plan.default_points import default_points
+from geoquant.plan.points import FAMILIES, NAME, Change, Point, check_names, fitting, read_points
+from geoquant.recipe import Recipe, checked
 
 EVERYTHING = ("base", "private", "domain")
 
@@ -28,6 +32,15 @@ def test_the_default_list_is_sound():
     assert {"original", "rtn 3 bits", "lattice 3.25", "noise 0.5", "interpolate 0.4, lattice 3.25"} <= {
         p.name for p in kept
     }
+
+
+def test_the_default_list_grows_with_the_levers():
+    """By their fields: an aim that does not exist yet, and a switch to refine."""
+    fields = {"aim": FieldInfo(annotation=Literal["everything", "sharp"]), "refine": FieldInfo(annotation=bool)}
+    before, after = ({point.name for point in default_points(some)} for some in (Recipe.model_fields, fields))
+    assert {"anchor 0.3 by sharp, lattice 3.25", "refine, lattice 3.25"} <= after - before
+    assert "anchor 0.5 by sharp, refine, lattice 4.25" in after
+    assert "original" in {point.name for point in default_points({})}
 
 
 def test_what_cannot_be_made_is_left_out_with_a_reason():

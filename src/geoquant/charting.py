@@ -31,7 +31,8 @@ from geoquant.manifest import versions
 from geoquant.model.load import identity, locate
 from geoquant.operating import Job, job_path, measured_path, operate
 from geoquant.pipeline import load_records
-from geoquant.plan.points import INPUTS, ORIGINAL, Point, check_names, default_points, fitting
+from geoquant.plan.default_points import default_points
+from geoquant.plan.points import INPUTS, ORIGINAL, Point, check_names, fitting
 from geoquant.plan.uniform import check_choices
 from geoquant.progress import Progress, silent
 from geoquant.recipe import checked, located
@@ -70,7 +71,7 @@ def frontier(
     """Make and measure every operating point of `model` in folder `out`; returns what frontier.json holds.
 
     base: the public model it was fine-tuned from; calibrates the attack and serves the levers. private, domain: records
-    that levers may look at, no records of the audit. points: plan/points.py; without them its default list, of which
+    that levers may look at, no records of the audit. points: plan/points.py; without them the default list, of which
     those that cannot be made are left out and named. tasks: files of questions (evaluate/tasks.py), of each the first
     `items`. dp: folders of models trained with DP-SGD, each with the trainer's statement. jobs: processes at a time.
     keep: whole run folders, not only their reports. options: of the recipe that all points share (members, nonmembers,

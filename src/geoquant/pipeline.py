@@ -60,12 +60,14 @@ def quantize(
     *,
     resume: bool = False,
     known: Path | None = None,
+    goal: dict | None = None,
     progress: Progress = silent,
     command: str = "",
 ) -> dict:
     """Compress `recipe.model` into the run folder `out`; returns the report.
 
     known: a folder with what was measured of the same original on the same texts and records (measure.take_over).
+    goal: why these options were chosen (aiming.aimed), for the report.
 
     Raises UserError for whatever the user can mend, before any work where that is possible. A run that was
     stopped at any point continues with `resume=True` to the same bits; one that lacks nothing is not touched.
@@ -105,6 +107,8 @@ def quantize(
         remove_empty(made)
         raise
     write_json(run / "plan.json", plan.to_dict())
+    if goal is not None:
+        write_json(run / "goal.json", goal)
 
     with clock("measure the original"):
         before = measure_original(run, loaded.model, texts.evaluation, progress)
@@ -152,6 +156,7 @@ def quantize(
         run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
     report["protection"] = protection
+    report["goal"] = read_json(run / "goal.json") if (run / "goal.json").exists() else None
     write_report(run, report)
     raise_failure(exports)
     finish_manifest(run)

@@ -27,7 +27,7 @@ from geoquant.progress import Progress
 from geoquant.recipe import Recipe
 from geoquant.runs import atomic_directory, read_json, write_json
 
-__all__ = ["check_protection", "check_same_weights", "load_protected", "protect", "protected"]
+__all__ = ["check_protection", "load_protected", "protect", "protected"]
 
 FOLDER, FACTS = "protected", "protection.json"
 
@@ -59,7 +59,7 @@ def protect(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> di
     folder = run / FOLDER
     if not (folder / FACTS).exists():
         base = load(recipe.base, device=recipe.device)
-        check_same_weights(loaded, base)
+        _check_same_weights(loaded, base)
         facts = _anchor(recipe, loaded.model, base.model, progress)
         dtype = chosen_dtype(loaded.model, None)
         with atomic_directory(folder) as partial:
@@ -76,7 +76,7 @@ def load_protected(run: Path, device: str) -> Loaded:
     return load(str(run / FOLDER), device=device)
 
 
-def check_same_weights(loaded: Loaded, base: Loaded) -> None:
+def _check_same_weights(loaded: Loaded, base: Loaded) -> None:
     """Raise UserError where the base lacks a weight of the model, or has it in another shape."""
     theirs = {name: tuple(own.shape) for name, own in base.model.named_parameters()}
     for name, own in loaded.model.named_parameters():

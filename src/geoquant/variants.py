@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
 from geoquant.lattice.grid import Grid, search_scales
 from geoquant.model.load import Loaded, load
 from geoquant.model.walk import site_modules
 from geoquant.plan.points import Change
 from geoquant.privacy.anchor import anchored
-from geoquant.protecting import check_same_weights
 from geoquant.runs import atomic_directory
 
 __all__ = ["noised", "steps", "write_variant"]
@@ -34,18 +34,24 @@ def write_variant(folder: Path, model: str, base: str | None, change: Change, *,
     loaded = load(model)
     dtype = chosen_dtype(loaded.model, None)
     if change.kind == "interpolate":
-        public = load(str(base))
-        check_same_weights(loaded, public)
-        theirs = dict(untouched(public.model, (), dtype))
-        tensors = (
-            (name, anchored(own, theirs[name], change.amount) if own.is_floating_point() else own)
-            for name, own in untouched(loaded.model, (), dtype)
-        )
+        tensors = _between(loaded, load(str(base)), change.amount, dtype)
     else:
         tensors = _noisy(loaded, change.amount, seed, dtype)
     with atomic_directory(folder) as partial, torch.no_grad():
         write_shards(partial, tensors)
         write_side_files(partial, loaded.model, loaded.tokenizer, dtype)
+
+
+def _between(loaded: Loaded, base: Loaded, share: float, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, with this share of its change from the base."""
+    theirs = dict(untouched(base.model, (), dtype))
+    for name, own in untouched(loaded.model, (), dtype):
+        if name not in theirs or theirs[name].shape != own.shape:
+            raise UserError(
+                f"the base {base.name} is no base of {loaded.name}: its {name} is another",
+                fix="give the model that it was fine-tuned from",
+            )
+        yield name, anchored(own, theirs[name], share) if own.is_floating_point() else own
 
 
 def _noisy(loaded: Loaded, amount: float, seed: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

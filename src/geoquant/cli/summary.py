@@ -134,9 +134,13 @@ def summary_table(report: dict) -> Table:
 
 def show_summary(report: dict, out: Path) -> None:
     """Warnings, the table, and as the very last line the path of the report."""
+    from rich.markup import escape
+
     console = stdout_console()
     for warning in report.get("warnings") or []:
         console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    if goal := report.get("goal"):
+        console.print(f"[bold]goal[/] {escape(goal['why'])}", soft_wrap=True)
     console.print(summary_table(report))
     page = out / "report.html"
     print(f"report: {page if page.exists() else out / 'report.json'}")

@@ -60,7 +60,7 @@ WEIGHTS = {
     "medical": Weights(1.5, 160.0),
     "finance": Weights(1.5, 120.0),
     "support": Weights(3.0, 60.0),
-    "code": Weights(3.0, 20.0),
+    "code": Weights(3.0, 5.0),
 }
 
 

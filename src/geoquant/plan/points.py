@@ -23,7 +23,7 @@ from pathlib import Path
 from geoquant.errors import UserError, unknown_name
 from geoquant.recipe import Recipe, checked
 
-__all__ = ["FAMILIES", "ORIGINAL", "SHARED", "Change", "Point", "default_points", "fitting", "read_points"]
+__all__ = ["FAMILIES", "INPUTS", "ORIGINAL", "SHARED", "Change", "Point", "check_names", "fitting", "read_points"]
 
 ORIGINAL = "original"
 # What every point of one frontier has in common: without it no two of them could be compared.
@@ -85,43 +85,6 @@ class Point:
     needs: tuple[str, ...] = ()
     model: str | None = None
     statement: str | None = None
-
-
-def default_points() -> tuple[Point, ...]:
-    """Every lever alone and together, and the baselines they have to beat."""
-    lattice = {"rate": 3.25}
-    base = ("base",)
-    points = [
-        Point(ORIGINAL, "original", quantize=False),
-        *(
-            Point(f"{method} {bits} bits", "rounding", {"grid": "box", "bits": bits, "method": method})
-            for method in ("rtn", "babai")
-            for bits in (8, 4, 3)
-        ),
-        *(Point(f"lattice {rate:g}", "lattice", {"rate": rate}) for rate in (8.0, 4.25, 3.25)),
-        *(
-            Point(
-                f"interpolate {share:g}, lattice 3.25",
-                "interpolation",
-                lattice,
-                Change("interpolate", share),
-                needs=base,
-            )
-            for share in (0.8, 0.6, 0.4, 0.2)
-        ),
-        Point("interpolate 0.4", "interpolation", {}, Change("interpolate", 0.4), quantize=False, needs=base),
-        *(
-            Point(f"noise {amount:g}", "noise", {}, Change("noise", amount), quantize=False)
-            for amount in (0.1, 0.25, 0.5, 1.2, 2.0)
-        ),
-        Point("noise 0.25, lattice 3.25", "noise", lattice, Change("noise", 0.25)),
-    ]
-    return tuple(points)
-
-
-def _back(options: Mapping, share: float) -> dict:
-    """Every weight at this share of the change from the base."""
-    return {**options, "anchor": round(1 - share, 9), "aim": "everything"}
 
 
 def fitting(
