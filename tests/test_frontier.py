@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from geoquant import operating
+from geoquant.aiming import aimed
 from geoquant.charting import frontier
 from geoquant.cli import run
 from geoquant.data.private import make_records
@@ -263,3 +264,64 @@ def test_a_folder_of_another_frontier_is_refused(finished, place):
     other = {**told, "options": {**told["options"], "windows": 5}}
     with pytest.raises(UserError, match="a frontier of another model, other texts or settings"):
         frontier(folder / "tuned", finished[0], points=POINTS, tasks=[folder / "task.jsonl"], **other)
+
+
+# ---- a goal
+
+
+def test_a_goal_runs_the_point_it_takes_and_the_report_shows_its_place(finished, place, tmp_path, capsys):
+    folder, told = place
+    out, found = finished
+    options = told["options"]
+    given = [str(folder / "tuned"), "--goal", "small", "--frontier", str(out), "--out", str(tmp_path / "R")]
+    given += ["--text", options["evaluation"], "--calibration", options["calibration"], "--no-verify"]
+    assert run(["quantize", *given]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "R" / "report.json").read_text())
+    taken = row(found, report["goal"]["point"])
+    assert taken["quantized"]
+    assert report["goal"]["why"] in shown
+    # Windows are those of the frontier: the loss is that of its point.
+    assert report["quality"]["quantized"]["nll"] == pytest.approx(taken["public"]["nll"], abs=1e-9)
+    page = (tmp_path / "R" / "report.html").read_text()
+    assert 'id="goal"' in page
+    assert page.count('class="here"') == 2
+
+
+def test_a_goal_says_what_stands_against_it(finished, place, tmp_path):
+    folder, told = place
+    out, _ = finished
+    recipe = checked({"model": str(folder / "tuned")})
+    with pytest.raises(UserError, match=r"--goal private comes to .*anchor = 0\.6; wanted --base as well"):
+        aimed(recipe, "private")
+    wanted, said = aimed(checked({"model": "m", "base": "b", "windows": 7}), "private")
+    assert (wanted.rate, wanted.anchor, wanted.base, wanted.windows) == (3.25, 0.6, "b", 7)
+    assert said["rows"] == []
+    assert aimed(checked({"model": "m", "base": "b"}), "small")[0].base is None  # a run refuses an idle base
+    with pytest.raises(UserError, match=r"--goal small decides rate: 3\.0; got 4\.0; leave out rate, or --goal"):
+        aimed(checked({"model": "m", "rate": 4.0}), "small", given={"rate": 4.0})
+    with pytest.raises(UserError, match="--goal small decides grid: lattice; got box"):
+        aimed(checked({"model": "m", "grid": "box"}), "small", given={"grid": "box"})
+    with pytest.raises(UserError, match=r"is the frontier of another model than .*base"):
+        aimed(checked({"model": str(told["base"])}), "small", frontier=out)
+    with pytest.raises(UserError, match=r"holds no frontier\.json; run geoquant frontier first"):
+        aimed(recipe, "small", frontier=tmp_path)
+    with pytest.raises(UserError, match="no point of the frontier has a formal guarantee"):
+        aimed(recipe, "certified", frontier=out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--goal", "smal"], "did you mean 'small'?"),
+        (["--use", "medical"], "--use serves a goal"),
+        (["--frontier", "F"], "--frontier serves a goal"),
+        (["--goal", "balanced", "--use", "medical"], "--use weighs what a frontier measured"),
+        (["--goal", "certified"], "--goal certified is chosen among measured points"),
+    ],
+)
+def test_options_of_a_goal_without_one_are_one_line(flags, line, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(["quantize", "m", "--out", "R", *flags]) == 2
+    assert line in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
