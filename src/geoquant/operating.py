@@ -171,7 +171,7 @@ def _quantized(job: Job, recipe: Recipe, run: Path, progress: Progress) -> dict:
     privacy = report["privacy"]
     guarantees = [(report.get(part) or {}).get("guarantee") for part in ("protection", "privacy")]
     told = {
-        "bits": _bits(report, recipe),
+        "bits": _bits(report),
         "public": read_json(run / "quantized.json", perplexity=dict)["perplexity"],
         "kl": report["quality"]["kl"],
         "tasks": tasks,
@@ -182,7 +182,7 @@ def _quantized(job: Job, recipe: Recipe, run: Path, progress: Progress) -> dict:
     return told | _of_records(split, base, scores, privacy)
 
 
-def _bits(report: dict, recipe: Recipe) -> dict:
+def _bits(report: dict) -> dict:
     """Bits per parameter of the whole model (what is not coded counts as stored), and per coded weight alone."""
     sites, parameters = report["sites"], report["model"]["parameters"]
     weights = [math.prod(site["shape"]) for site in sites]

@@ -105,6 +105,7 @@ def pairs(given: list[str]) -> dict[str, str]:
 
 def show(found: dict, out: Path) -> None:
     """The matrix, what was left out or failed, and where the page is."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{found['model']['name']}: * no other point beats it", title_justify="left")
@@ -117,8 +118,11 @@ def show(found: dict, out: Path) -> None:
     console = stdout_console()
     console.print(table)
     print("public, unseen: loss above the original's, nats per token (paired SE); bits: of all parameters")
+    for row in found["rows"]:
+        if row["guarantee"]:  # no epsilon without what it covers and what it does not
+            console.print(f"{row['name']}: {escape(row['guarantee']['sentence'])}", soft_wrap=True)
     for line in (*found["left_out"], *(f"failed: {one['name']}: {one['error']}" for one in found["failed"])):
-        console.print(f"[yellow]note:[/] {line}", soft_wrap=True)
+        console.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
     print(f"report: {out / 'frontier.html'}")
 
 

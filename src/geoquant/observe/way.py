@@ -29,7 +29,6 @@ from geoquant.progress import Progress, silent
 __all__ = ["Slopes", "slopes"]
 
 
-
 @dataclass(frozen=True)
 class Slopes:
     """At each point of the way, for each batch of each text: the loss in nats summed over its scored tokens, and by
@@ -93,9 +92,7 @@ def _batches(text: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def _placed(
-    model: nn.Module, own: dict[str, Tensor]
-) -> Iterator[Callable[[Callable[[str, Tensor], Tensor]], None]]:
+def _placed(model: nn.Module, own: dict[str, Tensor]) -> Iterator[Callable[[Callable[[str, Tensor], Tensor]], None]]:
     """Gives a function that replaces every parameter by a float32 value; afterwards the very tensors are back."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 

@@ -8,7 +8,7 @@ from geoquant.errors import UserError
 from geoquant.plan.goals import GOALS, choose
 from geoquant.plan.points import FAMILIES
 from geoquant.report import curve
-from geoquant.report.figures import percent, plain_number
+from geoquant.report.figures import plain_number
 from geoquant.report.page import fingerprint, finite, rendered, write_page
 from geoquant.report.words import attack_label
 
@@ -67,7 +67,6 @@ def render(found: dict) -> str:
         mark=curve.mark,
         goals=goals_of(found),
         attack={key: name and attack_label(name)[0] for key, name in found["attacks"].items()},
-        lost=lambda nats: percent(curve.lost(nats) / 100),
         fingerprint=fingerprinted,
     )
 
