@@ -27,7 +27,7 @@ from geoquant.privacy.attacks import ATTACKS, JOINT
 from geoquant.privacy.delong import paired_difference
 from geoquant.privacy.statistics import auc
 
-__all__ = ["AXES", "RULE", "Z", "control_matrix", "noise_of", "strongest_alone"]
+__all__ = ["AXES", "RULE", "Z", "control_matrix", "exposure_row", "noise_of", "strongest_alone"]
 
 PRIMARY = "reference"
 Z = float(norm.ppf(0.975))
@@ -167,17 +167,20 @@ def _extraction(privacy: Mapping) -> dict | None:
 
 
 def _exposure(privacy: Mapping) -> dict | None:
-    """Mean over the planted canaries, its standard error, and the mean of those that were left out."""
     row = next(iter(privacy.get("exposure", [])), None)
-    if row is None:
-        return None
-    bits = np.array([canary["bits"] for canary in row["canaries"]], float)
+    bits = row and [canary["bits"] for canary in row["canaries"]]
+    return row and exposure_row(bits, row["limit_bits"], privacy.get("exposure_control"))
+
+
+def exposure_row(bits: Sequence[float], limit: float, control: float | None) -> dict:
+    """Mean over the planted canaries and its standard error; control: the mean of those that were left out."""
+    values = np.asarray(bits, float)
     return {
-        "mean": float(bits.mean()),
-        "se": float(bits.std(ddof=1) / len(bits) ** 0.5) if len(bits) > 1 else None,
-        "limit": row["limit_bits"],
-        "control": privacy.get("exposure_control"),
-        "canaries": len(bits),
+        "canaries": len(values),
+        "mean": float(values.mean()),
+        "se": float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None,
+        "limit": limit,
+        "control": control,
     }
 
 

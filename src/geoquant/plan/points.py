@@ -86,6 +86,12 @@ class Point:
     model: str | None = None
     statement: str | None = None
 
+    @property
+    def words(self) -> str:
+        """What it is, and its options."""
+        options = [f"{name} = {value}" for name, value in self.recipe.items()]
+        return ", ".join([FAMILIES[self.family], *([self.change.words] if self.change else []), *options])
+
 
 def fitting(
     points: Sequence[Point], given: Collection[str], known: Collection[str] = tuple(Recipe.model_fields)
