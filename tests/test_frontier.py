@@ -24,9 +24,9 @@ from geoquant.plan.points import Change, Point
 from geoquant.privacy.finetune import finetune
 from geoquant.recipe import checked
 
-POOL = make_records(48, 5)
+POOL = make_records(40, 5)
 random.Random(0).shuffle(POOL)
-MEMBERS, NONMEMBERS = tuple(POOL[:24]), tuple(POOL[24:])
+MEMBERS, NONMEMBERS = tuple(POOL[:20]), tuple(POOL[20:])
 BOX = {"bits": 3, "group_size": 16, "metric": "plain"}
 POINTS = (
     Point("original", "original", quantize=False),
@@ -150,36 +150,34 @@ def test_points_that_are_added_cost_only_themselves_and_one_that_fails_stops_no_
     shutil.copytree(finished[0], out)
     before = states(out)
     bad = Point("bad", "own", BOX | {"group_size": 500})
-    more = (*POINTS, bad, Point("rtn 2", "rounding", BOX | {"bits": 2, "method": "rtn"}))
-    found = frontier(folder / "tuned", out, points=more, tasks=[folder / "task.jsonl"], **told)
+    # One more, one that fails, and another point under a known name: that one is made anew.
+    other = Point("babai 8", "rounding", BOX | {"bits": 6})
+    points = (*POINTS[:2], other, *POINTS[3:], bad, Point("loud 2", "noise", {}, Change("noise", 2.0), quantize=False))
+    found = frontier(folder / "tuned", out, points=points, tasks=[folder / "task.jsonl"], **told)
     assert [one["name"] for one in found["failed"]] == ["bad"]
     assert "group size 500 is larger than" in found["failed"][0]["error"]
-    assert row(found, "rtn 2")["bits"]["coded"] == 3.0
-    after = states(out)
-    same = {path for path in before if "frontier." not in path.name}
-    assert {path: after[path] for path in same} == {path: before[path] for path in same}
     assert not (out / "points" / "bad").exists()
-    # Another point under a known name is made anew.
-    changed = (*POINTS[:2], Point("babai 8", "rounding", BOX | {"bits": 6}), *POINTS[3:])
-    found = frontier(folder / "tuned", out, points=changed, tasks=[folder / "task.jsonl"], **told)
     assert row(found, "babai 8")["bits"]["coded"] == 7.0
+    assert row(found, "loud 2")["public"]["nll"] > row(found, "loud")["public"]["nll"]
+    after = states(out)
+    same = {path for path in before if not {"babai 8", "babai 8.json"} & set(path.parts) and path.stem != "frontier"}
+    assert {path: after[path] for path in same} == {path: before[path] for path in same}
+    assert len(same) > 10
 
 
 def test_an_interrupted_point_goes_on(place, tmp_path, monkeypatch):
     folder, told = place
-    points, taken = POINTS[:3], operating.quantize
+    points, taken = (POINTS[0], POINTS[2]), operating.quantize
 
     def killed(recipe, *rest, **options):
-        report = taken(recipe, *rest, **options)
-        if recipe.method == "babai":
-            raise KeyboardInterrupt
-        return report
+        taken(recipe, *rest, **options)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(operating, "quantize", killed)
         with pytest.raises(KeyboardInterrupt):
             frontier(folder / "tuned", tmp_path / "F", points=points, **told)
-    assert {path.name for path in (tmp_path / "F" / "measured").iterdir()} == {"original.json", "rtn 3.json"}
+    assert {path.name for path in (tmp_path / "F" / "measured").iterdir()} == {"original.json"}
     solved = sorted((tmp_path / "F" / "points" / "babai 8" / "sites").iterdir())
     before = [path.stat().st_mtime_ns for path in solved]
     seen = []
@@ -192,18 +190,17 @@ def test_an_interrupted_point_goes_on(place, tmp_path, monkeypatch):
     monkeypatch.setattr(operating, "quantize", watched)
     found = frontier(folder / "tuned", tmp_path / "F", points=points, **told)
     assert seen == before  # no site was solved twice
-    assert len(found["rows"]) == 3
+    assert len(found["rows"]) == 2
 
 
 def test_several_processes_find_the_same(finished, place, tmp_path):
     folder, told = place
     _, found = finished
     bad = Point("bad", "own", BOX | {"group_size": 500})
-    points = (POINTS[0], POINTS[1], POINTS[4], bad)
+    points = (POINTS[0], POINTS[4], bad)
     tasks = [folder / "task.jsonl"]
-    # What was measured of the original is the same, and costs seconds.
     again = frontier(folder / "tuned", tmp_path / "F", points=points, jobs=2, tasks=tasks, **told)
-    for name in ("original", "rtn 3", "loud"):
+    for name in ("original", "loud"):
         one, other = row(again, name), row(found, name)
         of_the_set = ("seconds", "pareto", "beaten_by")
         assert {key: one[key] for key in one if key not in of_the_set} == {
