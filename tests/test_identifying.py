@@ -239,6 +239,11 @@ def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are
         ({"groups": "sites"}, "did you mean 'site'"),
         ({"groups": "columns:0"}, "whole number N of 1 or more"),
         ({"groups": "columns:33"}, "has 32 columns"),
+        ({"groups": "depth:x"}, "depth:K with a whole number K of 1 or more"),
+        ({"groups": "depth:3"}, "at least one in each stretch"),
+        ({"compare": ("nowhere",)}, "holds no identity.json"),
+        ({"compare": ("own",), "do": ("clip@0.9",)}, "no intervention in common"),
+        ({"compare": ("own",), "groups": "site"}, "no group of the same name"),
         ({"groups": "top:dsm@0.1"}, "give its folder with --analysis"),
         ({"groups": "top:dsm@0"}, "above 0 and at most 1"),
         ({"groups": "top:dsm@1.5"}, "above 0 and at most 1"),
@@ -253,7 +258,11 @@ def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are
         ({"window": 4096}, "context"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_no_folder(tiny_model_dir, analysed, sides, tmp_path, wrong, message):
+def test_bad_input_is_one_line_and_leaves_no_folder(
+    tiny_model_dir, analysed, finished, sides, tmp_path, wrong, message
+):
+    if wrong.get("compare") == ("own",):
+        wrong = wrong | {"compare": (finished[0],)}
     if wrong.get("analysis") == "own":
         wrong = wrong | {"analysis": analysed}
     given = {**SETTINGS, **({} if wrong.get("private") == ["one", "two"] else sides), **wrong}
@@ -432,13 +441,13 @@ def test_groups_share_no_weight_and_leave_none_out(tiny_model):
     from geoquant.model.walk import walk
 
     sites = [site for block in walk(tiny_model, torch.zeros(1, 8, dtype=torch.long)) for site in block.sites]
-    for text in ("site", "half", "block", "columns:5"):
+    for text in ("site", "half", "block", "columns:5", "depth:2", "depth:1"):
         counts = {site.name: torch.zeros(site.shape[1]) for site in sites}
         for group in make_groups(parse_grouping(text), sites):
             for part in group.parts:
                 counts[part.site] += part.mask(next(s.shape for s in sites if s.name == part.site))[0]
         assert all((count == 1).all() for count in counts.values()), text
-    assert [len(make_groups(parse_grouping(t), sites)) for t in ("site", "half", "block")] == [14, 4, 2]
+    assert [len(make_groups(parse_grouping(t), sites)) for t in ("site", "half", "block", "depth:1")] == [14, 4, 2, 2]
     scores = {site.name: torch.rand(site.shape[1], generator=torch.Generator().manual_seed(1)) for site in sites}
     chosen = make_groups(parse_grouping("top:any@0.2"), sites, lambda site: scores[site.name])
     for top, random in zip(chosen[::2], chosen[1::2]):

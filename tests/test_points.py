@@ -38,8 +38,8 @@ def test_the_default_list_grows_with_the_levers():
     """By their fields: an aim that does not exist yet, and a switch to refine."""
     fields = {"aim": FieldInfo(annotation=Literal["everything", "sharp"]), "refine": FieldInfo(annotation=bool)}
     before, after = ({point.name for point in default_points(some)} for some in (Recipe.model_fields, fields))
-    assert {"anchor 0.3 by sharp, lattice 3.25", "refine, lattice 3.25"} <= after - before
-    assert "anchor 0.5 by sharp, refine, lattice 4.25" in after
+    assert {"anchor 0.5 by sharp, lattice 3.25", "refine, lattice 3.25"} <= after - before
+    assert "anchor 1 by sharp, refine, lattice 4.25" in after
     assert "original" in {point.name for point in default_points({})}
 
 
@@ -57,9 +57,7 @@ def test_what_cannot_be_made_is_left_out_with_a_reason():
         "left out: four (they need --base)",
     )
     assert len(fitting(points[:1] + points[3:], ("base",))[0]) == 2
-    assert fitting([Point("five", "own", {"aim": "sideways"})], ())[1] == (
-        "left out: five (unknown aim 'sideways'; choose one of: everything)",
-    )
+    assert "left out: five (unknown aim 'sideways'" in fitting([Point("five", "own", {"aim": "sideways"})], ())[1][0]
 
 
 def test_a_file_of_points(tmp_path):

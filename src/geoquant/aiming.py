@@ -8,6 +8,7 @@ from pathlib import Path
 from geoquant.errors import UserError
 from geoquant.model.load import identity, locate
 from geoquant.plan.goals import Choice, choose, default_choice
+from geoquant.plan.points import INPUTS
 from geoquant.recipe import Recipe, checked
 from geoquant.runs import read_json
 
@@ -25,8 +26,8 @@ def aimed(
     for by name. Raises UserError where one of these is what the goal decides, and where the choice lacks an input.
     """
     found = {"rows": [], "settings": {}} if frontier is None else _read(frontier, recipe)
-    rows = found["rows"]
-    choice = choose(goal, rows, use) if rows else default_choice(goal)
+    rows, there = found["rows"], [name for name in INPUTS if getattr(recipe, name)]
+    choice = choose(goal, rows, use) if rows else default_choice(goal, there)
     decided = {"grid": checked({"model": "model", **choice.recipe}).grid, **choice.recipe}
     for name, value in decided.items():
         if name in given and given[name] != value:
@@ -55,7 +56,7 @@ def _merged(recipe: Recipe, choice: Choice, settings: Mapping) -> dict:
     for name in ("grid", "method", "formats"):
         if name in said and said[name] == getattr(checked({"model": recipe.model, "grid": recipe.grid}), name):
             del said[name]
-    idle = {name for name in ("base", "private", "domain") if name not in choice.needs}
+    idle = set(INPUTS) - set(choice.needs)
     return {name: value for name, value in said.items() if name not in idle} | dict(choice.recipe)
 
 

@@ -43,7 +43,7 @@ from geoquant.privacy.scores import SplitScores
 from geoquant.privacy.scoring import check_same_tokens
 from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
-from geoquant.protecting import check_protection, load_protected, protect, protected
+from geoquant.protecting import PUBLIC, check_protection, load_protected, protect, protected
 from geoquant.recipe import PACKED, Recipe, checked, located
 from geoquant.report.build import write_report
 from geoquant.results import load_stage, save_stage, stage_path
@@ -84,6 +84,7 @@ def quantize(
     try:
         with clock("load"):
             split = load_records(recipe)
+            looked = check_protection(recipe, split)
             # Before hours of work: whether the records will allow a verdict.
             check = check_sides(split, seed=recipe.seed) if split else None
             if check and check.refusal:
@@ -91,7 +92,7 @@ def quantize(
             loaded, blocks, texts, plan, notes = prepare(recipe)
             for warning in (changed := write_manifest(run, recipe, loaded, texts, split, command)):
                 progress("resume", 0, 1, warning)
-            notes += changed
+            notes += looked + changed
             take_over(known, run)
             if split and recipe.reference:
                 if not base_scores.exists():
@@ -128,7 +129,7 @@ def quantize(
     protection = None
     if protected(recipe):
         with clock("protect"):
-            protection = protect(run, recipe, loaded, progress)
+            protection = protect(run, recipe, loaded, texts.calibration.tokens[:PUBLIC], progress)
             loaded = None  # never two models in memory
             loaded = load_protected(run, recipe.device)
     with clock("quantize"):
@@ -166,7 +167,6 @@ def quantize(
 def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
     """Everything that is decided, and everything that can be refused, before the first long step."""
     check_choices(recipe)
-    check_protection(recipe)
     loaded = load(recipe.model, device=recipe.device)
     texts = prepare_texts(loaded.tokenizer, recipe)
     check_context(loaded, recipe.window)
@@ -352,8 +352,11 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
 
 def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     """What `quantize` would do: sites, sizes, time and memory. Writes nothing."""
+    split = load_records(recipe)
+    looked = check_protection(recipe, split)
     loaded, blocks, texts, plan, notes = prepare(recipe)
-    if (split := load_records(recipe)) and (refusal := check_sides(split, seed=recipe.seed).refusal):
+    notes += looked
+    if split and (refusal := check_sides(split, seed=recipe.seed).refusal):
         notes += (f"the audit will give no verdict: {refusal}",)
     spent: Cost = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
     return {

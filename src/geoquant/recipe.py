@@ -59,7 +59,7 @@ class Recipe(BaseModel):
     private: str | None = None
     domain: str | None = None
     anchor: float = Field(default=0.0, ge=0.0, le=1.0)
-    aim: Literal["everything"] = "everything"
+    aim: Literal["everything", "memory"] = "everything"
     # calibration: None means the text every Python carries
     calibration: str | None = None
     windows: int = Field(default=32, ge=1)
@@ -93,6 +93,10 @@ class Recipe(BaseModel):
         grid = values["grid"] if "grid" in values else _grid_of(values)
         refuse_strangers({"grid": grid, **values})
         own = {"method": "babai", "formats": ("compressed-tensors",)} if grid == "box" else {}
+        if values.get("private") and values.get("domain"):
+            own["aim"] = "memory"
+        if values.get("base") and values.get("members"):
+            own["reference"] = values["base"]
         return {"grid": grid, **own, **values}
 
 

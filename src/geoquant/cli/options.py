@@ -198,7 +198,10 @@ class RecipeFlags:
     ] = None
     aim: Annotated[
         str | None,
-        option("Which weights go back: everything (default everything).", group=CONTROL),
+        option(
+            "Which go back: everything alike, or memory, what taught only --private (default everything, or memory).",
+            group=CONTROL,
+        ),
     ] = None
     members: Annotated[str | None, option("Records the model was trained on, .jsonl.", group=PRIVACY)] = None
     nonmembers: Annotated[

@@ -13,10 +13,11 @@ no larger than it and has the least loss on public text; what a lever costs is c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from geoquant.errors import UserError, unknown_name
+from geoquant.plan.points import INPUTS
 
 __all__ = ["GOALS", "SAME", "WEIGHTS", "Choice", "Goal", "Weights", "choose", "default_choice"]
 
@@ -32,6 +33,7 @@ class Goal:
     rise: float | None
     recipe: Mapping[str, object] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    aimed: Mapping[str, object] | None = None  # in its place where records are there to aim by
 
 
 GOALS = {
@@ -42,6 +44,7 @@ GOALS = {
         0.02,
         {"rate": 3.25, "anchor": 0.6},
         ("base",),
+        {"rate": 3.25, "anchor": 1.0, "aim": "memory"},
     ),
     "certified": Goal("a formal guarantee within 10% of the original's perplexity", 0.10),
 }
@@ -75,16 +78,22 @@ class Choice:
     point: str | None = None
 
 
-def default_choice(goal: str) -> Choice:
-    """What a goal means where nothing was measured. Raises UserError for a goal that must be measured."""
+def default_choice(goal: str, given: Collection[str] = ()) -> Choice:
+    """What a goal means where nothing was measured. given: inputs that are there ("base", "private", "domain").
+
+    Raises UserError for a goal that must be measured.
+    """
     known = _known(goal)
     if not known.recipe:
         raise UserError(
             f"--goal {goal} is chosen among measured points", fix="run geoquant frontier, then --frontier DIR"
         )
-    options = ", ".join(f"{name} {value:g}" for name, value in known.recipe.items())
+    recipe, needs = known.recipe, known.needs
+    if known.aimed and set(INPUTS) <= set(given):
+        recipe, needs = known.aimed, INPUTS
+    options = ", ".join(f"{name} {value}" for name, value in recipe.items())
     why = f"{goal}: {options}, the default; nothing was measured on this model (geoquant frontier does)"
-    return Choice(goal, known.recipe, known.needs, why)
+    return Choice(goal, recipe, needs, why)
 
 
 def choose(goal: str, rows: Sequence[Mapping], use: str = "general") -> Choice:
