@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import perplexity
 from geoquant.measure import prepare_texts
 from geoquant.plan.points import Change, Point
+from geoquant.privacy import audit
+from geoquant.privacy.attacks.combined import combine
 from geoquant.privacy.finetune import finetune
 from geoquant.recipe import checked
 
@@ -35,6 +38,14 @@ POINTS = (
     Point("half", "interpolation", {**BOX, "bits": 8, "anchor": 0.5}, needs=("base",)),
     Point("loud", "noise", {}, Change("noise", 0.5), quantize=False),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_permutations():
+    """The p-value of the combined attack takes most of the time here, and no row shows it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit, "combine", partial(combine, permutations=19))
+        yield
 
 
 @pytest.fixture(scope="module")
