@@ -88,6 +88,7 @@ def test_certified_looks_at_guarantees_alone():
     choice = choose("certified", ROWS)
     assert choice.point == "surer"  # `lost` has the smaller epsilon and is no use
     assert "for neighbours: any two weight vectors" in choice.why  # no epsilon without its adjacency
+    assert "covers neither this choice by measurements of the private model" in choice.why
     with pytest.raises(UserError, match="no point of the frontier has a formal guarantee"):
         taken("certified", ROWS[:5])
 

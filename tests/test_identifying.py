@@ -201,13 +201,16 @@ def test_every_layer_is_judged_by_the_analysis(tiny_model_dir, analysed, tmp_pat
 
 
 def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are_not_known_everywhere():
-    """15 of 30 made-up layers are functional and score higher; the other feature is missing at one layer."""
+    """15 of 30 made-up layers, one of the two in each block, of one kind or the other by turns, are functional and
+    score higher; the other feature is missing at one layer.
+    """
     rng = np.random.default_rng(0)
     before = Observed(tuple(3 + 0.1 * rng.standard_normal(8)))
-    names = tuple(Group(f"layer.{i}", (Part(f"layer.{i}"),), i, "layer") for i in range(30))
+    names = tuple(Group(f"layer.{i}", (Part(f"layer.{i}"),), i // 2, "ab"[i % 2]) for i in range(30))
+    marks = [(i + i // 2) % 2 for i in range(30)]
     found = {}
     for i, group in enumerate(names):
-        after = Observed(tuple(np.array(before.windows) + 0.5 * (i % 2) + 1e-3 * rng.standard_normal(8)))
+        after = Observed(tuple(np.array(before.windows) + 0.5 * marks[i] + 1e-3 * rng.standard_normal(8)))
         found[group.name] = contrast(before, after, group.name, "zero")
     rows = identified(names, {"zero": found}, 0.5)
     told = {
@@ -216,7 +219,7 @@ def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are
             {
                 "name": group.name,
                 "scores": {
-                    "known": {"value": 3.0 * (i % 2) + rng.standard_normal()},
+                    "known": {"value": 3.0 * marks[i] + rng.standard_normal()},
                     "missing": {"value": None if i == 4 else 1.0 * i},
                 },
             }
@@ -224,7 +227,7 @@ def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are
         ],
     }
     (one,) = _verdicts(told, parse_grouping("site"), rows, 0, lambda *_: None)
-    assert "15 of 30 groups are functional, and geometry tells them apart" in one["sentence"]
+    assert "15 of 30 groups are functional, and geometry tells them apart beyond block and kind" in one["sentence"]
     assert "not enough to tell: 0 of 30 groups are sensitive" in one["sentence"]
     assert one["features"] == ["known"]
     assert json.loads(json.dumps(one, allow_nan=False))["questions"][0]["found"]["auc"]["linear"] > 0.9

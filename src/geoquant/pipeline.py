@@ -43,8 +43,17 @@ from geoquant.privacy.scores import SplitScores
 from geoquant.privacy.scoring import check_same_tokens
 from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
-from geoquant.protecting import PUBLIC, check_protection, load_protected, protect, protected
+from geoquant.protecting import (
+    PUBLIC,
+    check_protection,
+    load_protected,
+    protect,
+    protected,
+    protected_folder,
+    released,
+)
 from geoquant.recipe import PACKED, Recipe, checked, located
+from geoquant.releasing import announced, with_guarantee
 from geoquant.report.build import write_report
 from geoquant.results import load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, recorded_recipe, remove_empty, write_json
@@ -90,6 +99,10 @@ def quantize(
             if check and check.refusal:
                 progress("records", 0, 1, "they allow no verdict on leakage")
             loaded, blocks, texts, plan, notes = prepare(recipe)
+            price, guarantee = announced(recipe, loaded, texts)
+            if price:
+                progress("guarantee", 0, 1, price)
+                notes += (price,)
             for warning in (changed := write_manifest(run, recipe, loaded, texts, split, command)):
                 progress("resume", 0, 1, warning)
             notes += looked + changed
@@ -131,7 +144,10 @@ def quantize(
         with clock("protect"):
             protection = protect(run, recipe, loaded, texts.calibration.tokens[:PUBLIC], progress)
             loaded = None  # never two models in memory
-            loaded = load_protected(run, recipe.device)
+            if released(recipe):  # nothing that was decided on the private model outlives it
+                loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))
+            else:
+                loaded = load_protected(run, recipe.device)
     with clock("quantize"):
         solve(run, recipe, loaded, blocks, texts, plan, progress)
     if missing == stages:  # a resumed run did only part of the work in this time
@@ -157,6 +173,7 @@ def quantize(
         run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
     report["protection"] = protection
+    report["privacy"] = with_guarantee(privacy, protection["guarantee"] if protection else guarantee)
     report["goal"] = read_json(run / "goal.json") if (run / "goal.json").exists() else None
     write_report(run, report)
     raise_failure(exports)
@@ -164,10 +181,13 @@ def quantize(
     return report
 
 
-def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
-    """Everything that is decided, and everything that can be refused, before the first long step."""
+def prepare(recipe: Recipe, model: str | None = None) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
+    """Everything that is decided, and everything that can be refused, before the first long step.
+
+    model: of which; left out, the recipe's.
+    """
     check_choices(recipe)
-    loaded = load(recipe.model, device=recipe.device)
+    loaded = load(model or recipe.model, device=recipe.device)
     texts = prepare_texts(loaded.tokenizer, recipe)
     check_context(loaded, recipe.window)
     pages = map_weights(loaded.model)
@@ -326,9 +346,11 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     run = Path(run)
     recipe = checked(recorded_recipe(run))
     report = read_json(run / "report.json", exports=list, warnings=list)
-    loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
-    check_same_model(run, loaded)
-    if protected(recipe):
+    given = protected_folder(run) if released(recipe) else None  # then the model it was made of is not needed
+    loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}), given)
+    if given is None:
+        check_same_model(run, loaded)
+    if protected(recipe) and given is None:
         loaded = None
         loaded = load_protected(run, recipe.device)
     for stage in (stage for block in blocks for stage in block.stages):
@@ -358,6 +380,8 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     notes += looked
     if split and (refusal := check_sides(split, seed=recipe.seed).refusal):
         notes += (f"the audit will give no verdict: {refusal}",)
+    if price := announced(recipe, loaded, texts)[0]:
+        notes += (price,)
     spent: Cost = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
     return {
         "model": reporting.model_facts(loaded),

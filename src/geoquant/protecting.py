@@ -22,18 +22,21 @@ from torch import Tensor
 from geoquant.data.records import Split, check_split, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
+from geoquant.measure import BUILTIN, prepare_texts
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import trim
 from geoquant.observe.texts import padded
 from geoquant.privacy.aim import TEXTS, goes_back, spread_over, taught
 from geoquant.privacy.anchor import anchored
+from geoquant.privacy.guarantee.claim import Inherit
 from geoquant.privacy.scoring import encode
 from geoquant.progress import Progress
 from geoquant.recipe import Recipe
+from geoquant.releasing import check_claim, claimed, entry_of, foretold, public_base, release_model
 from geoquant.runs import atomic_directory, read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["check_protection", "load_protected", "protect", "protected"]
+__all__ = ["check_protection", "load_protected", "protect", "protected", "protected_folder", "released"]
 
 FOLDER, FACTS = "protected", "protection.json"
 FEWEST = 8
@@ -42,7 +45,18 @@ PUBLIC = 4  # windows of the calibration text that speak for public text
 
 def protected(recipe: Recipe) -> bool:
     """Whether a lever on whole weights is asked for."""
-    return recipe.anchor > 0
+    return recipe.anchor > 0 or released(recipe)
+
+
+def released(recipe: Recipe) -> bool:
+    """Whether the weights pass through a mechanism, after which the given model must not be looked at again."""
+    claim = claimed(recipe)
+    return claim is not None and not isinstance(claim, Inherit)
+
+
+def protected_folder(run: Path) -> str:
+    """Where the model lies that is compressed in the given one's place."""
+    return str(run / FOLDER)
 
 
 def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, ...]:
@@ -55,6 +69,8 @@ def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, .
             f"--anchor {recipe.anchor:g} goes back towards a public base",
             wanted="--base MODEL, the one it was fine-tuned from",
         )
+    if check_claim(recipe) is not None:
+        return ()
     if not protected(recipe):
         for name in ("base", "private", "domain"):
             if getattr(recipe, name) is not None:
@@ -99,15 +115,36 @@ def protect(run: Path, recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n le
     """
     folder = run / FOLDER
     if not (folder / FACTS).exists():
-        base = load(recipe.base, device=recipe.device)
-        _check_same_weights(loaded, base)
-        facts = _anchor(run, recipe, loaded, base, public, progress)
-        dtype = chosen_dtype(loaded.model, None)
+        if released(recipe):
+            made, facts = _release(run, recipe, loaded, progress)
+        else:
+            base, made = load(recipe.base, device=recipe.device), loaded
+            _check_same_weights(loaded, base)
+            facts = _anchor(run, recipe, loaded, base, public, progress)
+        dtype = chosen_dtype(made.model, None)
         with atomic_directory(folder) as partial:
-            write_shards(partial, untouched(loaded.model, (), dtype))
-            write_side_files(partial, loaded.model, loaded.tokenizer, dtype)
+            write_shards(partial, untouched(made.model, (), dtype))
+            write_side_files(partial, made.model, made.tokenizer, dtype)
             write_json(partial / FACTS, facts)
     return read_json(folder / FACTS, lever=str)
+
+
+def _release(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> tuple[Loaded, dict]:
+    """The public base with every tensor released, and what the report says of it."""
+    if any((run / "sites").glob("*.safetensors")):
+        raise UserError(
+            f"the released weights of {run} are gone, and drawing noise again would be a second release",
+            fix="restore RUN/protected, or choose a new folder",
+        )
+    claim = claimed(recipe)
+    base = public_base(claim, recipe, loaded)
+    text, tokens = recipe.calibration or BUILTIN, None
+    if recipe.ball == "metric":
+        tokens = prepare_texts(base.tokenizer, recipe).calibration.tokens
+    price = foretold(claim, base, recipe.rate if recipe.grid == "lattice" else recipe.bits)
+    guarantee = release_model(claim, base, loaded.model, tokens=tokens, text=text, progress=progress)
+    entry = entry_of(guarantee, claim, recipe.base or recipe.model, text, price)
+    return base, {"lever": "guarantee", "anchor": None, "distance": None, "guarantee": entry}
 
 
 def load_protected(run: Path, device: str) -> Loaded:

@@ -60,6 +60,14 @@ class Recipe(BaseModel):
     domain: str | None = None
     anchor: float = Field(default=0.0, ge=0.0, le=1.0)
     aim: Literal["everything", "memory"] = "everything"
+    # a guarantee: parts of one claim (see privacy/guarantee/claim.py)
+    epsilon: float | None = Field(default=None, gt=0.0)
+    delta: float | None = Field(default=None, gt=0.0, lt=1.0)
+    radius: float | None = Field(default=None, gt=0.0)
+    ball: Literal["euclidean", "metric"] | None = None
+    shards: tuple[str, ...] | None = None
+    clip: float | None = Field(default=None, gt=0.0)
+    inherited: str | None = None
     # calibration: None means the text every Python carries
     calibration: str | None = None
     windows: int = Field(default=32, ge=1)
@@ -193,12 +201,13 @@ def located(recipe: Recipe) -> Recipe:
 
     Hub ids, `demo` and files that are not there stay as they are.
     """
-    names = ("calibration", "evaluation", "members", "nonmembers", "canaries", "private", "domain")
+    names = ("calibration", "evaluation", "members", "nonmembers", "canaries", "private", "domain", "inherited")
     texts = {name: getattr(recipe, name) for name in names}
     models = {name: value for name in ("model", "reference", "base") if (value := getattr(recipe, name)) != "demo"}
     # Not resolve(): a link may point into a store whose file names say nothing (no .gguf, for one).
     return recipe.model_copy(
         update={name: os.path.abspath(path) for name, path in (texts | models).items() if path and os.path.exists(path)}
+        | {"shards": recipe.shards and tuple(os.path.abspath(p) if os.path.exists(p) else p for p in recipe.shards)}
     )
 
 

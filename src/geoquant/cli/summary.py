@@ -142,5 +142,7 @@ def show_summary(report: dict, out: Path) -> None:
     if goal := report.get("goal"):
         console.print(f"[bold]goal[/] {escape(goal['why'])}", soft_wrap=True)
     console.print(summary_table(report))
+    if guarantee := (report.get("privacy") or {}).get("guarantee"):
+        console.print(f"[bold]formal guarantee:[/] {guarantee['sentence']}", soft_wrap=True)
     page = out / "report.html"
     print(f"report: {page if page.exists() else out / 'report.json'}")

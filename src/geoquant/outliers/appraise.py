@@ -74,7 +74,8 @@ class Appraisal:
     site, error: of the whole site, and its standard error (NaN where a text has one part). null, null_spread: mean and
     standard deviation of the same score over draws where nothing is to be found. columns, rows, groups: the score's
     readings, None where it has none; part_errors: standard errors of the columns (of the rows, if there are no
-    columns). beyond: how many of these are above all but 1% of the null's, of all draws together; None without any.
+    columns). beyond: how many of these are above all but 1% of the null's, of all draws together; None without any. By
+    chance 1% are, and more where the null leaves out what chance does (`context.null_context` says where).
     """
 
     score: Score

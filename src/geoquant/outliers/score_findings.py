@@ -44,7 +44,7 @@ THEMES = {  # by what a score needs and counts in, so that a new file finds its 
     "Private and unseen records": lambda score: bool({"private", "domain"} & set(score["needs"])),
     "What rounding costs": lambda score: score["unit"].endswith("per token"),
     "Weights by themselves": lambda score: score.get("error_over") == "rows" or "base" in score["needs"],
-    "Inputs": lambda score: True,
+    "Inputs and outputs": lambda score: True,
 }
 
 

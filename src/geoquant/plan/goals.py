@@ -174,7 +174,10 @@ def _certified(goal: Goal, able: Sequence[Mapping], rows: Sequence[Mapping], wei
     within = [row for row in sure if _rise(row) <= math.log1p(goal.rise)]
     _some(within, sure, goal, "certified", _rise)
     best = min(within, key=lambda row: (row["guarantee"]["epsilon"], _rise(row)))
-    return best, f"the smallest epsilon of {len(within)} points with a guarantee within {goal.rise:.0%} of the original"
+    return best, (
+        f"the smallest epsilon of {len(within)} points with a guarantee within {goal.rise:.0%} of the original; the "
+        "guarantee covers neither this choice by measurements of the private model nor the frontier's own numbers"
+    )
 
 
 def _some(within: Sequence, able: Sequence[Mapping], goal: Goal, name: str, loss) -> None:

@@ -1,8 +1,9 @@
 """MD: how far the rounding error leaves the tangent space of the cloud of rows it lies in (geometry/distortion.py).
 
 Rows are points; 48 are asked, spread evenly, their neighbours are sought among all. Texts do not enter: the standard
-error is that of the median of as many rows (`outliers.sample`), those asked taken for independent, though they may
-share neighbours. Its null is a matrix of the same weights and errors at shuffled places.
+error is that of the median of as many rows (`outliers.sample`), those asked taken for independent, though they share
+neighbours: on random matrices of 200 rows it is a tenth too small, of 60 rows a sixth to a third. Its null is a matrix
+of the same weights and errors at shuffled places.
 """
 
 from __future__ import annotations

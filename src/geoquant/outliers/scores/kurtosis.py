@@ -6,7 +6,8 @@ approach, arXiv 2503.06518 (2025). Rows, columns and inputs are our readings of 
 zero, the point about which activations are quantized: their mean is not known here.
 
 Constant values, and a column that has no input, have zero. Shuffling weights leaves the kurtosis of a whole site as it
-is: the null of that score is made of Gaussian weights instead, about zero.
+is: the null of that score is made of Gaussian weights instead, about zero. That of inputs is known by formula, zero,
+and has no spread: what few tokens do to it is in the standard error alone.
 
 Standard errors of scores of weights take rows for a sample of rows (of a row: its columns for one of columns) and leave
 out one at a time. That of heavy tails is itself uncertain: it rests on the few weights that make them.
