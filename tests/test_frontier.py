@@ -16,6 +16,7 @@ from geoquant import operating
 from geoquant.aiming import aimed
 from geoquant.charting import frontier
 from geoquant.cli import run
+from geoquant.cli.frontier import show
 from geoquant.data.private import make_records
 from geoquant.data.records import write_records
 from geoquant.errors import UserError
@@ -272,6 +273,27 @@ def test_a_folder_of_another_frontier_is_refused(finished, place):
     other = {**told, "options": {**told["options"], "windows": 5}}
     with pytest.raises(UserError, match="a frontier of another model, other texts or settings"):
         frontier(folder / "tuned", finished[0], points=POINTS, tasks=[folder / "task.jsonl"], **other)
+
+
+def test_a_released_point_states_its_guarantee_whole(finished, place, tmp_path, capsys):
+    folder, told = place
+    shutil.copytree(finished[0], tmp_path / "F")
+    sure = Point(
+        "sure", "guarantee", {**BOX, "bits": 8, "epsilon": 8.0, "delta": 1e-5, "radius": 0.01}, needs=("base",)
+    )
+    tasks = [folder / "task.jsonl"]
+    found = frontier(folder / "tuned", tmp_path / "F", points=(*POINTS, sure), tasks=tasks, **told)
+    assert found["failed"] == []
+    said = row(found, "sure")["guarantee"]
+    assert (said["epsilon"], said["delta"]) == (8.0, 1e-5)
+    for part in ("adjacency", "scope", "not_covered", "sentence"):
+        assert said[part]
+    assert row(found, "half")["guarantee"] is None
+    page = (tmp_path / "F" / "frontier.html").read_text()
+    assert "no guarantee covers the numbers on this page" in page
+    assert "Does not cover" in page
+    show(found, tmp_path / "F")
+    assert "sure: (8, 1e-05)-indistinguishable for neighbours" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- a goal
