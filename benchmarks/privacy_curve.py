@@ -33,6 +33,7 @@ import torch
 
 from geoquant import pipeline
 from geoquant.cli.screen import Lines
+from geoquant.control import exposure_row
 from geoquant.data.records import Split
 from geoquant.data.stdlib import stdlib_records
 from geoquant.data.synthetic import MadeRecords, synthetic_records
@@ -233,16 +234,10 @@ def secrets(now: Audit, found: Measured, split: Split) -> dict | None:
     if not now.exposure:
         return None
     planted = now.exposure[0][1]
-    bits = np.array([canary.bits for canary in planted.canaries])
+    bits = [canary.bits for canary in planted.canaries]
     control = exposure(found.scores.withheld, split.withheld) if found.scores.withheld else None
-    return {
-        "canaries": len(bits),
-        "mean": float(bits.mean()),
-        "se": float(bits.std(ddof=1) / len(bits) ** 0.5) if len(bits) > 1 else None,
-        "limit": planted.limit_bits,
-        "control": control.mean_bits if control else None,
-        "estimator": planted.estimator,
-    }
+    row = exposure_row(bits, planted.limit_bits, control and control.mean_bits)
+    return {**row, "estimator": planted.estimator}
 
 
 def compressed(run: Path, model: Path, overrides: dict, progress: Progress) -> tuple[Loaded, dict]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from geoquant.privacy.attacks import ATTACKS, JOINT
+from geoquant.control import strongest_alone
 from geoquant.privacy.statistics import clopper_pearson
 from privacy_claims import IDENTIFYING, PRIMARY, claims, identifiers, regimes_in
 
@@ -59,11 +59,8 @@ def show(rows: Sequence[dict]) -> None:
 
 
 def strongest(row: dict) -> str | None:
-    """The single attack without a reference with the highest AUC; chosen once a regime, on its original."""
-    known = ATTACKS | JOINT
-    alone = {name for name in known if "reference" not in known[name].needs}
-    rest = {name: attack["auc"] for name, attack in row["attacks"].items() if name in alone}
-    return max(rest, key=rest.get) if rest else None
+    """The single attack without a reference that is farthest from chance; chosen once a regime, on its original."""
+    return strongest_alone({name: attack["auc"] for name, attack in row["attacks"].items()})
 
 
 def cells(row: dict, best: str | None) -> list[str]:

@@ -731,7 +731,10 @@ def test_the_help_of_records_names_every_domain(capsys):
 def test_list_describes_every_name(capsys):
     assert cli.run(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"methods", "metrics", "orders", "formats", "attacks", "domains", "scores"}
+    assert set(found) == {
+        *("methods", "metrics", "orders", "formats", "attacks", "domains", "scores"),
+        *("goals", "points"),
+    }
     assert {"rtn", "babai", "dqc"} <= set(found["methods"])
     assert Recipe.model_fields["metric"].default in found["metrics"]
     assert Recipe.model_fields["order"].default in found["orders"]

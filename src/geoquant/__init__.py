@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from geoquant.analysis import analyze
     from geoquant.auditing import audit
     from geoquant.benching import bench
+    from geoquant.charting import frontier
     from geoquant.errors import UserError
     from geoquant.identifying import identify
     from geoquant.model.load import load
@@ -32,6 +33,7 @@ __all__ = [
     "analyze",
     "audit",
     "bench",
+    "frontier",
     "identify",
     "load",
     "make_plan",
@@ -46,6 +48,7 @@ PUBLIC = {
     "analyze": ("geoquant.analysis", "analyze"),
     "audit": ("geoquant.auditing", "audit"),
     "bench": ("geoquant.benching", "bench"),
+    "frontier": ("geoquant.charting", "frontier"),
     "identify": ("geoquant.identifying", "identify"),
     "UserError": ("geoquant.errors", "UserError"),
     "load": ("geoquant.model.load", "load"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from geoquant.privacy.scores import SplitScores, load_scores, save_scores
 from geoquant.privacy.scoring import score_split
 from geoquant.progress import Progress
 from geoquant.recipe import Recipe
-from geoquant.runs import read_json, write_json
+from geoquant.runs import atomic_write, read_json, write_json
 
 __all__ = [
     "Quality",
@@ -32,7 +33,16 @@ __all__ = [
     "prepare_texts",
     "score_model",
     "score_reference",
+    "take_over",
 ]
+
+# What a run finds out of its original and of the public base: the same for every run of them on the same texts.
+OF_THE_ORIGINAL = (
+    "original.json",
+    "original_states.safetensors",
+    "original_scores.safetensors",
+    "base_scores.safetensors",
+)
 
 BUILTIN = "pydoc_data.topics (the Python language reference)"
 
@@ -130,6 +140,15 @@ def measure_quantized(
     _check_finite(result, "the quantized model", "use more bits, a larger --damping, or --metric clipped")
     write_json(path, {"perplexity": result.to_dict(), "divergence": asdict(found)})
     return Quality(result, found)
+
+
+def take_over(known: Path | None, run: Path) -> None:
+    """Use what another run measured of the same original and base, on the same texts and records; nothing is written
+    to it. The caller answers for their being the same.
+    """
+    for name in OF_THE_ORIGINAL if known else ():
+        if (known / name).exists() and not (run / name).exists():
+            atomic_write(run / name, lambda partial, name=name: shutil.copyfile(known / name, partial) and None)
 
 
 def doubts(before: Quality, vocabulary: int) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from geoquant.exporting import write_export
 from geoquant.finished import earlier_exports, finished_report
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
+    OF_THE_ORIGINAL,
     Texts,
     doubts,
     measure_original,
@@ -26,6 +27,7 @@ from geoquant.measure import (
     prepare_texts,
     score_model,
     score_reference,
+    take_over,
 )
 from geoquant.model.folding import Fold, find_folds
 from geoquant.model.load import Loaded, load, load_tokenizer
@@ -62,9 +64,19 @@ __all__ = ["export", "make_plan", "prepare", "quantize"]
 
 
 def quantize(
-    recipe: Recipe, out: str | Path, *, resume: bool = False, progress: Progress = silent, command: str = ""
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    known: Path | None = None,
+    goal: dict | None = None,
+    progress: Progress = silent,
+    command: str = "",
 ) -> dict:
     """Compress `recipe.model` into the run folder `out`; returns the report.
+
+    known: a folder with what was measured of the same original on the same texts and records (measure.take_over).
+    goal: why these options were chosen (aiming.aimed), for the report.
 
     Raises UserError for whatever the user can mend, before any work where that is possible. A run that was
     stopped at any point continues with `resume=True` to the same bits; one that lacks nothing is not touched.
@@ -94,6 +106,7 @@ def quantize(
             for warning in (changed := write_manifest(run, recipe, loaded, texts, split, command)):
                 progress("resume", 0, 1, warning)
             notes += looked + changed
+            take_over(known, run)
             if split and recipe.reference:
                 if not base_scores.exists():
                     names = recipe.model, loaded.tokenizer, recipe.reference, load_tokenizer(recipe.reference)
@@ -103,11 +116,13 @@ def quantize(
                 loaded = loaded or load(recipe.model, device=recipe.device)
     except Exception:
         if new:  # nothing worth resuming: leave no trace
-            manifest.unlink(missing_ok=True)
-            base_scores.unlink(missing_ok=True)
+            for name in ("manifest.json", *OF_THE_ORIGINAL):
+                (run / name).unlink(missing_ok=True)
         remove_empty(made)
         raise
     write_json(run / "plan.json", plan.to_dict())
+    if goal is not None:
+        write_json(run / "goal.json", goal)
 
     with clock("measure the original"):
         before = measure_original(run, loaded.model, texts.evaluation, progress)
@@ -159,6 +174,7 @@ def quantize(
     )
     report["protection"] = protection
     report["privacy"] = with_guarantee(privacy, protection["guarantee"] if protection else guarantee)
+    report["goal"] = read_json(run / "goal.json") if (run / "goal.json").exists() else None
     write_report(run, report)
     raise_failure(exports)
     finish_manifest(run)

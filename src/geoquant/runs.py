@@ -3,6 +3,7 @@
     RUN/
       manifest.json         recipe, versions, hashes, seed, command, status
       plan.json             what each site gets and why
+      goal.json             what was wanted, and why these options serve it (quantize --goal)
       token_weights.safetensors   gradient energies (metric `gradient`), so that a resumed run repeats no backward pass
       sites/BLOCK-STAGE.safetensors   codes, scales, kept columns of the sites that share one input
       original.json, quantized.json   quality before and after

@@ -30,6 +30,7 @@ COMMANDS = {
     "analyze": ("analyze:analyze", "which weights matter to which text: scores, errors, nulls, a map"),
     "bench": ("bench:bench", "which score foretells the harm of rounding a layer?"),
     "identify": ("identify:identify", "what are these weights for? changed one group at a time, labelled"),
+    "frontier": ("frontier:frontier", "size, quality and leakage of many operating points, the best marked"),
     "records": ("records:records", "make synthetic private records to train on and audit with"),
     "finetune": ("finetune:finetune", "train on records until an attack succeeds, or for some epochs"),
     "export": ("export:export", "one more format from a finished run"),
@@ -48,6 +49,7 @@ RESUME = {
     "analyze": "finished blocks are kept: run the same command to go on",
     "bench": "effects that were measured are kept: run the same command to go on",
     "identify": "effects that were measured are kept: run the same command to go on",
+    "frontier": "points that were measured are kept: run the same command to go on",
     "finetune": "the last hundred steps at most are lost: run the same command to go on",
 }
 

@@ -23,13 +23,16 @@ METRIC_LINES = {
 
 def list_(
     topic: Annotated[
-        str | None, Parameter(help="methods, metrics, orders, formats, attacks, domains, scores; all when left out.")
+        str | None,
+        Parameter(
+            help="methods, metrics, orders, formats, attacks, domains, scores, goals, points; all when left out."
+        ),
     ] = None,
     /,
     *,
     json: Json = False,
 ) -> None:
-    """The methods, metrics, column orders, formats, attacks, domains of synthetic records and scores there are.
+    """The methods, metrics, orders, formats, attacks, domains of synthetic records, scores, goals and points there are.
 
     For example:
 
@@ -97,6 +100,18 @@ def scores() -> dict[str, str]:
     return {name: f"{score.title}{f', {score.unit}' if score.unit else ''}" for name, score in SCORES.items()}
 
 
+def goals() -> dict[str, str]:
+    from geoquant.plan.goals import GOALS
+
+    return {name: goal.words for name, goal in GOALS.items()}
+
+
+def points() -> dict[str, str]:
+    from geoquant.plan.default_points import default_points
+
+    return {point.name: point.words for point in default_points()}
+
+
 FAMILIES = {
     "methods": methods,
     "metrics": metrics,
@@ -105,6 +120,8 @@ FAMILIES = {
     "attacks": attacks,
     "domains": domains,
     "scores": scores,
+    "goals": goals,
+    "points": points,
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from geoquant.report import figures, profiles
+from geoquant.report.curve import curve_panel, dots
 from geoquant.report.leakage import leakage
 from geoquant.report.page import fingerprint, finite, rendered, write_page
 from geoquant.report.schema import check_schema
@@ -115,6 +116,17 @@ def layer_panels(sites: list[dict]) -> dict:
     }
 
 
+def curves(goal: dict | None) -> list:
+    """Where the shipped point sits among those it was chosen from; nothing where none was measured."""
+    if goal is None or not goal["rows"]:
+        return []
+    panels = (
+        curve_panel(dots(goal["rows"], loss, goal["point"]), f"rise of perplexity on {words}", small=True)
+        for loss, words in (("public", "public text"), ("domain", "unseen records"))
+    )
+    return [panel for panel in panels if panel]
+
+
 # --- the page ---
 
 
@@ -137,6 +149,8 @@ def render(report: dict) -> str:
         layers=layer_panels(report["sites"]),
         kept=sorted((site for site in report["sites"] if site["kept"]), key=lambda site: -site["kept"]),
         holder="quantized weights",
+        goal=report.get("goal"),
+        curves=curves(report.get("goal")),
         **leakage(privacy, SUBJECTS, report["warnings"]),
     )
 

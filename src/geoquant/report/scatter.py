@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from geoquant.report.figures import LEFT, RIGHT, TOP, WIDTH, number, picture, plain_number, tag
 
-__all__ = ["Point", "effect_panel"]
+__all__ = ["Point", "effect_panel", "round_ticks"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def effect_panel(points: Sequence[Point], *, threshold: float, across: str, up: 
         return TOP + h * (1 - (value - low) / ((high - low) or 1))
 
     parts = []
-    for value in _round_ticks(low, high):
+    for value in round_ticks(low, high):
         parts.append(tag("line", x1=LEFT, x2=LEFT + w, y1=y(value), y2=y(value), class_="grid"))
         parts.append(tag("text", plain_number(value, 2), x=LEFT - 5, y=y(value) + 3.5, class_="tick end"))
     decades = [10.0**k for k in range(math.ceil(math.log10(threshold)), 3)]
@@ -70,7 +70,7 @@ def effect_panel(points: Sequence[Point], *, threshold: float, across: str, up: 
     return picture(WIDTH, height, label, *parts, class_="panel")
 
 
-def _round_ticks(low: float, high: float) -> list[float]:
+def round_ticks(low: float, high: float) -> list[float]:
     """About four round values within [low, high]."""
     span = (high - low) or 1.0
     step = 10.0 ** math.floor(math.log10(span / 4))

@@ -74,6 +74,8 @@ _SCHEMA: dict = {
     },
     # What levers did to the weights before anything was solved; None where there were none.
     "protection?": {"lever": str, "anchor": NUMBER, "distance": {"before": NUMBER, "after": NUMBER}},
+    # Why these options: what was wanted, and the points of a frontier that it was chosen from, if there is one.
+    "goal?": {**dict.fromkeys(("goal", "use", "point", "why", "frontier"), str), "rows": [dict]},
     "sites": [
         dict.fromkeys(("name", "kind", "method", "order", "reason"), str)
         | {"block": int, "shape": list, "kept": int, "kept_columns": list, "damping": NUMBER, "bits": NUMBER}
