@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from conftest import tiny_llama
 from torch import Tensor, nn
 
-from geoquant.data.text import Windows
+from conftest import tiny_llama
 from geoquant.lattice.grid import Grid
 from geoquant.methods.problem import LatticeSolution, Problem, Solution
 from geoquant.methods.rtn import solve, solve_lattice
@@ -76,12 +75,16 @@ def toy() -> Toy:
     _train(tuned, private, 25, 3e-3)
     base.eval(), tuned.eval()
     public, domain = walks(2 * RECORDS, 3), walks(2 * RECORDS, 4)
-    sides = [_texts(*(part[half] for part in (public, domain, private))) for half in (slice(RECORDS), slice(RECORDS, None))]
+    sides = [
+        _texts(*(part[half] for part in (public, domain, private))) for half in (slice(RECORDS), slice(RECORDS, None))
+    ]
     seen = [observe_original(tuned, observe_base(base, side)) for side in sides]
     return Toy(base, tuned, walk(tuned, public[:1]), *seen)
 
 
-def rounded(kind: str = "box", bits: int = 3) -> tuple[nn.Module, tuple[Block, ...], dict[str, Solution | LatticeSolution]]:
+def rounded(
+    kind: str = "box", bits: int = 3
+) -> tuple[nn.Module, tuple[Block, ...], dict[str, Solution | LatticeSolution]]:
     """A copy of the tuned model with every site rounded to nearest: in a box, or on the lattice with embeddings too."""
     model = copy.deepcopy(toy().tuned)
     blocks, solutions = toy().blocks, {}

@@ -44,9 +44,9 @@ def check_protection(recipe: Recipe) -> None:
             f"--anchor {recipe.anchor:g} goes back towards a public base",
             wanted="--base MODEL, the one it was fine-tuned from",
         )
-    if recipe.base is not None and not protected(recipe):
+    if recipe.base is not None and not protected(recipe) and not recipe.refine:
         raise UserError(
-            "--base serves --anchor", got="no --anchor", fix="add --anchor 0.5, or for the audit: --reference"
+            "--base serves --anchor and --refine", got="neither", fix="add --anchor 0.5, or for the audit: --reference"
         )
 
 

@@ -60,6 +60,9 @@ class Recipe(BaseModel):
     domain: str | None = None
     anchor: float = Field(default=0.0, ge=0.0, le=1.0)
     aim: Literal["everything"] = "everything"
+    # and after it (see refining.py): passes, and the weight of the private records
+    refine: int = Field(default=0, ge=0, le=1000)
+    refine_privacy: float = Field(default=1.0, ge=0.0, le=1000.0)
     # calibration: None means the text every Python carries
     calibration: str | None = None
     windows: int = Field(default=32, ge=1)

@@ -72,6 +72,8 @@ _SCHEMA: dict = {
         "guarantee": {"adjacency": str, "mechanism": str, "epsilon": NUMBER, "delta": NUMBER, "scope": str},
     },
     # What levers did to the weights before anything was solved; None where there were none.
+    "refinement?": {"passes": int, "kept_pass": int, "moved": NUMBER}
+    | {name: {"before": kind, "after": kind} for name, kind in (("losses", dict), ("bits_per_weight", NUMBER))},
     "protection?": {"lever": str, "anchor": NUMBER, "distance": {"before": NUMBER, "after": NUMBER}},
     "sites": [
         dict.fromkeys(("name", "kind", "method", "order", "reason"), str)

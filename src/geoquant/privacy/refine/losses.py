@@ -30,10 +30,10 @@ __all__ = ["Losses", "Objective"]
 
 @dataclass(frozen=True)
 class Losses:
-    """What a model scored. public, domain: KL in nats per token. privacy: the hinge L_priv.
+    """What a model scored. public, domain: KL in nats per token. privacy: the hinge L_priv. total: the weighted sum.
 
-    total: the weighted sum. private_gap, domain_gap: mean of loss less the base's loss, nats per token.
-    attack: `|AUC - 1/2|` of the reference attack between private and domain records.
+    private_gap, domain_gap: mean of loss less the base's loss, nats per token. attack: `|AUC - 1/2|` of the reference
+    attack between private and domain records.
     """
 
     total: float
@@ -50,7 +50,7 @@ class Losses:
 
 @dataclass
 class Objective:
-    """The losses of all texts and their gradients. Called with the last block's outputs of all texts (see observe/backward), gives the gradients there.
+    """The losses of all texts and their gradients: called with the last block's outputs (see observe/backward).
 
     accuracy, privacy: the two lambdas.
     accept: asked with the losses; where it says no the pass ends before its way back.
@@ -135,9 +135,7 @@ class Objective:
         return self._back(self.material.texts[PRIVATE], outputs, loss)
 
     @torch.enable_grad()
-    def _back(
-        self, text: Sequences, outputs: list[Tensor], loss: Callable[[Piece, Tensor], Tensor]
-    ) -> list[Tensor]:
+    def _back(self, text: Sequences, outputs: list[Tensor], loss: Callable[[Piece, Tensor], Tensor]) -> list[Tensor]:
         """Gradients of a sum of losses of logits at what leaves the last block."""
         found = [torch.zeros_like(batch) for batch in outputs]
         own = self._own.detach().requires_grad_(self.head_gradient is not None)

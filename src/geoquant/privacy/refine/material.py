@@ -23,7 +23,17 @@ from geoquant.observe.texts import Sequences, padded
 from geoquant.privacy.scoring import encode
 from geoquant.progress import Progress, silent
 
-__all__ = ["DOMAIN", "PRIVATE", "PUBLIC", "TAUGHT", "Material", "observe_base", "observe_original", "record_losses", "texts_of"]
+__all__ = [
+    "DOMAIN",
+    "PRIVATE",
+    "PUBLIC",
+    "TAUGHT",
+    "Material",
+    "observe_base",
+    "observe_original",
+    "record_losses",
+    "texts_of",
+]
 
 PUBLIC, DOMAIN, PRIVATE = "public", "domain", "private"
 TAUGHT = (PUBLIC, DOMAIN)  # where the original's distribution is kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -59,9 +60,6 @@ def _through(model: nn.Module, tokens: Tensor, gradient: Float[Tensor, "b l h"])
         model.get_input_embeddings().register_forward_hook(cut),
         find_blocks(model)[1][0].register_forward_pre_hook(stop, with_kwargs=True),
     ]
-    with hooks(handles):
-        try:
-            model.base_model(tokens, use_cache=False)
-        except Stop:
-            pass
+    with hooks(handles), contextlib.suppress(Stop):
+        model.base_model(tokens, use_cache=False)
     return torch.autograd.grad(reached[0], looked[0], gradient.to(reached[0].dtype))[0]
