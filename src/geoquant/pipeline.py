@@ -351,7 +351,9 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
 def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     """What `quantize` would do: sites, sizes, time and memory. Writes nothing."""
     loaded, blocks, texts, plan, notes = prepare(recipe)
-    if (split := load_records(recipe)) and (refusal := check_sides(split, seed=recipe.seed).refusal):
+    split = load_records(recipe)
+    check_refinement(recipe, split)
+    if split and (refusal := check_sides(split, seed=recipe.seed).refusal):
         notes += (f"the audit will give no verdict: {refusal}",)
     spent: Cost = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
     return {

@@ -53,7 +53,7 @@ class RefineSettings:
         return self.rate * (1 - (1 - SLOWEST) * number / max(1, self.passes - 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Refined(Mapping):
     """Refined solutions by stage name, made as they are asked for.
 
@@ -138,8 +138,9 @@ def refine(
 
         def learn(stage: Stage, gradient: Tensor, number=number) -> None:
             solution = solutions[stage.name]
-            learned(latents[stage.name], solution, gradient, settings.rate_of(number))
-            install(model, stage, moved(solution, offsets_of(latents[stage.name])))
+            latent = latents[stage.name]
+            learned(latent, solution, gradient.to(latent.device), settings.rate_of(number))
+            install(model, stage, moved(solution, offsets_of(latent)))
 
         entered = vocabulary and vocabulary.entered
         for done, block in enumerate(
@@ -148,11 +149,9 @@ def refine(
             if done == 1:
                 judge(objective.found)
             for stage in block.stages:
-                parts = [
-                    gradients.pop(site.name, None) if site.name in gradients else torch.zeros(site.shape)
-                    for site in stage.sites
-                ]
-                learn(stage, torch.cat(parts))
+                # An expert that no token reached has no gradient.
+                parts = [gradients.pop(site.name, torch.zeros(site.shape)) for site in stage.sites]
+                learn(stage, torch.cat([part.to(parts[0]) for part in parts]))
             progress("refine", number * len(inner) + done, settings.passes * len(inner), _note(objective.found))
         if last:
             judge(objective.found)
