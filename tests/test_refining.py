@@ -118,7 +118,9 @@ def test_a_run_that_was_stopped_while_refining_goes_on_to_the_same_bits(run, ask
 
 
 def test_a_box_is_refined_on_public_text_alone(tuned, tmp_path):
-    asked = checked({"model": str(tuned), "bits": 3, "method": "rtn", "refine": 2, "formats": (), **SHORT})
+    asked = checked(
+        {"model": str(tuned), "bits": 3, "group_size": 16, "method": "rtn", "refine": 2, "formats": (), **SHORT}
+    )
     said = quantize(asked, tmp_path / "run")["refinement"]
     assert said["sequences"] == {"public": 4}
     assert said["losses"]["after"]["public"] < said["losses"]["before"]["public"]
