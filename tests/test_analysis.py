@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from html import unescape
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from conftest import make_tokenizer, tiny_llama
 from geoquant.analysis import PARTS, analyze
 from geoquant.data.private import make_records
 from geoquant.errors import UserError
-from geoquant.outliers.score_findings import score_findings
+from geoquant.outliers.appraise import DRAWS
+from geoquant.outliers.score_findings import headlines, score_findings
 
 
 @pytest.fixture(scope="module")
@@ -185,29 +188,92 @@ def test_only_the_sequences_that_were_used_are_counted(tmp_path, tiny_model_dir,
     assert found["texts"]["private"]["records"] == 4
 
 
-def told(*sites: tuple[float | None, float | None, float | None]) -> str:
-    """The sentence on sites of these values, standard errors and nulls."""
-    names = ("value", "se", "null")
-    rows = [{"name": f"s{n}", "scores": {"x": dict(zip(names, one))}} for n, one in enumerate(sites)]
-    return score_findings(rows, [{"name": "x", "title": "this"}], PARTS)[0]
+def told(*sites: tuple[float | None, ...], **score: str) -> str:
+    """The sentence on sites of these values, standard errors, nulls and standard deviations of the null."""
+    names = ("value", "se", "null", "null_sd")
+    rows = [
+        {"name": f"s{n}", "shape": [64, 8], "scores": {"x": dict(zip(names, one)) | {"beyond": 2}}}
+        for n, one in enumerate(sites)
+    ]
+    given = {"name": "x", "title": "this", "same": "", "error_over": "texts"} | score
+    return score_findings(rows, [given], PARTS, DRAWS)[0]
 
 
-def test_a_finding_counts_sites_that_four_parts_make_sure_of():
+def test_a_finding_counts_sites_that_four_parts_and_four_draws_make_sure_of():
     assert (
-        told((1.0, 0.2, 0.5), (1.0, 0.1, 0.5), (0.1, 0.1, 0.5))
+        told((1.0, 0.2, 0.5, 0.0), (1.0, 0.1, 0.5, 0.0), (0.1, 0.1, 0.5, 0.0))
         == "This: largest at s0 (1, null 0.5); 1 of 3 sites above their null, 1 below."
     )
-    # Errors from four parts: of 20,000 sites with nothing to find one in forty is above its null, not one in fourteen.
-    parts = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0))
-    values = zip(parts.mean(1).tolist(), (parts.std(1) / 2).tolist())
-    count = int(told(*((value, se, 0.0) for value, se in values)).split("; ")[1].split(" of ")[0])
-    assert 0.022 * 20000 < count < 0.028 * 20000
+    assert "; 0 of 1 sites above" in told((1.0, 0.1, 0.5, 0.2))
+    assert "; 1 of 1 sites above" in told((1.0, 0.01, 0.5, 0.01), error_over="rows")
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 3.0])
+def test_a_site_with_nothing_to_find_is_beyond_its_null_at_the_stated_rate(spread):
+    """Of 4,000 sites one in forty is above and one below, give or take four standard errors (1%), however the error of
+    the value and that of the null share the uncertainty; Welch's degrees of freedom are known to err towards fewer.
+    """
+    chance = torch.Generator().manual_seed(0)
+    parts = torch.randn(4000, PARTS, generator=chance)
+    placed, *nulls = spread * torch.randn(DRAWS + 1, 4000, generator=chance)
+    nulls = torch.stack(nulls)
+    columns = (parts.mean(1) + placed, parts.std(1) / PARTS**0.5, nulls.mean(0), nulls.std(0))
+    sentence = told(*zip(*(column.tolist() for column in columns)))
+    above = int(sentence.split("; ")[1].split(" of ")[0])
+    below = int(sentence.split(", ")[-1].split(" ")[0])
+    for count in (above, below):
+        assert 0.012 * 4000 < count < 0.035 * 4000
 
 
 def test_a_null_that_cannot_tell_is_not_counted_against():
-    assert "the same by construction" in told((23.1, 0.0, 23.1001), (2.0, 0.0, 2.0))
-    assert "2 of 3 sites are larger than one draw of their null" in told((2, 0.0, 1), (2, 0.0, 1), (1, 0.0, 3))
-    assert "without a null" in told((2.0, None, None), (1.0, 0.1, None))
+    """Two of eight columns are beyond."""
+    same = told((23.1, 0.1, 23.1001, 0.0), (2.0, 0.1, 2.0, 0.0), same="why")
+    assert same.endswith("the null is the same by construction; 25.0% of columns beyond 99% of their null's.")
+    assert "without a null" in told((2.0, None, None, None), (1.0, 0.1, None, None))
+    assert "1 of 2 sites above" in told((2.0, None, None, None), (1.0, 0.1, 0.1, 0.0))
+
+
+def test_findings_stand_under_what_they_are_about_the_surest_first():
+    """Three scores of rounding, one of private text, one of weights: the first two of a headline are shown."""
+    rows = [
+        {
+            "name": f"s{n}",
+            "shape": [64, 8],
+            "scores": {
+                name: {"value": float(n < above), "se": 0.01, "null": 0.0, "null_sd": 0.01, "beyond": 0}
+                for name, above in {"none": 0, "most": 9, "some": 4, "secret": 1, "tail": 2}.items()
+            },
+        }
+        for n in range(10)
+    ]
+    common = {"unit": "nats per token", "same": "", "error_over": "texts", "needs": []}
+    scores = [common | {"name": name, "title": name} for name in ("none", "most", "some")]
+    scores += [common | {"name": "secret", "title": "secret", "needs": ["private"]}]
+    scores += [common | {"name": "tail", "title": "tail", "unit": "", "error_over": "rows"}]
+    told = {one["title"]: one for one in headlines(rows, scores, PARTS, DRAWS)}
+    assert list(told) == ["Private and unseen records", "What rounding costs", "Weights by themselves"]
+    costs = told["What rounding costs"]
+    assert [sentence.split(":")[0] for sentence in costs["first"] + costs["rest"]] == ["Most", "Some", "None"]
+    assert len(costs["rest"]) == 1
+    whole = [sentence for one in told.values() for sentence in one["first"] + one["rest"]]
+    assert sorted(whole) == sorted(score_findings(rows, scores, PARTS, DRAWS))
+
+
+def test_every_score_says_what_its_error_and_its_null_are_made_of(finished):
+    """Rows for weights alone, which are never without an error; nulls that are drawn have a spread."""
+    found = finished[1]
+    told = {score["name"]: score for score in found["scores"]}
+    assert {name for name, score in told.items() if score["error_over"] == "rows"} == {
+        *("change", "change_squared", "distortion", "kurtosis", "kurtosis_row", "kurtosis_column")
+    }
+    assert {name for name, score in told.items() if score["same"]} == {"change", "change_squared"}
+    assert found["nulls"] == {"draws": DRAWS, "beyond": 0.01}
+    for name, score in told.items():
+        read = [site["scores"][name] for site in found["sites"]]
+        assert any(one["se"] for one in read), name
+        known = score["same"] or name == "kurtosis_input"  # by formula: of normal inputs it is zero
+        assert any(one["null_sd"] for one in read) != bool(known), name
+        assert (read[0]["beyond"] is None) == (score["axis"] == "site")
 
 
 def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
@@ -220,6 +286,9 @@ def test_the_page_holds_the_numbers_and_runs_nothing_else(finished):
     assert page.count(" selected>") == 1
     assert '<option value="privacy_memory" selected>' in page
     assert "no sign of safety" in page
+    assert 'type="checkbox" id="over"' in page
+    listed = [unescape(one) for one in re.findall(r"<li>(.*?)</li>", page)]
+    assert [sentence for sentence in found["findings"] if listed.count(sentence) != 1] == []
     assert 'class="panel"' not in page  # which would be as wide as the page, however little it holds
     assert "Attention on the sink by block and head" in page
     heads = sum(len(row) for row in found["origins"]["sinks"]["mass"])

@@ -201,13 +201,16 @@ def test_every_layer_is_judged_by_the_analysis(tiny_model_dir, analysed, tmp_pat
 
 
 def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are_not_known_everywhere():
-    """15 of 30 made-up layers are functional and score higher; the other feature is missing at one layer."""
+    """15 of 30 made-up layers, one of the two in each block, of one kind or the other by turns, are functional and
+    score higher; the other feature is missing at one layer.
+    """
     rng = np.random.default_rng(0)
     before = Observed(tuple(3 + 0.1 * rng.standard_normal(8)))
-    names = tuple(Group(f"layer.{i}", (Part(f"layer.{i}"),), i, "layer") for i in range(30))
+    names = tuple(Group(f"layer.{i}", (Part(f"layer.{i}"),), i // 2, "ab"[i % 2]) for i in range(30))
+    marks = [(i + i // 2) % 2 for i in range(30)]
     found = {}
     for i, group in enumerate(names):
-        after = Observed(tuple(np.array(before.windows) + 0.5 * (i % 2) + 1e-3 * rng.standard_normal(8)))
+        after = Observed(tuple(np.array(before.windows) + 0.5 * marks[i] + 1e-3 * rng.standard_normal(8)))
         found[group.name] = contrast(before, after, group.name, "zero")
     rows = identified(names, {"zero": found}, 0.5)
     told = {
@@ -216,7 +219,7 @@ def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are
             {
                 "name": group.name,
                 "scores": {
-                    "known": {"value": 3.0 * (i % 2) + rng.standard_normal()},
+                    "known": {"value": 3.0 * marks[i] + rng.standard_normal()},
                     "missing": {"value": None if i == 4 else 1.0 * i},
                 },
             }
@@ -224,7 +227,7 @@ def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are
         ],
     }
     (one,) = _verdicts(told, parse_grouping("site"), rows, 0, lambda *_: None)
-    assert "15 of 30 groups are functional, and geometry tells them apart" in one["sentence"]
+    assert "15 of 30 groups are functional, and geometry tells them apart beyond block and kind" in one["sentence"]
     assert "not enough to tell: 0 of 30 groups are sensitive" in one["sentence"]
     assert one["features"] == ["known"]
     assert json.loads(json.dumps(one, allow_nan=False))["questions"][0]["found"]["auc"]["linear"] > 0.9
@@ -239,6 +242,11 @@ def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are
         ({"groups": "sites"}, "did you mean 'site'"),
         ({"groups": "columns:0"}, "whole number N of 1 or more"),
         ({"groups": "columns:33"}, "has 32 columns"),
+        ({"groups": "depth:x"}, "depth:K with a whole number K of 1 or more"),
+        ({"groups": "depth:3"}, "at least one in each stretch"),
+        ({"compare": ("nowhere",)}, "holds no identity.json"),
+        ({"compare": ("own",), "do": ("clip@0.9",)}, "no intervention in common"),
+        ({"compare": ("own",), "groups": "site"}, "no group of the same name"),
         ({"groups": "top:dsm@0.1"}, "give its folder with --analysis"),
         ({"groups": "top:dsm@0"}, "above 0 and at most 1"),
         ({"groups": "top:dsm@1.5"}, "above 0 and at most 1"),
@@ -253,7 +261,11 @@ def test_a_verdict_that_finds_something_is_json_and_leaves_out_features_that_are
         ({"window": 4096}, "context"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_no_folder(tiny_model_dir, analysed, sides, tmp_path, wrong, message):
+def test_bad_input_is_one_line_and_leaves_no_folder(
+    tiny_model_dir, analysed, finished, sides, tmp_path, wrong, message
+):
+    if wrong.get("compare") == ("own",):
+        wrong = wrong | {"compare": (finished[0],)}
     if wrong.get("analysis") == "own":
         wrong = wrong | {"analysis": analysed}
     given = {**SETTINGS, **({} if wrong.get("private") == ["one", "two"] else sides), **wrong}
@@ -432,13 +444,13 @@ def test_groups_share_no_weight_and_leave_none_out(tiny_model):
     from geoquant.model.walk import walk
 
     sites = [site for block in walk(tiny_model, torch.zeros(1, 8, dtype=torch.long)) for site in block.sites]
-    for text in ("site", "half", "block", "columns:5"):
+    for text in ("site", "half", "block", "columns:5", "depth:2", "depth:1"):
         counts = {site.name: torch.zeros(site.shape[1]) for site in sites}
         for group in make_groups(parse_grouping(text), sites):
             for part in group.parts:
                 counts[part.site] += part.mask(next(s.shape for s in sites if s.name == part.site))[0]
         assert all((count == 1).all() for count in counts.values()), text
-    assert [len(make_groups(parse_grouping(t), sites)) for t in ("site", "half", "block")] == [14, 4, 2]
+    assert [len(make_groups(parse_grouping(t), sites)) for t in ("site", "half", "block", "depth:1")] == [14, 4, 2, 2]
     scores = {site.name: torch.rand(site.shape[1], generator=torch.Generator().manual_seed(1)) for site in sites}
     chosen = make_groups(parse_grouping("top:any@0.2"), sites, lambda site: scores[site.name])
     for top, random in zip(chosen[::2], chosen[1::2]):

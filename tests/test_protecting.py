@@ -12,9 +12,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import make_tokenizer
+from geoquant import protecting
+from geoquant.data.private import make_records
+from geoquant.data.records import load_split, write_records
 from geoquant.errors import UserError
 from geoquant.pipeline import export, quantize
 from geoquant.plan import estimate
+from geoquant.privacy.aim import spread_over
 from geoquant.privacy.anchor import anchored
 from geoquant.recipe import checked
 
@@ -148,6 +152,89 @@ def test_a_later_export_is_of_the_protected_model(tuned, anchored_run, tmp_path)
     dense, half = tensors(run / "dense"), tensors(run / "protected")
     assert torch.equal(dense["model.norm.weight"], half["model.norm.weight"])
     assert not torch.equal(half["model.norm.weight"], tensors(tuned)["model.norm.weight"])
+
+
+# ---- aimed
+
+
+@pytest.fixture(scope="module")
+def sides(tmp_path_factory):
+    """Records for the levers and others for the audit, of one kind."""
+    place = tmp_path_factory.mktemp("records")
+    made = make_records(120, seed=4)
+    parts = {"private": made[:12], "domain": made[12:24], "members": made[24:72], "nonmembers": made[72:]}
+    for name, records in parts.items():
+        write_records(place / f"{name}.jsonl", records)
+    return {name: str(place / f"{name}.jsonl") for name in parts}
+
+
+@pytest.fixture(scope="module")
+def aimed_run(tuned, tiny_model_dir, sides, tmp_path_factory):
+    """Played once; read only."""
+    folder = tmp_path_factory.mktemp("aimed") / "run"
+    asked = recipe(tuned, tiny_model_dir, anchor=0.5, **sides)
+    return asked, folder, quantize(asked, folder)
+
+
+def test_an_aimed_anchor_puts_whole_groups_back_and_keeps_the_others(tuned, tiny_model_dir, aimed_run):
+    asked, run, report = aimed_run
+    assert (asked.aim, asked.reference) == ("memory", str(tiny_model_dir))
+    mine, its, made = tensors(tuned), tensors(tiny_model_dir), tensors(run / "protected")
+    taught = load_file(run / "taught.safetensors")
+    moved = whole = 0
+    for name, own in made.items():
+        back, kept = own == its[name], own == mine[name]
+        assert (back | kept).all()
+        private, rest = taught[f"private/{name}"], taught[f"domain/{name}"] + taught[f"public/{name}"]
+        wanted = spread_over((0.5 * private > rest).float(), tuple(own.shape)).bool()
+        assert torch.equal(back & ~kept, wanted & (mine[name] != its[name]))
+        moved, whole = moved + int(wanted.sum()), whole + wanted.numel()
+    said = report["protection"]
+    assert 0 < moved < whole
+    counts = {name: sum(own.numel() for key, own in made.items() if part_of(key) == name) for name in said["moved"]}
+    assert sum(said["moved"][name] * count for name, count in counts.items()) == pytest.approx(moved)
+    fell = said["taught"]["private"]
+    assert fell["all"] == pytest.approx(sum(v.sum().item() for k, v in taught.items() if k.startswith("private/")))
+    assert report["privacy"]["attacks"]
+
+
+def part_of(name):
+    return name.split(".")[-2]
+
+
+def test_what_was_measured_is_not_measured_again(aimed_run, tmp_path, monkeypatch):
+    asked, whole, _ = aimed_run
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    for name in ("report.json", "coded", "protected", "sites"):
+        shutil.rmtree(cut / name) if (cut / name).is_dir() else (cut / name).unlink()
+    monkeypatch.setattr(protecting, "taught", None)
+    quantize(asked, cut, resume=True)
+    ours, truth = tensors(cut / "coded"), tensors(whole / "coded")
+    assert all(torch.equal(ours[name], truth[name]) for name in truth)
+
+
+def test_records_that_the_levers_saw_are_told_and_learned_ones_refused(tuned, tiny_model_dir, sides, tmp_path):
+    seen = recipe(tuned, tiny_model_dir, anchor=0.5, **(sides | {"private": sides["members"]}))
+    split = load_split(sides["members"], sides["nonmembers"])
+    (told,) = protecting.check_protection(seen, split)
+    assert "the levers looked at 48 of the 48 audited members" in told
+    learned = recipe(tuned, tiny_model_dir, anchor=0.5, **(sides | {"domain": sides["nonmembers"]}))
+    with pytest.raises(UserError, match=r"48 records of --domain are audited too: the levers learn from them"):
+        quantize(learned, tmp_path / "run")
+    both = recipe(tuned, tiny_model_dir, anchor=0.5, **(sides | {"domain": sides["private"]}))
+    with pytest.raises(UserError, match="are the same 12 records"):
+        quantize(both, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_aim_needs_both_sides(tuned, tiny_model_dir, sides, tmp_path):
+    one = recipe(tuned, tiny_model_dir, anchor=0.5, aim="memory", private=sides["private"])
+    with pytest.raises(UserError, match=r"--domain is missing.*--private FILE and --domain FILE"):
+        quantize(one, tmp_path / "run")
+    everything = recipe(tuned, tiny_model_dir, anchor=0.5, private=sides["private"])
+    with pytest.raises(UserError, match=r"--private serves --aim memory.*leave out --private"):
+        quantize(everything, tmp_path / "run")
 
 
 # ---- what is refused

@@ -149,6 +149,6 @@ def test_what_refinement_lacks_is_said_before_any_work(asked, tmp_path, changes,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_base_for_nothing_is_refused(asked, tmp_path):
-    with pytest.raises(UserError, match="--base serves --anchor and --refine"):
-        quantize(asked.model_copy(update={"refine": 0}), tmp_path / "run")
+def test_private_records_are_refused_beside_a_guarantee(asked, tmp_path):
+    with pytest.raises(UserError, match="no part of any guarantee"):
+        quantize(asked.model_copy(update={"epsilon": 4.0, "delta": 1e-5, "radius": 1.0}), tmp_path / "run")

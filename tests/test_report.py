@@ -532,12 +532,15 @@ def test_guarantee_prints_its_scope_or_is_refused(report: dict) -> None:
         "epsilon": 4.0,
         "delta": 1e-5,
         "scope": "all codes",
+        "not_covered": "how far one record moves the weights",
+        "sentence": "all of it in words",
     }
     stated = copy.deepcopy(report)
     stated["privacy"]["guarantee"] = whole
     text = read(render(stated)).text
     assert "Formal guarantee, with its scope" in text
     assert "weight ball, L2" in text
+    assert "how far one record moves the weights" in text
     assert "No formal guarantee" not in text
     for key in whole:
         stated["privacy"]["guarantee"] = {k: v for k, v in whole.items() if k != key}

@@ -42,7 +42,7 @@ from geoquant.observe.experts import Expert, find_experts, read_site
 from geoquant.observe.gradient import check_head
 from geoquant.observe.texts import Sequences, padded
 from geoquant.outliers import origin
-from geoquant.outliers.appraise import Appraisal, Collected, appraise, site_context
+from geoquant.outliers.appraise import BEYOND, DRAWS, Appraisal, Collected, appraise, site_context
 from geoquant.outliers.classes import judged
 from geoquant.outliers.classes import sentences as class_sentences
 from geoquant.outliers.mixtures import mixtures
@@ -160,11 +160,12 @@ def analyze(
         **facts,
         "origins": known,
         "sites": sites,
+        "nulls": {"draws": DRAWS, "beyond": BEYOND},
         "mixtures": mixed,
         "findings": [
             *mixture_sentences(mixed),
             *_left_out(loaded, blocks, experts),
-            *score_findings(sites, facts["scores"], PARTS),
+            *score_findings(sites, facts["scores"], PARTS, DRAWS),
             *class_sentences(sites),
         ],
         "versions": versions(),
@@ -258,7 +259,7 @@ def _tensors(found: Iterable[Appraisal]) -> Iterator[tuple[str, Tensor]]:
             yield f"{one.score.name}|groups_scale", scale.float().reshape(1)
 
 
-NOTHING = {"value": None, "se": None, "null": None}
+NOTHING = {"value": None, "se": None, "null": None, "null_sd": None, "beyond": None}
 
 
 def _told(site: Site, found: list[Appraisal], scores: list[Score], seen: dict[str, list[Statistics]]) -> dict:
@@ -275,6 +276,8 @@ def _told(site: Site, found: list[Appraisal], scores: list[Score], seen: dict[st
                 "value": _number(one.site),
                 "se": _number(one.error),
                 "null": _number(one.null),
+                "null_sd": _number(one.null_spread),
+                "beyond": one.beyond,
                 **_largest(one),
             }
             for one in found
@@ -353,8 +356,11 @@ def _possible(score: Score, sides: dict, other: Loaded | None) -> bool:
 
 
 def _described(score: Score) -> dict:
-    names = ("name", "title", "unit", "axis", "combine", "paper")
-    return {name: getattr(score, name) for name in names} | {"needs": list(score.needs)}
+    names = ("name", "title", "unit", "axis", "combine", "paper", "same")
+    return {name: getattr(score, name) for name in names} | {
+        "needs": list(score.needs),
+        "error_over": "rows" if score.error is not None else "texts",
+    }
 
 
 def _digest(sequences: Sequences) -> str:

@@ -43,6 +43,7 @@ from geoquant.manifest import versions
 from geoquant.model.identity import described, model_hash
 from geoquant.model.load import Loaded, load, locate
 from geoquant.model.walk import Site, read_weight, site_modules, walk
+from geoquant.outliers.compared import check_comparable, compared, read_identity
 from geoquant.outliers.effects import Material, effect, observe, open_baseline
 from geoquant.outliers.findings import findings
 from geoquant.outliers.groups import Group, Grouping, make_groups, parse_grouping
@@ -65,6 +66,7 @@ def identify(
     out: str | Path,
     *,
     analysis: str | Path | None = None,
+    compare: Sequence[str | Path] = (),
     base: str | Path | None = None,
     private: str | Path | Sequence[str | Record] | None = None,
     domain: str | Path | Sequence[str | Record] | None = None,
@@ -91,7 +93,8 @@ def identify(
     records that the model was trained on, others of the same kind that it has not seen, planted secrets; `records` are
     read of either side. base: calibrates the attack and is what `revert` puts back. text: public text to measure on
     (default: the end of the built-in one). lam: preference for privacy in the overlap weight. analysis: the folder of a
-    finished one of this model, judged by the labels.
+    finished one of this model, judged by the labels. compare: folders of finished identifications whose labels of
+    groups of the same name are set against these (of another model, another fine-tune, another seed).
 
     Returns what identity.json holds. Raises UserError for whatever the user can mend.
     """
@@ -100,6 +103,7 @@ def identify(
         raise UserError(f"--lam {lam:g}", wanted="a preference from 0 (function) to 1 (privacy)")
     grouping = parse_grouping(groups)
     told = _told_before(analysis, grouping)
+    others = {Path(one): read_identity(Path(one)) for one in compare}
     split = _split(private, domain, canaries, records)
     questions = _questions(tasks, items)
     for one in (model, *(() if base is None else (base,))):
@@ -122,6 +126,8 @@ def identify(
         public = public_windows(loaded, text, window, windows)
         weights = None if other is None else site_modules(check_same_sites(other, loaded).model)
         chosen = _groups(loaded, grouping, only, analysis, seed, public.tokens[:1, :8])
+        for path, one in others.items():
+            check_comparable(one, path, [str(do) for do in asked], [group.name for group in chosen], str(grouping))
     material = Material(
         public, split.members, split.nonmembers, split.canaries, reference=reference, tasks=tuple(questions)
     )
@@ -147,6 +153,7 @@ def identify(
         rows = identified(chosen, found, lam)
         agreed = agreements(chosen, found, before)
         judged = _verdicts(told, grouping, rows, seed, progress)
+    told_rows = [row.to_dict() for own in rows.values() for row in own]
     report = {
         "schema": 1,
         **facts,
@@ -154,11 +161,13 @@ def identify(
             "do": [str(one) for one in asked],
             "lam": lam,
             "analysis": None if told is None else str(analysis),
+            "compare": [str(path) for path in others],
         },
         "before": _before(found),
         "tests": {"count": tests(found), "level": LEVEL, "precision": precision(found)},
-        "rows": [row.to_dict() for own in rows.values() for row in own],
+        "rows": told_rows,
         "agreement": agreed,
+        "compared": [row for path, one in others.items() for row in compared(told_rows, one, path)],
         "verdicts": judged,
         "controls": controls(rows) if grouping.name == "top" else [],
         "seconds_per_effect": float(np.mean([one.seconds for own in found.values() for one in own.values()])),
@@ -330,7 +339,8 @@ def _verdicts(
         features = np.array([[np.nan if v is None else v for v in row] for row in values], float)
         known = np.isfinite(features).all(0)
         kept = [name for name, use in zip(names, known) if use]
-        found = verdict(features[:, known], [row.label.name for row in own], kept, seed=seed)
+        places = {"blocks": [row.group.block for row in own], "kinds": [row.group.kind for row in own]}
+        found = verdict(features[:, known], [row.label.name for row in own], kept, **places, seed=seed)
         told_so = {
             "intervention": do,
             "asked": True,

@@ -111,7 +111,7 @@ def hashes(recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None) ->
         if spec := getattr(recipe, name):
             where, extra, _ = locate(spec)
             found[name] = identity(where, extra)
-    for name in ("private", "domain"):
+    for name in ("private", "domain", "inherited"):
         if path := getattr(recipe, name):
             found[name] = file_hash(Path(path))
     return found

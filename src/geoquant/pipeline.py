@@ -42,9 +42,18 @@ from geoquant.privacy.scores import SplitScores
 from geoquant.privacy.scoring import check_same_tokens
 from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
-from geoquant.protecting import check_protection, load_protected, protect, protected
+from geoquant.protecting import (
+    PUBLIC,
+    check_protection,
+    load_protected,
+    protect,
+    protected,
+    protected_folder,
+    released,
+)
 from geoquant.recipe import PACKED, Recipe, checked, located
 from geoquant.refining import check_refinement, look_before, material_of, refine_run, refinement_pending
+from geoquant.releasing import announced, with_guarantee
 from geoquant.report.build import write_report
 from geoquant.results import REFINED, load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, recorded_recipe, remove_empty, write_json
@@ -75,15 +84,20 @@ def quantize(
         with clock("load"):
             split = load_records(recipe)
             check_refinement(recipe, split)
+            looked = check_protection(recipe, split)
             # Before hours of work: whether the records will allow a verdict.
             check = check_sides(split, seed=recipe.seed) if split else None
             if check and check.refusal:
                 progress("records", 0, 1, "they allow no verdict on leakage")
             loaded, blocks, texts, plan, notes = prepare(recipe)
             material = material_of(recipe, loaded.tokenizer, texts) if recipe.refine else None
+            price, guarantee = announced(recipe, loaded, texts)
+            if price:
+                progress("guarantee", 0, 1, price)
+                notes += (price,)
             for warning in (changed := write_manifest(run, recipe, loaded, texts, split, command)):
                 progress("resume", 0, 1, warning)
-            notes += changed
+            notes += looked + changed
             if split and recipe.reference:
                 if not base_scores.exists():
                     names = recipe.model, loaded.tokenizer, recipe.reference, load_tokenizer(recipe.reference)
@@ -119,9 +133,12 @@ def quantize(
     protection = None
     if protected(recipe):
         with clock("protect"):
-            protection = protect(run, recipe, loaded, progress)
+            protection = protect(run, recipe, loaded, texts.calibration.tokens[:PUBLIC], progress)
             loaded = None  # never two models in memory
-            loaded = load_protected(run, recipe.device)
+            if released(recipe):  # nothing that was decided on the private model outlives it
+                loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))
+            else:
+                loaded = load_protected(run, recipe.device)
     refinement = None
     if refinement_pending(run, recipe):
         with clock("refine"):
@@ -155,17 +172,20 @@ def quantize(
     )
     report["protection"] = protection
     report["refinement"] = refinement
+    report["privacy"] = with_guarantee(privacy, protection["guarantee"] if protection else guarantee)
     write_report(run, report)
     raise_failure(exports)
     finish_manifest(run)
     return report
 
 
-def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
-    """Everything that is decided, and everything that can be refused, before the first long step."""
+def prepare(recipe: Recipe, model: str | None = None) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
+    """Everything that is decided, and everything that can be refused, before the first long step.
+
+    model: of which; left out, the recipe's.
+    """
     check_choices(recipe)
-    check_protection(recipe)
-    loaded = load(recipe.model, device=recipe.device)
+    loaded = load(model or recipe.model, device=recipe.device)
     texts = prepare_texts(loaded.tokenizer, recipe)
     check_context(loaded, recipe.window)
     pages = map_weights(loaded.model)
@@ -324,9 +344,11 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     run = Path(run)
     recipe = checked(recorded_recipe(run))
     report = read_json(run / "report.json", exports=list, warnings=list)
-    loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
-    check_same_model(run, loaded)
-    if protected(recipe):
+    given = protected_folder(run) if released(recipe) else None  # then the model it was made of is not needed
+    loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}), given)
+    if given is None:
+        check_same_model(run, loaded)
+    if protected(recipe) and given is None:
         loaded = None
         loaded = load_protected(run, recipe.device)
     for stage in (stage for block in blocks for stage in block.stages):
@@ -350,11 +372,15 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
 
 def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     """What `quantize` would do: sites, sizes, time and memory. Writes nothing."""
-    loaded, blocks, texts, plan, notes = prepare(recipe)
     split = load_records(recipe)
+    looked = check_protection(recipe, split)
+    loaded, blocks, texts, plan, notes = prepare(recipe)
     check_refinement(recipe, split)
+    notes += looked
     if split and (refusal := check_sides(split, seed=recipe.seed).refusal):
         notes += (f"the audit will give no verdict: {refusal}",)
+    if price := announced(recipe, loaded, texts)[0]:
+        notes += (price,)
     spent: Cost = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
     return {
         "model": reporting.model_facts(loaded),

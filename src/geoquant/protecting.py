@@ -4,6 +4,7 @@ A lever on whole weights makes another model of the given one, in RUN/protected;
 one. Whatever follows (metric, scales, order, rates) is decided on the protected weights, and a run that goes on reads
 them back.
 
+    RUN/taught.safetensors    what each group of weights taught the model of private, domain and public text
     RUN/protected/            an ordinary model folder: it can be evaluated and audited by itself
         protection.json       which levers made it, and how much they changed
 """
@@ -15,58 +16,137 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor
 
+from geoquant.data.records import Split, check_split, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
+from geoquant.measure import BUILTIN, prepare_texts
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import trim
+from geoquant.observe.texts import padded
+from geoquant.privacy.aim import TEXTS, goes_back, spread_over, taught
 from geoquant.privacy.anchor import anchored
+from geoquant.privacy.guarantee.claim import Inherit
+from geoquant.privacy.scoring import encode
 from geoquant.progress import Progress
 from geoquant.recipe import Recipe
-from geoquant.runs import atomic_directory, read_json, write_json
+from geoquant.releasing import check_claim, claimed, entry_of, foretold, public_base, release_model
+from geoquant.runs import atomic_directory, read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["check_protection", "load_protected", "protect", "protected"]
+__all__ = ["check_protection", "load_protected", "protect", "protected", "protected_folder", "released"]
 
 FOLDER, FACTS = "protected", "protection.json"
+FEWEST = 8
+PUBLIC = 4  # windows of the calibration text that speak for public text
 
 
 def protected(recipe: Recipe) -> bool:
     """Whether a lever on whole weights is asked for."""
-    return recipe.anchor > 0
+    return recipe.anchor > 0 or released(recipe)
 
 
-def check_protection(recipe: Recipe) -> None:
-    """Raise UserError where levers lack what they need, or what nobody asked for is given; before a model is read."""
+def released(recipe: Recipe) -> bool:
+    """Whether the weights pass through a mechanism, after which the given model must not be looked at again."""
+    claim = claimed(recipe)
+    return claim is not None and not isinstance(claim, Inherit)
+
+
+def protected_folder(run: Path) -> str:
+    """Where the model lies that is compressed in the given one's place."""
+    return str(run / FOLDER)
+
+
+def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, ...]:
+    """Raise UserError where levers lack what they need, or what nobody asked for is given; before a model is read.
+
+    split: the records of the audit. Returns what the report should warn of.
+    """
     if recipe.anchor and recipe.base is None:
         raise UserError(
             f"--anchor {recipe.anchor:g} goes back towards a public base",
             wanted="--base MODEL, the one it was fine-tuned from",
         )
-    if recipe.base is not None and not protected(recipe) and not recipe.refine:
+    if check_claim(recipe) is not None:
+        return ()
+    if recipe.refine and (not protected(recipe) or recipe.aim == "everything"):
+        return ()  # what refinement needs of these, refining.py says
+    if not protected(recipe):
+        for name in ("base", "private", "domain"):
+            if getattr(recipe, name) is not None:
+                fix = "add --anchor 0.5" + (", or for the audit: --reference" if name == "base" else "")
+                raise UserError(f"--{name} serves --anchor", got="no --anchor", fix=fix)
+        return ()
+    if recipe.aim == "everything":
+        for name in ("private", "domain"):
+            if getattr(recipe, name) is not None:
+                raise UserError(f"--{name} serves --aim memory", got="--aim everything", fix=f"leave out --{name}")
+        return ()
+    if missing := [name for name in ("private", "domain") if getattr(recipe, name) is None]:
         raise UserError(
-            "--base serves --anchor and --refine", got="neither", fix="add --anchor 0.5, or for the audit: --reference"
+            f"--aim memory compares what was trained on with what was not; --{missing[0]} is missing",
+            wanted="--private FILE and --domain FILE",
+            fix="give both, or --aim everything to move every weight alike",
         )
+    private, domain = (read_records(getattr(recipe, name)) for name in ("private", "domain"))
+    check_split(private, domain, minimum=FEWEST)
+    if split is None:
+        return ()
+    texts = [{record.text.strip() for record in side} for side in (private, domain, split.members, split.nonmembers)]
+    if known := len(texts[1] & (texts[2] | texts[3])):
+        raise UserError(
+            f"{known} records of --domain are audited too: the levers learn from them",
+            wanted="records that are in neither --members nor --nonmembers",
+        )
+    if known := len(texts[0] & texts[2]):
+        return (
+            f"the levers looked at {known} of the {len(texts[2])} audited members: the audit says how well these are "
+            "protected, not how well others are",
+        )
+    return ()
 
 
-def protect(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> dict:
-    """Make RUN/protected of the given model, if it is not there; what the report says of the levers.
+def protect(run: Path, recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n length"], progress: Progress) -> dict:
+    """Make RUN/protected of the given model, if it is not there; what the report says of the levers. public: windows of
+    public text.
 
     The model is changed in place, so that memory never holds it twice: the caller gives it up and goes on with
     `load_protected`.
     """
     folder = run / FOLDER
     if not (folder / FACTS).exists():
-        base = load(recipe.base, device=recipe.device)
-        _check_same_weights(loaded, base)
-        facts = _anchor(recipe, loaded.model, base.model, progress)
-        dtype = chosen_dtype(loaded.model, None)
+        if released(recipe):
+            made, facts = _release(run, recipe, loaded, progress)
+        else:
+            base, made = load(recipe.base, device=recipe.device), loaded
+            _check_same_weights(loaded, base)
+            facts = _anchor(run, recipe, loaded, base, public, progress)
+        dtype = chosen_dtype(made.model, None)
         with atomic_directory(folder) as partial:
-            write_shards(partial, untouched(loaded.model, (), dtype))
-            write_side_files(partial, loaded.model, loaded.tokenizer, dtype)
+            write_shards(partial, untouched(made.model, (), dtype))
+            write_side_files(partial, made.model, made.tokenizer, dtype)
             write_json(partial / FACTS, facts)
     return read_json(folder / FACTS, lever=str)
+
+
+def _release(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> tuple[Loaded, dict]:
+    """The public base with every tensor released, and what the report says of it."""
+    if any((run / "sites").glob("*.safetensors")):
+        raise UserError(
+            f"the released weights of {run} are gone, and drawing noise again would be a second release",
+            fix="restore RUN/protected, or choose a new folder",
+        )
+    claim = claimed(recipe)
+    base = public_base(claim, recipe, loaded)
+    text, tokens = recipe.calibration or BUILTIN, None
+    if recipe.ball == "metric":
+        tokens = prepare_texts(base.tokenizer, recipe).calibration.tokens
+    price = foretold(claim, base, recipe.rate if recipe.grid == "lattice" else recipe.bits)
+    guarantee = release_model(claim, base, loaded.model, tokens=tokens, text=text, progress=progress)
+    entry = entry_of(guarantee, claim, recipe.base or recipe.model, text, price)
+    return base, {"lever": "guarantee", "anchor": None, "distance": None, "guarantee": entry}
 
 
 def load_protected(run: Path, device: str) -> Loaded:
@@ -89,23 +169,66 @@ def _check_same_weights(loaded: Loaded, base: Loaded) -> None:
             )
 
 
-@torch.no_grad()
-def _anchor(recipe: Recipe, model: nn.Module, base: nn.Module, progress: Progress) -> dict:
+def _anchor(run: Path, recipe: Recipe, loaded: Loaded, base: Loaded, public: Tensor, progress: Progress) -> dict:
     """Every weight, embeddings, norms and biases too, moved towards the base's in place."""
-    theirs = dict(base.named_parameters())
+    theirs = dict(base.model.named_parameters())
+    facts = {"lever": "anchor", "aim": recipe.aim, "anchor": recipe.anchor, "base_sha256": model_hash(base.model)}
+    choice = None
+    if recipe.aim == "memory":
+        choice = _taught(run, recipe, loaded, theirs, public, progress)
     before = after = 0.0
-    mine = dict(model.named_parameters())
+    moved: dict[str, list[int]] = {}
+    told = {text: [0.0, 0.0] for text in TEXTS}
+    mine = dict(loaded.model.named_parameters())
     for index, (name, own) in enumerate(mine.items()):
-        public = theirs[name]
-        before += (own.float() - public.float()).square().sum().item()
-        own.data = anchored(own.detach(), public.detach(), 1 - recipe.anchor)
-        after += (own.float() - public.float()).square().sum().item()
+        original, its = own.detach(), theirs[name].detach()
+        share: Tensor | float = 1 - recipe.anchor
+        if choice is not None:
+            groups = {text: choice[f"{text}/{name}"] for text in TEXTS}
+            back = goes_back(groups, recipe.anchor)
+            for text, values in groups.items():
+                told[text][0] += values.sum().item()
+                told[text][1] += values[back].sum().item()
+            share = spread_over((~back).float(), tuple(own.shape))
+        before += (original.float() - its.float()).square().sum().item()
+        own.data = anchored(original, its, share)
+        after += (own.detach().float() - its.float()).square().sum().item()
+        counts = moved.setdefault(_part_of(name), [0, 0])
+        counts[0] += int((torch.as_tensor(share) < 1).expand(own.shape).sum())
+        counts[1] += own.numel()
         progress("anchor", index + 1, len(mine), name)
-    return {
-        "lever": "anchor",
-        "aim": recipe.aim,
-        "anchor": recipe.anchor,
-        "base_sha256": model_hash(base),
-        "distance": {"before": math.sqrt(before), "after": math.sqrt(after)},
-        "guarantee": None,
-    }
+    facts["distance"] = {"before": math.sqrt(before), "after": math.sqrt(after)}
+    facts["moved"] = {part: moved_ / count for part, (moved_, count) in moved.items()}
+    if choice is not None:
+        facts["taught"] = {text: {"all": whole, "put_back": part} for text, (whole, part) in told.items()}
+    return facts | {"guarantee": None}
+
+
+def _part_of(name: str) -> str:
+    """A parameter's place in the model, without the number of its block."""
+    return name.rpartition(".")[0].rpartition(".")[2] or name
+
+
+def _taught(
+    run: Path, recipe: Recipe, loaded: Loaded, base: dict[str, Tensor], public: Tensor, progress: Progress
+) -> dict[str, Tensor]:
+    """By text and parameter, what the change of each group of weights taught; measured once per run."""
+    path = run / "taught.safetensors"
+    if path.exists():
+        return read_tensors(path)[0]
+    filler = loaded.tokenizer.pad_token_id or 0
+    texts = {"public": padded(public.tolist(), filler)}
+    for name in ("private", "domain"):
+        encoded = encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window)
+        texts[name] = padded(_long_enough(name, encoded), filler)
+    found = taught(loaded.model, base.__getitem__, texts, progress=progress)
+    sums = {f"{text}/{name}": values for text, many in found.items() for name, values in many.items()}
+    write_tensors(path, sums)
+    return sums
+
+
+def _long_enough(name: str, encoded: list[tuple[list[int], list]]) -> list[list[int]]:
+    found = [ids for ids, _ in encoded if len(ids) > 1]
+    if len(found) < FEWEST:
+        raise UserError(f"too few {name} records of two tokens or more: {len(found)}", wanted=f"at least {FEWEST}")
+    return found

@@ -59,7 +59,15 @@ class Recipe(BaseModel):
     private: str | None = None
     domain: str | None = None
     anchor: float = Field(default=0.0, ge=0.0, le=1.0)
-    aim: Literal["everything"] = "everything"
+    aim: Literal["everything", "memory"] = "everything"
+    # a guarantee: parts of one claim (see privacy/guarantee/claim.py)
+    epsilon: float | None = Field(default=None, gt=0.0)
+    delta: float | None = Field(default=None, gt=0.0, lt=1.0)
+    radius: float | None = Field(default=None, gt=0.0)
+    ball: Literal["euclidean", "metric"] | None = None
+    shards: tuple[str, ...] | None = None
+    clip: float | None = Field(default=None, gt=0.0)
+    inherited: str | None = None
     # and after it (see refining.py): passes, and the weight of the private records
     refine: int = Field(default=0, ge=0, le=1000)
     refine_privacy: float = Field(default=1.0, ge=0.0, le=1000.0)
@@ -96,6 +104,10 @@ class Recipe(BaseModel):
         grid = values["grid"] if "grid" in values else _grid_of(values)
         refuse_strangers({"grid": grid, **values})
         own = {"method": "babai", "formats": ("compressed-tensors",)} if grid == "box" else {}
+        if values.get("private") and values.get("domain"):
+            own["aim"] = "memory"
+        if values.get("base") and values.get("members"):
+            own["reference"] = values["base"]
         return {"grid": grid, **own, **values}
 
 
@@ -192,12 +204,13 @@ def located(recipe: Recipe) -> Recipe:
 
     Hub ids, `demo` and files that are not there stay as they are.
     """
-    names = ("calibration", "evaluation", "members", "nonmembers", "canaries", "private", "domain")
+    names = ("calibration", "evaluation", "members", "nonmembers", "canaries", "private", "domain", "inherited")
     texts = {name: getattr(recipe, name) for name in names}
     models = {name: value for name in ("model", "reference", "base") if (value := getattr(recipe, name)) != "demo"}
     # Not resolve(): a link may point into a store whose file names say nothing (no .gguf, for one).
     return recipe.model_copy(
         update={name: os.path.abspath(path) for name, path in (texts | models).items() if path and os.path.exists(path)}
+        | {"shards": recipe.shards and tuple(os.path.abspath(p) if os.path.exists(p) else p for p in recipe.shards)}
     )
 
 

@@ -31,6 +31,7 @@ from geoquant.privacy.refine import Material, RefineSettings, State, observe_bas
 from geoquant.progress import Progress
 from geoquant.protecting import load_protected, protected
 from geoquant.recipe import Recipe
+from geoquant.releasing import claimed
 from geoquant.results import REFINED, StageFiles, refined_bits, save_refined
 from geoquant.runs import atomic_directory, read_json, read_tensors, write_json, write_tensors
 
@@ -53,6 +54,12 @@ def check_refinement(recipe: Recipe, split: Split | None) -> None:
         )
     if not there:
         return
+    if claimed(recipe) is not None:
+        raise UserError(
+            "refinement on private records is no part of any guarantee, and would end it",
+            got="--refine with --private beside a guarantee",
+            fix="leave out --private and --domain: on public text alone codes may be refined",
+        )
     if recipe.base is None:
         raise UserError(
             "how well a model should know a record is judged beside a public base",

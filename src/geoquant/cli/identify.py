@@ -21,8 +21,9 @@ def identify(
     groups: Annotated[
         str,
         Parameter(
-            help="What is changed at a time: site, half (attention or MLP of a block), block, columns:N (N blocks of "
-            "columns of every layer), top:SCORE@SHARE (of every layer, and as many columns at random)."
+            help="What is changed at a time: site, half (attention or MLP of a block), block, depth:K (attention or "
+            "MLP of K stretches of blocks, the same groups in every model), columns:N (N blocks of columns of every "
+            "layer), top:SCORE@SHARE (of every layer, and as many columns at random)."
         ),
     ] = "half",
     only: Annotated[str | None, Parameter(help="Leave out layers whose name does not hold this.")] = None,
@@ -41,6 +42,10 @@ def identify(
     items: Annotated[int | None, Parameter(help="Items of each task, its first ones (default: all)."), WHOLE] = None,
     analysis: Annotated[
         Path | None, Parameter(help="Folder of a finished `geoquant analyze` of MODEL, judged by the labels.")
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        Parameter(help="Folder of another finished `geoquant identify`, repeatable: do labels of groups agree?"),
     ] = None,
     text: Annotated[
         str | None, Parameter(help="Public text to measure on (default: the end of the text every Python carries).")
@@ -61,6 +66,7 @@ def identify(
       geoquant identify MODEL --out IDENTITY
       geoquant identify TUNED --base MODEL --private in.jsonl --domain out.jsonl --out IDENTITY
       geoquant identify MODEL --analysis ANALYSIS --groups top:dsm@0.01 --do zero --out TOP
+      geoquant identify MODEL --groups depth:8 --do quantize@3 --compare OTHER --out STRETCHES
     """
     with output(json) as result:
         with progress_display() as progress:
@@ -69,6 +75,7 @@ def identify(
                 model,
                 out,
                 analysis=analysis,
+                compare=tuple(compare or ()),
                 base=base,
                 private=private,
                 domain=domain,

@@ -198,7 +198,37 @@ class RecipeFlags:
     ] = None
     aim: Annotated[
         str | None,
-        option("Which weights go back: everything (default everything).", group=CONTROL),
+        option(
+            "Which go back: everything alike, or memory, what taught only --private (default everything, or memory).",
+            group=CONTROL,
+        ),
+    ] = None
+    epsilon: Annotated[
+        float | None,
+        option("Release all weights with noise that guarantees this, for --radius or --shards.", group=CONTROL),
+    ] = None
+    delta: Annotated[float | None, option("The delta of that guarantee (default: 1e-5).", group=CONTROL)] = None
+    radius: Annotated[
+        float | None,
+        option("It holds for any two weight vectors within this distance; needs --base.", group=CONTROL),
+    ] = None
+    ball: Annotated[
+        str | None,
+        option("Distance: euclidean, or metric, of the base's inputs (default: euclidean).", group=CONTROL),
+    ] = None
+    shards: Annotated[
+        list[str] | None,
+        option(
+            "It holds for one record: fine-tunes of MODEL on disjoint shards, folders or adapters, repeatable.",
+            group=CONTROL,
+        ),
+    ] = None
+    clip: Annotated[
+        float | None, option("Largest length of a shard's change, in units of the weights.", group=CONTROL)
+    ] = None
+    inherited: Annotated[
+        str | None,
+        option("What whoever trained MODEL guarantees (DP-SGD), .json: passed through, no noise.", group=CONTROL),
     ] = None
     refine: Annotated[
         int | None,

@@ -138,5 +138,7 @@ def show_summary(report: dict, out: Path) -> None:
     for warning in report.get("warnings") or []:
         console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
     console.print(summary_table(report))
+    if guarantee := (report.get("privacy") or {}).get("guarantee"):
+        console.print(f"[bold]formal guarantee:[/] {guarantee['sentence']}", soft_wrap=True)
     page = out / "report.html"
     print(f"report: {page if page.exists() else out / 'report.json'}")

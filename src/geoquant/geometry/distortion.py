@@ -30,6 +30,7 @@ __all__ = [
     "expert_distortion",
     "median_distortions",
     "quick",
+    "sampled_distortions",
 ]
 
 
@@ -85,13 +86,21 @@ def median_distortions(
 
     NaN where no row has one: too few rows to have neighbours, or all within their tangent spaces.
     """
+    found = sampled_distortions(points, changes, rows)
+    return [md.median().item() if len(md) else math.nan for md in found]
+
+
+def sampled_distortions(
+    points: Float[Tensor, "n D"], changes: Sequence[Float[Tensor, "n D"]], rows: int = 48
+) -> list[Float[Tensor, " m"]]:
+    """MD of each change of `rows` rows that are spread evenly; of those that have one."""
     count = len(points)
     neighbours_ = min(NEIGHBOURS, count - 1)
     if neighbours_ < 2:
-        return [math.nan] * len(changes)
+        return [points.new_zeros(0) for _ in changes]
     asked = torch.linspace(0, count - 1, min(rows, count), device=points.device).round().long()
     found = [one.md for one in distortions(points, changes, k=neighbours_, rows=asked)]
-    return [md[md.isfinite()].median().item() if md.isfinite().any() else math.nan for md in found]
+    return [md[md.isfinite()] for md in found]
 
 
 # ---- a check that is quick enough for a device

@@ -1,9 +1,10 @@
 """How the loss changes along the straight way from one set of weights to another, parameter by parameter.
 
-At `w(t) = w_base + t (w - w_base)` the slope of a loss is the sum over parameters of `<grad_p L(w(t)), w_p - w_base_p>`;
-integrated over t, each parameter's part is what it contributes to `L(w) - L(w_base)`, and the parts add up to all of it
-(completeness). A gradient is multiplied with the change and dropped as soon as it is there, and blocks are computed
-again on the way back: beside a float32 copy of the model, memory holds one gradient and the activations of one block.
+At `w(t) = w_base + t (w - w_base)` the slope of a loss is the sum over parameters of `<grad_p L, w_p - w_base_p>`, the
+gradient taken at w(t); integrated over t, each parameter's part is what it contributes to `L(w) - L(w_base)`, and the
+parts add up to all of it (completeness). A gradient is multiplied with the change and dropped as soon as it is there,
+and blocks are computed again on the way back: beside a float32 copy of the model, memory holds one gradient and the
+activations of one block.
 
 Aumann and Shapley: Values of Non-Atomic Games, 1974; Sundararajan, Taly, Yan: Axiomatic attribution for deep networks,
 ICML 2017 (the same integral over inputs).
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -26,8 +28,10 @@ from geoquant.model.walk import find_blocks
 from geoquant.observe.texts import Sequences
 from geoquant.progress import Progress, silent
 
-__all__ = ["Slopes", "slopes"]
+__all__ = ["See", "Slopes", "slopes"]
 
+# See(text, point, parameter, values): by weight, its part of the slope of one batch's summed loss; float32.
+See = Callable[[str, int, str, Float[Tensor, "*shape"]], None]
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ def slopes(
     texts: dict[str, Sequences],
     points: tuple[float, ...],
     *,
+    see: See | None = None,
     progress: Progress = silent,
 ) -> Slopes:
     """Loss and slopes at the points; the model is left as it was.
 
-    base: the other end's parameter by its name. Raises UserError where its shape is another, or a loss is not finite.
+    base: the other end's parameter by its name. see: is shown the parts of single weights, which nobody keeps. Raises
+    UserError where its shape is another, or a loss is not finite.
     """
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
     moved = []
@@ -78,7 +84,8 @@ def slopes(
             for text, own_ in batches.items():
                 for batch, (tokens, lengths) in enumerate(own_):
                     into = {name: parts[text][name][index] for name in moved}
-                    losses[text][index, batch] = _slope(model, tokens, lengths, own, base, into, batch)
+                    shown = None if see is None else partial(see, text, index)
+                    losses[text][index, batch] = _slope(model, tokens, lengths, own, base, into, batch, shown)
                     done += 1
                     progress("way to the base", done, steps, f"{text} at {t:g}")
     for text, found in losses.items():
@@ -93,9 +100,7 @@ def _batches(text: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def _placed(
-    model: nn.Module, own: dict[str, Tensor]
-) -> Iterator[Callable[[Callable[[str, Tensor], Tensor]], None]]:
+def _placed(model: nn.Module, own: dict[str, Tensor]) -> Iterator[Callable[[Callable[[str, Tensor], Tensor]], None]]:
     """Gives a function that replaces every parameter by a float32 value; afterwards the very tensors are back."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
@@ -139,6 +144,7 @@ def _slope(
     base: Callable[[str], Tensor],
     into: dict[str, Tensor],
     batch: int,
+    shown: Callable[[str, Tensor], None] | None,
 ) -> float:
     """The summed loss of one batch; each moved parameter's share of its slope is written to `into`."""
     handles = []
@@ -147,7 +153,10 @@ def _slope(
         def now(parameter: Tensor) -> None:
             if name in into:
                 change = own[name].float() - base(name).to(parameter.device).float()
-                into[name][batch] = (parameter.grad.double() * change).sum().item()
+                values = change.mul_(parameter.grad)
+                into[name][batch] = values.sum(dtype=torch.float64).item()
+                if shown is not None:
+                    shown(name, values)
             parameter.grad = None
 
         return now

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from geoquant.model.walk import Site
 from geoquant.outliers import score as reading
-from geoquant.outliers.context import SiteContext, null_context
+from geoquant.outliers.context import SiteContext
 from geoquant.outliers.interventions import rounded
 from geoquant.outliers.score import Score
 from geoquant.outliers.statistics import Statistics, metrics, nothing_of, summarise, total
 from geoquant.outliers.uncertainty import standard_errors
 
-__all__ = ["Appraisal", "Collected", "appraise", "site_context"]
+__all__ = ["BEYOND", "DRAWS", "Appraisal", "Collected", "appraise", "site_context"]
+
+DRAWS = 4  # of a null: each costs about as much as the scores themselves
+BEYOND = 0.01
 
 
 @dataclass
@@ -68,15 +71,19 @@ class Collected:
 class Appraisal:
     """One score at one site.
 
-    site, error, null: of the whole site, its standard error (NaN where a text has one part), and the same score where
-    nothing is to be found. columns, rows, groups: the score's readings, None where it has none; part_errors: standard
-    errors of the columns (of the rows, if there are no columns).
+    site, error: of the whole site, and its standard error (NaN where a text has one part). null, null_spread: mean and
+    standard deviation of the same score over draws where nothing is to be found. columns, rows, groups: the score's
+    readings, None where it has none; part_errors: standard errors of the columns (of the rows, if there are no
+    columns). beyond: how many of these are above all but 1% of the null's, of all draws together; None without any. By
+    chance 1% are, and more where the null leaves out what chance does (`context.null_context` says where).
     """
 
     score: Score
     site: float
     error: float
     null: float
+    null_spread: float
+    beyond: int | None
     columns: Float[Tensor, " in"] | None
     rows: Float[Tensor, " out"] | None
     groups: Tensor | None
@@ -114,24 +121,45 @@ def appraise(
     """Every score that the texts allow. texts: the parts that the context's statistics are made of."""
     given = {name: parts for name, parts in texts.items() if parts}
     used = [score for score in scores if context.has(score.needs)]
-    empty = null_context(context, torch.Generator().manual_seed(seed))
-    found = [_one(score, context, empty) for score in used]
+    nulls = _nulls(used, context, seed)
+    found = [_one(score, context, nulls[score.name]) for score in used]
     errors = standard_errors(used, context, given, _read, {one.score.name: _known(one) for one in found})
+    errors |= {score.name: score.error(context) for score in used if score.error is not None}
     return [_judged(one, errors[one.score.name]) for one in found]
 
 
-def _one(score: Score, context: SiteContext, empty: SiteContext) -> Appraisal:
+def _nulls(scores: Sequence[Score], context: SiteContext, seed: int) -> dict[str, Float[Tensor, "draws 1+n"]]:
+    """By name, what `_read` gives on each draw of the score's null; scores of one null see the same draws."""
+    found: dict[str, list[Tensor]] = {score.name: [] for score in scores}
+    for draw in dict.fromkeys(score.null for score in scores):
+        own = [score for score in scores if score.null is draw]
+        for empty in draw(context, torch.Generator().manual_seed(seed), DRAWS):
+            for score in own:
+                found[score.name].append(_read(score, score.compute(empty)))
+    return {name: torch.stack(values) for name, values in found.items()}
+
+
+def _one(score: Score, context: SiteContext, null: Float[Tensor, "draws 1+n"]) -> Appraisal:
     values = score.compute(context)
+    whole = null[:, 0].double()
+    finest = _read(score, values)[1:]
     return Appraisal(
         score,
         site=reading.site(score, values).item(),
         error=math.nan,
-        null=reading.site(score, score.compute(empty)).item(),
+        null=whole.mean().item(),
+        null_spread=0.0 if score.same else whole.std().item(),  # or the rounding of a sum in another order
+        beyond=int((finest > _high(null[:, 1:])).sum()) if len(finest) else None,
         columns=reading.columns(score, values),
         rows=reading.rows(score, values),
         groups=reading.groups(score, values),
         part_errors=None,
     )
+
+
+def _high(values: Float[Tensor, "draws n"]) -> Tensor:
+    """The value that all but `BEYOND` of them do not exceed."""
+    return values.flatten().kthvalue(max(1, math.ceil((1 - BEYOND) * values.numel()))).values
 
 
 def _judged(one: Appraisal, errors: Float[Tensor, " 1+n"]) -> Appraisal:

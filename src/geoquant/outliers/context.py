@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from geoquant.outliers.derived import remembered
 from geoquant.outliers.statistics import SMALL, Statistics, edges
 
-__all__ = ["SiteContext", "null_context"]
+__all__ = ["Null", "SiteContext", "null_context", "null_contexts"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,21 @@ class SiteContext:
         return all(getattr(self, name) is not None for name in needs)
 
 
+Null = Callable[[SiteContext, torch.Generator, int], Iterator[SiteContext]]  # context, chance, how many draws
+
+
+def null_contexts(context: SiteContext, generator: torch.Generator, draws: int) -> Iterator[SiteContext]:
+    """So many draws of `null_context`, one in memory at a time.
+
+    Mixing noise for the gradients is what a draw costs. Its rows are alike and independent, so later draws deal those
+    of the first out anew, with new signs: by itself each is as good as the first. Together they share the rows' lengths
+    and angles, which hardly vary beside what the places do; all else is drawn anew.
+    """
+    known: dict[str, tuple[Statistics, Tensor]] = {}
+    for _ in range(draws):
+        yield _null(context, generator, known)
+
+
 def null_context(context: SiteContext, generator: torch.Generator) -> SiteContext:
     """The same site with nothing left to find but the energies of its inputs and outputs.
 
@@ -56,6 +72,11 @@ def null_context(context: SiteContext, generator: torch.Generator) -> SiteContex
 
     What a score owes to the covariance of the inputs alone it keeps on the null.
     """
+    return _null(context, generator, {})
+
+
+def _null(context: SiteContext, generator: torch.Generator, known: dict[str, tuple[Statistics, Tensor]]) -> SiteContext:
+    """known: by text, what its statistics are made from, and noise that an earlier draw has mixed."""
     order = torch.randperm(context.weight.numel(), generator=generator).to(context.weight.device)
 
     def shuffled(matrix: Tensor) -> Tensor:
@@ -69,8 +90,15 @@ def null_context(context: SiteContext, generator: torch.Generator) -> SiteContex
         own, parts = getattr(context, text), getattr(context, f"{text}_gradients")
         if own is None:
             continue
-        source = _scaled(other, own.tokens) if text == "private" else own
-        found[text], gradients = _gaussian(source, generator, 1 if parts is None else len(parts))
+        if text in known:
+            source, noise = known[text][0], _dealt(known[text][1], generator)
+        else:
+            source = _scaled(other, own.tokens) if text == "private" else own
+            source = replace(source, weighted=source.hessian * (source.output.sum() / max(source.tokens, 1.0)))
+            noise = _noise(source, generator, 1 if parts is None else len(parts))
+            known[text] = source, noise
+        gradients = noise * (source.output / (len(noise) * max(source.tokens, 1.0))).sqrt()[:, None]
+        found[text] = _gaussian(source, generator, gradients)
         if parts is not None:
             found[f"{text}_gradients"] = gradients
     if context.public_metrics is not None:
@@ -99,24 +127,20 @@ def _scaled(of: Statistics, tokens: float) -> Statistics:
     return Statistics(**sums | kept)
 
 
-def _gaussian(
-    of: Statistics, generator: torch.Generator, parts: int = 1
-) -> tuple[Statistics, Float[Tensor, "parts out in"]]:
-    """Statistics of Gaussian inputs of the same covariance that know nothing of the gradients; and the gradients of
-    equal parts.
+def _gaussian(of: Statistics, generator: torch.Generator, gradients: Float[Tensor, "parts out in"]) -> Statistics:
+    """Statistics of Gaussian inputs of the same covariance that know nothing of these gradients of equal parts;
+    `of.weighted` is what independence makes of it.
     """
     tokens, squares, energy = max(of.tokens, 1.0), of.hessian.diagonal(), of.output
     spread = (squares / tokens).sqrt().clamp_min(1e-30)
     # Scaled first: the largest edge over the smallest spread must stay a number.
     below = torch.special.ndtr(edges(of.unit).to(spread.device) / spread.double()[:, None])
     below[:, 0], below[:, -1] = 0.0, 1.0
-    gradients = _noise(of, generator, parts)
     counts = torch.poisson((below.diff(dim=1) * of.tokens).cpu(), generator).to(spread)
     # Drawn on the CPU: the same seed means the same null on every device.
     quiet = torch.special.erf(SMALL * of.unit / (2**0.5 * spread)).cpu()
-    null = replace(
+    return replace(
         of,
-        weighted=of.hessian * (energy.sum() / tokens),
         fisher=torch.outer(energy, squares) / tokens,
         gradient=gradients.sum(0),
         fourth=3 * squares.square() / tokens,
@@ -124,18 +148,24 @@ def _gaussian(
         silent=torch.binomial(torch.full_like(quiet, of.tokens), quiet, generator).to(spread),
         histogram=counts * of.tokens / counts.sum(1, keepdim=True).clamp_min(1.0),
     )
-    return null, gradients
 
 
 def _noise(of: Statistics, generator: torch.Generator, parts: int) -> Float[Tensor, "parts out in"]:
-    """`sum_t g x^T` of Gaussian x and independent g: rows of covariance `sum_t g_i^2 / tokens * sum_t x x^T`, made of
-    equal parts.
+    """Rows of covariance `sum_t x x^T`: times `sqrt(sum_t g_i^2 / tokens)`, those of `sum_t g x^T` of Gaussian x and
+    independent g. As many for each part.
     """
     lower = remembered(_factor, of.hessian)
     shape = (parts, len(of.output), len(lower))
     noise = torch.randn(shape, generator=generator, dtype=of.hessian.dtype).to(lower.device)
-    mixed = (noise.flatten(0, 1) @ lower.mT).view(shape)
-    return mixed * (of.output / (parts * max(of.tokens, 1.0))).sqrt()[:, None]
+    return (noise.flatten(0, 1) @ lower.mT).view(shape)
+
+
+def _dealt(noise: Float[Tensor, "parts out in"], generator: torch.Generator) -> Float[Tensor, "parts out in"]:
+    """The same rows at other places, their signs drawn anew."""
+    rows = noise.flatten(0, 1)
+    order = torch.randperm(len(rows), generator=generator)
+    signs = torch.randint(0, 2, (len(rows), 1), generator=generator) * 2 - 1
+    return (rows[order.to(rows.device)] * signs.to(rows)).view_as(noise)
 
 
 def _factor(metric: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

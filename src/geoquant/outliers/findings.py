@@ -6,18 +6,24 @@ from collections import Counter
 
 import numpy as np
 
+from geoquant.outliers.compared import sentences as compared_sentences
 from geoquant.outliers.leaderboard import leaderboard
 from geoquant.outliers.taxonomy import BOTH, FUNCTIONAL, LEVEL, NEITHER, SENSITIVE
 
-__all__ = ["PLURAL", "findings"]
+__all__ = ["PLURAL", "findings", "named"]
 
 PLURAL = {"site": "layers", "half": "halves of blocks", "block": "blocks"}
 FEWEST = 8  # groups, for a rank correlation
 
 
+def named(groups: str) -> str:
+    """What the groups of a grouping are called."""
+    return "stretches of depth" if groups.startswith("depth:") else PLURAL.get(groups, "groups of columns")
+
+
 def findings(report: dict) -> list[str]:
     """The sentences of identity.json, from the rest of it."""
-    groups = PLURAL.get(report["groups"], "groups of columns")
+    groups = named(report["groups"])
     told = []
     for do in report["settings"]["do"]:
         rows = [row for row in report["rows"] if row["intervention"] == do]
@@ -27,6 +33,7 @@ def findings(report: dict) -> list[str]:
         told += [_control(one) for one in report["controls"] if one["intervention"] == do]
     told.append(_power(report["tests"]))
     told += [_agreed(one) for one in report["agreement"] if _told(one)]
+    told += compared_sentences(report.get("compared", []))
     told += [f"Geometry and {one['intervention']}: {one['sentence']}." for one in report["verdicts"] if one["asked"]]
     why = {one["sentence"] for one in report["verdicts"] if not one["asked"]}
     told += [f"No verdict on geometric separability: {sentence}." for sentence in sorted(why)]

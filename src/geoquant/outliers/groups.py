@@ -3,6 +3,8 @@
     site              every linear map alone
     half              attention and feed-forward part of every block
     block             all linear maps of a block
+    depth:K           the model cut into K stretches of as many blocks, attention and feed-forward part of each: the
+                      same 2K groups in every model, however deep, so that labels of models can be compared
     columns:N         N blocks of neighbouring input columns of every site
     top:SCORE@SHARE   of every site the share of its input columns with the largest score and, as the control, as many
                       drawn at random from all of them
@@ -28,9 +30,10 @@ from geoquant.outliers.interventions import Part, block_of_columns, largest
 
 __all__ = ["GROUPINGS", "RANDOM", "TOP", "Group", "Grouping", "make_groups", "parse_grouping"]
 
-GROUPINGS = ("site", "half", "block", "columns:N", "top:SCORE@SHARE")
+GROUPINGS = ("site", "half", "block", "depth:K", "columns:N", "top:SCORE@SHARE")
 TOP, RANDOM = "top", "random"
-EXAMPLES = "site, half, block, columns:4, top:dsm@0.01"
+COUNTED = {"columns": "columns:N with a whole number N", "depth": "depth:K with a whole number K"}
+EXAMPLES = "site, half, block, depth:8, columns:4, top:dsm@0.01"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Grouping:
-    """A name of GROUPINGS without its values, and those: count of column blocks; score and share of top columns."""
+    """A name of GROUPINGS without its values, and those: count of stretches or column blocks; score and share of top
+    columns.
+    """
 
     name: str
     count: int = 0
@@ -56,7 +61,7 @@ class Grouping:
     share: float = 0.0
 
     def __str__(self) -> str:
-        rest = {"columns": f":{self.count}", "top": f":{self.score}@{self.share:g}"}
+        rest = dict.fromkeys(COUNTED, f":{self.count}") | {"top": f":{self.score}@{self.share:g}"}
         return self.name + rest.get(self.name, "")
 
 
@@ -68,9 +73,9 @@ def parse_grouping(text: str) -> Grouping:
         if rest:
             raise wrong
         return Grouping(name)
-    if name == "columns":
+    if name in COUNTED:
         if not rest.isdecimal() or int(rest) < 1:
-            raise UserError(f"--groups {text}", wanted="columns:N with a whole number N of 1 or more")
+            raise UserError(f"--groups {text}", wanted=f"{COUNTED[name]} of 1 or more")
         return Grouping(name, count=int(rest))
     if name != "top":
         raise unknown_name("grouping", name, [one.partition(":")[0] for one in GROUPINGS])
@@ -95,12 +100,14 @@ def make_groups(
     """The groups of a model with these sites, in the order of its blocks.
 
     scored: a site's columns under the score of a `top` grouping. Raises UserError for more blocks of columns than a
-    site has columns.
+    site has columns, and more stretches of depth than the model has blocks.
     """
     if grouping.name == "site":
         return tuple(Group(site.name, (Part(site.name),), site.block, within(site.name)) for site in sites)
     if grouping.name in ("half", "block"):
         return _together(sites, grouping.name == "half")
+    if grouping.name == "depth":
+        return _stretches(sites, grouping.count)
     if grouping.name == "columns":
         return tuple(group for site in sites for group in _column_blocks(site, grouping.count))
     return tuple(group for site in sites for group in _chosen(site, scored(site), grouping, seed))
@@ -114,6 +121,21 @@ def _together(sites: Sequence[Site], halves: bool) -> tuple[Group, ...]:
     return tuple(
         Group(f"block {block} {kind}" if halves else f"block {block}", tuple(parts), block, kind)
         for (block, kind), parts in found.items()
+    )
+
+
+def _stretches(sites: Sequence[Site], count: int) -> tuple[Group, ...]:
+    """`attention 1/8`, `mlp 1/8`, ...; experts are the feed-forward part of their block."""
+    blocks = sorted({site.block for site in sites})
+    if count > len(blocks):
+        raise UserError(f"--groups depth:{count}", got=f"{len(blocks)} blocks", wanted="at least one in each stretch")
+    stretch = {block: place * count // len(blocks) for place, block in enumerate(blocks)}
+    found: dict[tuple[int, str], list[Site]] = {}
+    for site in sites:
+        found.setdefault((stretch[site.block], site.kind.partition("_")[0]), []).append(site)
+    return tuple(
+        Group(f"{kind} {place + 1}/{count}", tuple(Part(site.name) for site in own), own[0].block, kind)
+        for (place, kind), own in found.items()
     )
 
 

@@ -24,6 +24,7 @@ from geoquant.observe.compute import BlockCall, cast_call, working_copy
 from geoquant.observe.stream import hooks, open_stream, run_block
 from geoquant.outliers.clipping import Clipping, ClipSplit, clip_curve, clip_split
 from geoquant.outliers.norms import GainSums, NormGain, NormGains, find_norms, norm_gain
+from geoquant.outliers.origin_key import KEY
 from geoquant.outliers.outlier_ratio import OutlierRatio, OutlierRatios, outlier_ratio
 from geoquant.outliers.residual import MASSIVE, Boundary, Residuals, boundary, cosines, summarise_residuals
 from geoquant.outliers.sinks import AttentionProbe, Heads, Sinks, summarise_sinks
@@ -75,13 +76,14 @@ class Origins:
     length: int
 
     def to_dict(self) -> dict:
-        """Numbers and texts only: ready for JSON."""
+        """Numbers and texts only: ready for JSON. `key` says what each is."""
         parts = {name: getattr(self, name).to_dict() for name in PARTS}
         return parts | {
             "findings": list(self.findings()),
             "notes": list(self.notes),
             "windows": self.windows,
             "length": self.length,
+            "key": KEY,
         }
 
     def findings(self) -> tuple[str, ...]:

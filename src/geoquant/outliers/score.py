@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geoquant.outliers.context import SiteContext
+from geoquant.outliers.context import Null, SiteContext, null_contexts
 
 __all__ = ["GROUP", "Score", "columns", "groups", "rows", "site"]
 
@@ -27,6 +27,10 @@ class Score:
     compute: a pure function of the context. Larger always means: matters more.
     paper:   where it comes from.
     texts:   whose statistics enter: its numbers change with any of them, and with no other. None for weights alone.
+    error:   of a score that no text enters: the standard errors of the site, then of its columns (or rows), where rows
+             are a sample of rows of their kind (`outliers.sample`). Of the others parts of texts are left out.
+    null:    draws of the context with nothing to find. same: why its whole sites have their own value there, so that
+             only columns and rows can be held against it; empty where they have not.
     """
 
     name: str
@@ -38,6 +42,9 @@ class Score:
     needs: tuple[str, ...] = ()
     paper: str = ""
     texts: tuple[str, ...] = ("public",)
+    error: Callable[[SiteContext], Float[Tensor, " 1+n"]] | None = None
+    null: Null = null_contexts
+    same: str = ""
 
 
 def _reduce(score: Score, values: Tensor, dims: int | tuple[int, ...]) -> Tensor:

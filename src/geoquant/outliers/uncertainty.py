@@ -30,8 +30,8 @@ def standard_errors(
     read:  what is made of a score's numbers before it is judged (`score.columns`, say).
     values: by name, `read(score, score.compute(context))` where that is known already.
 
-    A score that no such text enters has no error (zero). NaN where a text has one part only. Scores that need what the
-    context lacks are left out.
+    A score that no such text enters has no error (zero): what its rows leave open is its own to say (`Score.error`).
+    NaN where a text has one part only. Scores that need what the context lacks are left out.
     """
     used = [score for score in scores if context.has(score.needs)]
     if values is None:

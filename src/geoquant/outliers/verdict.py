@@ -1,9 +1,10 @@
 """Can geometry tell what interventions found? The held-out verdict on geometric separability.
 
 Labels come from interventions alone (taxonomy.py) and features from weights and moments alone, so neither knows the
-other. Two questions are asked: functional or not, sensitive or not. Each is judged by classifiers on rows that they
-have not seen, against permuted labels (geometry/separability.py), and p-values are Holm-corrected over classifiers and
-questions. The sentence is given whatever it says.
+other. Two questions are asked: functional or not, sensitive or not. Each is judged by classifiers on blocks that they
+have not seen, against labels that are permuted among layers of the same blocks and kinds (geometry/separability.py):
+layers of a block are alike, and layers of a kind, and whatever depth and kind tell is no finding of geometry. p-values
+are Holm-corrected over classifiers and questions. The sentence is given whatever it says.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Question:
     """Whether features tell groups with the label from those without.
 
     rows: without and with it. found: None where they are too few to ask. best: the classifier with the smallest
-    p-value, then the larger held-out AUC. p: of that one, corrected. used: names of the features.
+    p-value, then the larger held-out AUC. p: of that one, corrected. placed: whether labels were permuted among rows of
+    the same blocks and kinds.
     """
 
     label: str
@@ -38,6 +40,7 @@ class Question:
     found: Separability | None = None
     best: str | None = None
     p: float | None = None
+    placed: bool = False
 
     @property
     def sentence(self) -> str:
@@ -50,7 +53,9 @@ class Question:
             return f"not enough to tell: {counts}, and {FOLDS} of either kind are needed"
         auc = self.found.auc[self.best]
         tells = "tells them apart" if self.p <= LEVEL and auc > 0.5 else "does not tell them apart"
-        return f"{counts}, and geometry {tells}: held-out AUC {auc:.2f} ({self.best}), p = {self.p:.2g}"
+        tells += " beyond block and kind" if self.placed else ""
+        beyond = f", by block and kind alone {self.found.chance[self.best]:.2f}" if self.placed else ""
+        return f"{counts}, and geometry {tells}: held-out AUC {auc:.2f} ({self.best}{beyond}), p = {self.p:.2g}"
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,16 @@ def verdict(
     labels: Sequence[str],
     names: Sequence[str],
     *,
+    blocks: Sequence[object] | None = None,
+    kinds: Sequence[object] | None = None,
     permutations: int = 99,
     seed: int = 0,
 ) -> Verdict:
     """Judge `features` (a row per group, a column per name) by `labels` (functional, sensitive, both, neither).
 
-    Groups with a feature that is no number are left out, features that are the same everywhere too. Raises ValueError
-    for shapes that do not fit, an unknown label, and too few permutations to reach significance at all.
+    blocks, kinds: of each group; without them groups are exchanged freely. Groups with a feature that is no number are
+    left out, features that are the same everywhere too. Raises ValueError for shapes that do not fit, an unknown label,
+    and too few permutations to reach significance at all.
     """
     values = np.asarray(features, float)
     if values.ndim != 2 or values.shape != (len(labels), len(names)):
@@ -88,6 +96,10 @@ def verdict(
         raise ValueError(f"unknown labels {sorted(unknown)}")
     usable = np.isfinite(values).all(1)
     kept = [label for label, use in zip(labels, usable) if use]
+    places = {}
+    if blocks is not None:
+        given = {"blocks": blocks, "kinds": kinds}
+        places = {name: [one for one, use in zip(own, usable) if use] for name, own in given.items()}
     values = values[usable]
     varied = values.std(0) > 0 if len(values) else np.zeros(len(names), bool)
     marks = {label: np.array([one in (label, BOTH) for one in kept], dtype=bool) for label in QUESTIONS}
@@ -97,7 +109,8 @@ def verdict(
     if permutations < wanted:
         raise ValueError(f"{permutations} permutations, wanted at least {wanted}")
     judged = {
-        label: separability(values[:, varied], marks[label], permutations=permutations, seed=seed) for label in asked
+        label: separability(values[:, varied], marks[label], **places, permutations=permutations, seed=seed)
+        for label in asked
     }
     # Only the classifiers: silhouette describes, it does not predict.
     tried = [(label, name) for label, one in judged.items() for name in one.auc]
@@ -109,5 +122,5 @@ def verdict(
             continue
         auc = judged[label].auc
         best = min(auc, key=lambda name: (corrected[label, name], -auc[name]))
-        questions.append(Question(label, rows[label], judged[label], best, corrected[label, best]))
+        questions.append(Question(label, rows[label], judged[label], best, corrected[label, best], bool(places)))
     return Verdict(tuple(questions), tuple(n for n, use in zip(names, varied) if use), int((~usable).sum()))

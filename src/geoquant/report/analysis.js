@@ -7,10 +7,21 @@ const brief = (value) => value === null || value === undefined ? "–" : Math.ab
   ? String(Number(value.toPrecision(3))) : value.toExponential(2);
 let chosen = null;  // until somebody picks: the site with the most
 
+const over = document.getElementById("over");
+
+// What the map shows of each site: the score, or for sums that grow with a layer the score over its null.
+function shown(name) {
+  const relative = named(name).combine === "sum" && over.checked;
+  return data.sites.map((site) => {
+    const one = site.scores[name], value = one?.value ?? null;
+    return !relative || value === null ? value : one.null > 0 ? value / one.null : null;
+  });
+}
+
 // Ranks, not values: one massive site would leave all others in one colour.
 function colour() {
   const name = pick.value;
-  const values = data.sites.map((site) => site.scores[name]?.value ?? null);
+  const values = shown(name);
   const ordered = values.filter((value) => value !== null).sort((a, b) => a - b);
   for (const cell of cells) {
     const value = values[cell.dataset.site];
@@ -22,8 +33,10 @@ function colour() {
   const score = named(name);
   document.getElementById("unit").textContent = `${score.title}${score.unit ? `, in ${score.unit}` : ""}.` +
     (score.combine === "sum" ? " A sum over the layer: large layers have more of it, and so has their null." : "");
+  document.getElementById("over-label").hidden = score.combine !== "sum";
+  const what = score.combine === "sum" && over.checked ? " times its null" : "";
   const known = ordered.length;
-  document.getElementById("scale").textContent = known ? `${brief(ordered[0])} to ${brief(ordered[known - 1])}, by rank, darker is higher` : "not measured";
+  document.getElementById("scale").textContent = known ? `${brief(ordered[0])} to ${brief(ordered[known - 1])}${what}, by rank, darker is higher` : "not measured";
   show(chosen ?? Math.max(0, values.indexOf(ordered[known - 1])));
 }
 
@@ -51,11 +64,17 @@ function show(index) {
   curve.replaceChildren();
   document.getElementById("classes").textContent = classed(site.classes);
   if (!one || one.value === null) { words.textContent = "This score was not measured here."; return; }
-  const rank = 1 + data.sites.filter((other) => (other.scores[name]?.value ?? -Infinity) > one.value).length;
-  const among = data.sites.filter((other) => (other.scores[name]?.value ?? null) !== null).length;
+  const all = shown(name), own = all[index] ?? -Infinity;
+  const rank = 1 + all.filter((other) => other !== null && other > own).length;
+  const among = all.filter((other) => other !== null).length;
   let text = `${score.title}: ${brief(one.value)}`;
   if (one.se !== null) text += ` ± ${brief(one.se)}`;
-  text += `, number ${rank} of ${among}; where nothing is to be found it would be ${brief(one.null)}.`;
+  text += `, number ${rank} of ${among}; where nothing is to be found it would be ${brief(one.null)}`;
+  if (one.null_sd) text += ` ± ${brief(one.null_sd)}`;
+  text += one.null > 0 && score.combine === "sum" ? ` (${brief(one.value / one.null)} times that).` : ".";
+  if (one.beyond !== null && one.beyond !== undefined) {
+    text += ` ${one.beyond} of ${site.shape[one.axis === "columns" ? 1 : 0]} ${one.axis} lie beyond 99% of the null's.`;
+  }
   if (site.name.includes("experts.") && site.tokens) text += ` ${site.tokens.public} tokens of public text reach it.`;
   if (one.largest && one.largest.length) {
     text += ` The ${one.axis} with the most: ${one.largest.join(", ")}`;
@@ -84,5 +103,6 @@ function show(index) {
 
 for (const cell of cells) cell.addEventListener("click", () => { chosen = Number(cell.dataset.site); show(chosen); });
 pick.addEventListener("change", colour);
+over.addEventListener("change", colour);
 document.getElementById("explore").hidden = false;
 colour();

@@ -8,6 +8,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from geoquant.model.walk import within
+from geoquant.outliers.appraise import DRAWS
+from geoquant.outliers.score_findings import headlines, score_findings
 from geoquant.report.origins import clip_panel, residual_panel, sink_map
 from geoquant.report.page import fingerprint, finite, rendered, write_page
 
@@ -22,6 +24,8 @@ def render(found: dict) -> str:
     for index, site in enumerate(found["sites"]):
         cells.setdefault((site["block"], within(site["name"])), []).append(index)
     blocks = list(dict.fromkeys(site["block"] for site in found["sites"]))
+    counts = found["settings"]["parts"], found.get("nulls", {}).get("draws", DRAWS)
+    of_scores = set(score_findings(found["sites"], found["scores"], *counts))
     under = counted(len(found["scores"]), "score")
     return rendered(
         "analysis.html.jinja",
@@ -33,6 +37,8 @@ def render(found: dict) -> str:
         rows=[(block, [cells.get((block, part), []) for part in parts]) for block in blocks],
         first=first_shown([score["name"] for score in found["scores"]]),
         figures=origin_figures(found["origins"]),
+        other=[one for one in found["findings"] if one not in of_scores],
+        headlines=headlines(found["sites"], found["scores"], *counts),
         worst=[(score, largest(found["sites"], score["name"])) for score in found["scores"]],
         data=embedded({"scores": found["scores"], "sites": found["sites"], "bits": found["settings"]["bits"]}),
     )

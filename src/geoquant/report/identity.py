@@ -7,7 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from geoquant.outliers.findings import PLURAL
+from geoquant.outliers.findings import named
 from geoquant.outliers.taxonomy import BOTH, FUNCTIONAL, NEITHER, SENSITIVE
 from geoquant.report.page import fingerprint, finite, rendered, write_page
 from geoquant.report.scatter import Point, effect_panel
@@ -21,7 +21,7 @@ FINEST = ("reference", "loss")  # the attack that is drawn and shown: the first 
 def render(found: dict) -> str:
     """The page of what `geoquant.identify` returned."""
     mark, found = fingerprint(found), finite(found)
-    groups = PLURAL.get(found["groups"], "groups of columns")
+    groups = named(found["groups"])
     count = len({row["group"] for row in found["rows"]})
     done = [part_of(do, [row for row in found["rows"] if row["intervention"] == do]) for do in found["settings"]["do"]]
     return rendered(

@@ -16,14 +16,31 @@ ESTIMATORS = {
     "sampled-rank": "rank among random values in the same place",
     "exact-rank": "exact rank",
 }
+# Keys of a guarantee in a report, in the order in which a page tells them.
+GUARANTEE = {
+    "epsilon": "Epsilon",
+    "delta": "Delta",
+    "adjacency": "For neighbours",
+    "mechanism": "Mechanism",
+    "scope": "Covers",
+    "files": "Other files",
+    "not_covered": "Does not cover",
+    "assumes": "Taken to be true, and not checked",
+    "again": "Once more",
+    "noise": "Price",
+}
 
 
 def leakage(privacy: dict | None, subjects: dict[str, str], told: Iterable[str] = ()) -> dict:
     """Everything that leakage.html.jinja reads. subjects: model -> label, in their order. told: warnings that the page
     shows elsewhere."""
     given = privacy or {"attacks": [], "extraction": [], "exposure": [], "n_nonmembers": 0}
+    guarantee = (privacy or {}).get("guarantee")
+    if privacy and not privacy["n_members"]:
+        privacy = None  # a guarantee, and no attack
     return {
         "p": privacy,
+        "guarantee": guarantee and {label: guarantee[key] for key, label in GUARANTEE.items() if guarantee.get(key)},
         "subjects": subjects,
         "told": tuple(told),
         "attacks": by_group(given["attacks"], "name", subjects),

@@ -68,8 +68,9 @@ _SCHEMA: dict = {
             {"subject": str, "guesses": int, "correct": int, "m": int, "covers": str}
             | dict.fromkeys(("epsilon", "confidence", "delta", "most"), NUMBER)
         ],
-        # The five things without which a guarantee must not be printed.
-        "guarantee": {"adjacency": str, "mechanism": str, "epsilon": NUMBER, "delta": NUMBER, "scope": str},
+        # What a guarantee must not be printed without.
+        "guarantee": {"adjacency": str, "mechanism": str, "epsilon": NUMBER, "delta": NUMBER, "scope": str}
+        | dict.fromkeys(("not_covered", "sentence"), str),
     },
     # What levers did to the weights before anything was solved; None where there were none.
     "refinement?": {"passes": int, "kept_pass": int, "moved": NUMBER}

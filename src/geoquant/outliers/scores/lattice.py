@@ -7,7 +7,8 @@ lattice_defect: `(1/c) sum_j ln(|b_j| / r_j)`, zero for an orthogonal basis, wha
 lattice_eta:    `(1/c) sum_j r_j`, which was proposed for the same purpose; it scales with the inputs' unit and depends
                 on the order of columns (here as they come), so it is no defect. Kept to be compared.
 
-Both know nothing of weights and keep their value on the null, which has the same covariance.
+Both know nothing of weights. Their null has independent inputs of the same energies, over as many tokens: a basis of
+few tokens is never orthogonal.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
 from geoquant.outliers.derived import remembered
+from geoquant.outliers.own_nulls import independent_inputs
 from geoquant.outliers.score import Score
 
 __all__ = ["SCORES", "lattice_defect", "lattice_eta"]
@@ -52,6 +54,22 @@ def lattice_eta(context: SiteContext) -> Float[Tensor, ""]:
 
 
 SCORES = (
-    Score("lattice_defect", "orthogonality defect of the lattice of inputs", "", "site", "mean", lattice_defect),
-    Score("lattice_eta", "mean Gram-Schmidt length of the lattice of inputs", "input", "site", "mean", lattice_eta),
+    Score(
+        "lattice_defect",
+        "orthogonality defect of the lattice of inputs",
+        "",
+        "site",
+        "mean",
+        lattice_defect,
+        null=independent_inputs,
+    ),
+    Score(
+        "lattice_eta",
+        "mean Gram-Schmidt length of the lattice of inputs",
+        "input",
+        "site",
+        "mean",
+        lattice_eta,
+        null=independent_inputs,
+    ),
 )

@@ -2,7 +2,7 @@
 second moments that hold 95% of their energy, and how many these are.
 
 The share is larger where inputs fill fewer dimensions, for any error: its null, shuffled errors, says how much of it is
-that.
+that. The null of the dimension has independent inputs of the same energies.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from geoquant.outliers.context import SiteContext
 from geoquant.outliers.derived import eigenpairs
+from geoquant.outliers.own_nulls import independent_inputs
 from geoquant.outliers.score import Score
 
 __all__ = ["SCORES", "input_dimension", "outside"]
@@ -43,6 +44,12 @@ def input_dimension(context: SiteContext) -> Float[Tensor, ""]:
 SCORES = (
     Score("outside", "share of the rounding error where inputs hardly go", "", "site", "mean", outside),
     Score(
-        "input_dimension", "how few dimensions hold the inputs (minus their share)", "", "site", "mean", input_dimension
+        "input_dimension",
+        "how few dimensions hold the inputs (minus their share)",
+        "",
+        "site",
+        "mean",
+        input_dimension,
+        null=independent_inputs,
     ),
 )

@@ -18,7 +18,7 @@ neighbours' sums are within `2 C / step + 1.5 sqrt(d)` steps. Norms are sums in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ from geoquant.privacy.guarantee.scope import Scope
 from geoquant.privacy.guarantee.statement import GaussianNoise, Guarantee
 from geoquant.privacy.guarantee.weight_ball import Release, as_float64, check_names, finished, no_seed
 
-__all__ = ["LowRank", "aggregate", "noisy_mean"]
+__all__ = ["LowRank", "aggregate", "aggregating", "noisy_mean"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +72,23 @@ def aggregate(
 
     Raises UserError where no guarantee can be given, TypeError for changes or a base without provenance.
     """
+    guarantee, tensors = aggregating(shards, base, adjacency, epsilon=epsilon, delta=delta, seed=seed)
+    return Release(dict(tensors), guarantee)
+
+
+def aggregating(
+    shards: Sequence[Mapping[str, Change]],
+    base: Mapping[str, Public],
+    adjacency: OneRecord,
+    *,
+    epsilon: float,
+    delta: float,
+    seed: None = None,
+) -> tuple[Guarantee, Iterator[tuple[str, Released]]]:
+    """`aggregate` for a model that does not fit into memory twice: the guarantee, and the tensors one at a time.
+
+    A tensor of the base may be overwritten once its own is out, if no shard's change is computed from it again.
+    """
     no_seed(seed)
     if len(shards) != adjacency.shards:
         raise UserError("not as many shards as stated", got=len(shards), wanted=adjacency.shards)
@@ -106,17 +123,20 @@ def aggregate(
     for origin in origins.values():
         origin.claim()
     factors = [clip_factor(shard, spaces, adjacency.clip) for shard in shards]
-    tensors, added = {}, np.zeros(len(shards))
-    for name in names:
-        space = spaces[name]
-        clipped = (by * values_of(shard[name], space) for by, shard in zip(factors, shards))
-        mean, squares = noisy_mean(clipped, len(shards), sigma)
-        added += squares
-        mean = mean if space is None else mean @ space.basis
-        tensors[name] = Released(finished(base[name].values, mean), guarantee)
-    if (added > (adjacency.clip * (1 + off + 1e-9)) ** 2).any():
-        raise RuntimeError("a shard's change was not the same when it was read again")  # nothing was given away
-    return Release(tensors, guarantee)
+
+    def tensors() -> Iterator[tuple[str, Released]]:
+        added = np.zeros(len(shards))
+        for name in names:
+            space = spaces[name]
+            clipped = (by * values_of(shard[name], space) for by, shard in zip(factors, shards))
+            mean, squares = noisy_mean(clipped, len(shards), sigma)
+            added += squares
+            if (added > (adjacency.clip * (1 + off + 1e-9)) ** 2).any():
+                raise RuntimeError("a shard's change was not the same when it was read again")  # this one stays here
+            mean = mean if space is None else mean @ space.basis
+            yield name, Released(finished(base[name].values, mean), guarantee)
+
+    return guarantee, tensors()
 
 
 def noisy_mean(

@@ -19,7 +19,7 @@ what is stated: weights further from the base are refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ from geoquant.privacy.guarantee.provenance import Private, Public, Released, ope
 from geoquant.privacy.guarantee.scope import Scope
 from geoquant.privacy.guarantee.statement import GaussianNoise, Guarantee
 
-__all__ = ["Release", "check_names", "finished", "no_seed", "one_origin", "perturbed", "release"]
+__all__ = ["Release", "check_names", "finished", "no_seed", "one_origin", "perturbed", "release", "releasing"]
 
 BOUND = 16.0  # on the change of one weight, where a factor is used
 UNIT_ROUNDOFF = 2.0**-53
@@ -65,6 +65,23 @@ def release(
 
     Raises UserError where no guarantee can be given; TypeError for weights or a base without provenance.
     """
+    guarantee, tensors = releasing(weights, base, adjacency, epsilon=epsilon, delta=delta, seed=seed)
+    return Release(dict(tensors), guarantee)
+
+
+def releasing(
+    weights: Mapping[str, Private],
+    base: Mapping[str, Public],
+    adjacency: WeightBall,
+    *,
+    epsilon: float,
+    delta: float,
+    seed: None = None,
+) -> tuple[Guarantee, Iterator[tuple[str, Released]]]:
+    """`release` for a model that does not fit into memory twice: the guarantee, and the tensors one at a time.
+
+    A tensor of the base is read just before its own comes out, and may be overwritten then.
+    """
     no_seed(seed)
     origin = one_origin(weights)
     check_names({name: held.shape for name, held in weights.items()}, base, adjacency.norm)
@@ -78,11 +95,14 @@ def release(
     mechanism = GaussianNoise(sigma, adjacency.radius, slack, of)
     guarantee = Guarantee(epsilon, delta, adjacency, mechanism, scope)
     origin.claim()
-    tensors = {}
-    for name, held in weights.items():
-        shape = shape_of(adjacency.norm, name, tuple(held.shape))
-        tensors[name] = Released(_in_slabs(open_for_mechanism(held), base[name].values, sigma, *shape), guarantee)
-    return Release(tensors, guarantee)
+
+    def tensors() -> Iterator[tuple[str, Released]]:
+        for name, held in weights.items():
+            shape = shape_of(adjacency.norm, name, tuple(held.shape))
+            noisy = _in_slabs(open_for_mechanism(held), base[name].values, sigma, *shape)
+            yield name, Released(noisy, guarantee)
+
+    return guarantee, tensors()
 
 
 def _in_slabs(

@@ -1,0 +1,189 @@
+"""What going back to the public base takes of memory and of function, at the size of plain quantization.
+
+    python benchmarks/anchoring.py CURVE OUT --regimes strong extreme --rates 3.25
+    python benchmarks/anchoring.py CURVE OUT --table
+
+CURVE is the folder of `privacy_curve.py`, whose models and records are used. The levers see every second member
+(`seen`) and 120 records of the same generator under another seed, which nobody else sees. The others (`unseen`) say
+whether what was taken is memory in general or that of these records alone. All points of a rate have the same size,
+with embeddings and head on the lattice too. A point is one run of the library's own `quantize`, with the short
+calibration of `privacy_curve.py`.
+
+One line a point is added to OUT/points.jsonl; points that are there are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import privacy_curve as curve
+from geoquant import protecting
+from geoquant.cli.screen import Lines
+from geoquant.data.records import write_records
+from geoquant.data.synthetic import synthetic_records
+from geoquant.evaluate.perplexity import difference
+from geoquant.model.load import load
+from geoquant.privacy.audit import audit
+from geoquant.privacy.delong import delong_interval
+from geoquant.privacy.statistics import auc
+from geoquant.runs import read_json, read_tensors, write_tensors
+
+DOMAIN = {"n": 300, "seed": 1001}  # of which every member of its own split is taken, 120 at most
+POINTS: dict[str, dict] = {
+    "plain": {},
+    **{f"interpolation {share:g}": {"anchor": round(1 - share, 2), "aim": "everything"} for share in (0.8, 0.6)},
+    **{f"aimed {strength:g}": {"anchor": strength, "aim": "memory"} for strength in (0.3, 0.5, 0.7, 1.0)},
+}
+SHOWN = ("reference", "loss")
+measured = protecting.taught
+
+
+def records(out: Path) -> dict[str, str]:
+    """The files that the levers see."""
+    made = curve.made("medical")
+    known = {record.text for side in (made.members, made.nonmembers, made.holdout) for record in side}
+    fresh = [one for one in synthetic_records("medical", **DOMAIN).members if one.text not in known][:120]
+    sides = {"private": made.split.members[::2], "domain": fresh}
+    for name, side in sides.items():
+        write_records(out / f"{name}.jsonl", side)
+    return {name: str(out / f"{name}.jsonl") for name in sides}
+
+
+def remembering(path: Path):
+    """`taught` of one model, base and set of records, which all points of a regime share: measured once."""
+
+    def taught(*args: object, **kwargs: object) -> dict[str, dict[str, torch.Tensor]]:
+        if not path.exists():
+            found = measured(*args, **kwargs)
+            write_tensors(path, {f"{text}/{name}": own for text, many in found.items() for name, own in many.items()})
+        kept: dict[str, dict[str, torch.Tensor]] = {}
+        for key, values in read_tensors(path)[0].items():
+            text, _, name = key.partition("/")
+            kept.setdefault(text, {})[name] = values
+        return kept
+
+    return taught
+
+
+def point(place: Path, out: Path, regime: str, rate: float, name: str, progress) -> dict:
+    """Make and measure one point."""
+    started = time.perf_counter()
+    models, kept = place / "models", place / "measured"
+    model = models / "medical" / regime
+    public = curve.remembered(kept / "medical-base", "medical", lambda: load(str(models / "base")), progress)
+    first = curve.remembered(kept / f"{regime}-original", "medical", lambda: load(str(model)), progress)
+    overrides = {"rate": rate}
+    protection = None
+    if POINTS[name]:
+        overrides |= POINTS[name] | {"base": str(models / "base")}
+        if overrides["aim"] == "memory":
+            overrides |= records(out)
+    run = out / "runs" / f"{regime}-{rate:g}-{name.replace(' ', '-')}"
+    protecting.taught = remembering(out / f"taught-{regime}.safetensors")
+    loaded, size = curve.compressed(run, model, overrides, progress)
+    if POINTS[name]:
+        protection = read_json(run / "report.json", protection=dict)["protection"]
+    seconds = read_json(run / "report.json")["timings"]
+    found = curve.measure(loaded, "medical", progress)
+    del loaded
+    shutil.rmtree(run)
+    return {
+        "regime": regime,
+        "rate": rate,
+        "point": name,
+        "bits_per_weight": size["bits_per_weight"],
+        "protection": protection,
+        **figures(found, first, public),
+        "timings": seconds,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def figures(found: curve.Measured, before: curve.Measured, public: curve.Measured) -> dict:
+    """Losses, and every attack on the members that the levers saw and on the others."""
+    split = curve.made("medical").split
+    scores = curve.membership(split, found, public)
+    attacks = {}
+    for name, (members, strangers) in scores.items():
+        attacks[name] = {}
+        for side, part in (("seen", members[::2]), ("unseen", members[1::2])):
+            attacks[name][side] = {
+                "auc": auc(part, strangers),
+                "ci": list(delong_interval(part, strangers)),
+            }
+    now = audit("point", found.scores, public.scores, split)
+    return {
+        "perplexity": found.public.perplexity,
+        "nll": found.public.nll,
+        "se": found.public.se,
+        "domain_nll": found.domain.nll,
+        "domain_se": found.domain.se,
+        "delta_public": difference(before.public, found.public),
+        "delta_domain": difference(before.domain, found.domain),
+        "attacks": attacks,
+        "extraction": {part.kind: curve.leaked(part) for _, part in now.extraction},
+        "continued": {str(part.prefix): curve.leaked(part.found) for _, part in now.suffixes},
+        "exposure": curve.secrets(now, found, split),
+    }
+
+
+def show(rows: list[dict]) -> None:
+    """Markdown, a table for each regime and rate."""
+    for regime, rate in dict.fromkeys((row["regime"], row["rate"]) for row in rows):
+        print(f"\n**{regime}**, {rate:g} bits:\n")
+        heads = ["point", "bits", "perplexity", "domain loss"]
+        heads += [f"{attack} AUC, {side}" for attack in SHOWN for side in ("seen", "unseen")]
+        heads += ["identifiers extracted", "records continued", "exposure, bits"]
+        print("| " + " | ".join(heads) + " |")
+        print("|" + "---|" * len(heads))
+        for row in (row for row in rows if (row["regime"], row["rate"]) == (regime, rate)):
+            cells = [row["point"], f"{row['bits_per_weight']:.2f}", f"{row['perplexity']:.2f}"]
+            cells.append(f"{row['domain_nll']:.3f} ± {row['domain_se']:.3f}")
+            for attack in SHOWN:
+                for side in ("seen", "unseen"):
+                    one = row["attacks"][attack][side]
+                    cells.append(f"{one['auc']:.3f} ({one['ci'][0]:.2f}–{one['ci'][1]:.2f})")
+            spans = row["extraction"].get("all") or next(iter(row["extraction"].values()))
+            cells.append(f"{spans['extracted']} of {spans['spans']}")
+            longest = row["continued"].get("32")
+            cells.append(f"{longest['extracted']} of {longest['spans']}" if longest else "–")
+            told = row["exposure"]
+            cells.append(f"{told['mean']:.1f} ± {told['se']:.1f}" if told else "–")
+            print("| " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    """Make points, or show them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("curve", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--regimes", nargs="*", default=["mild", "strong", "extreme"])
+    parser.add_argument("--rates", nargs="*", type=float, default=[3.25, 4.25])
+    parser.add_argument("--points", nargs="*", default=list(POINTS), help=", ".join(POINTS))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    path = arguments.out / "points.jsonl"
+    if arguments.table:
+        show(curve.read_rows(path))
+        return
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    done = {(row["regime"], row["rate"], row["point"]) for row in curve.read_rows(path)}
+    for regime in arguments.regimes:
+        for rate in arguments.rates:
+            for name in arguments.points:
+                if (regime, rate, name) not in done:
+                    row = point(arguments.curve, arguments.out, regime, rate, name, Lines(sys.stderr))
+                    curve.add_row(path, row)
+                    print(regime, rate, name, f"perplexity {row['perplexity']:.2f}", f"{row['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
