@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 
 import torch
@@ -53,9 +54,10 @@ from geoquant.protecting import (
     released,
 )
 from geoquant.recipe import PACKED, Recipe, checked, located
+from geoquant.refining import check_refinement, look_before, material_of, refine_run, refinement_pending
 from geoquant.releasing import announced, with_guarantee
 from geoquant.report.build import write_report
-from geoquant.results import load_stage, save_stage, stage_path
+from geoquant.results import REFINED, load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, recorded_recipe, remove_empty, write_json
 from geoquant.solve import install, restore, solve_model, solve_vocabulary
 from geoquant.steps import look_back, rows_of, step_of
@@ -93,12 +95,14 @@ def quantize(
     try:
         with clock("load"):
             split = load_records(recipe)
+            check_refinement(recipe, split)
             looked = check_protection(recipe, split)
             # Before hours of work: whether the records will allow a verdict.
             check = check_sides(split, seed=recipe.seed) if split else None
             if check and check.refusal:
                 progress("records", 0, 1, "they allow no verdict on leakage")
             loaded, blocks, texts, plan, notes = prepare(recipe)
+            material = material_of(recipe, loaded.tokenizer, texts) if recipe.refine else None
             price, guarantee = announced(recipe, loaded, texts)
             if price:
                 progress("guarantee", 0, 1, price)
@@ -132,6 +136,8 @@ def quantize(
     missing = [stage for stage in stages if not stage_path(run, stage).exists()]
     solver, exported = None, earlier_exports(run)
     if missing:  # whatever was made of the sites before is made again
+        shutil.rmtree(run / REFINED, ignore_errors=True)
+    if missing or refinement_pending(run, recipe):
         exported = dict.fromkeys(exported)
         for name in ("quantized.json", "quantized_scores.safetensors"):
             (run / name).unlink(missing_ok=True)
@@ -148,11 +154,18 @@ def quantize(
                 loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))
             else:
                 loaded = load_protected(run, recipe.device)
+    refinement = None
+    if refinement_pending(run, recipe):
+        with clock("refine"):
+            material = look_before(run, recipe, loaded, material)
     with clock("quantize"):
         solve(run, recipe, loaded, blocks, texts, plan, progress)
     if missing == stages:  # a resumed run did only part of the work in this time
         spent = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
         solver = spent.achieved(clock.seconds["quantize"])
+    if recipe.refine:
+        with clock("refine"):
+            refinement = refine_run(run, recipe, loaded, blocks, material, progress)
     with clock("measure the quantized model"):
         after = measure_quantized(run, loaded.model, texts.evaluation, progress, head)
         del head
@@ -173,6 +186,7 @@ def quantize(
         run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
     report["protection"] = protection
+    report["refinement"] = refinement
     report["privacy"] = with_guarantee(privacy, protection["guarantee"] if protection else guarantee)
     report["goal"] = read_json(run / "goal.json") if (run / "goal.json").exists() else None
     write_report(run, report)
@@ -377,6 +391,7 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     split = load_records(recipe)
     looked = check_protection(recipe, split)
     loaded, blocks, texts, plan, notes = prepare(recipe)
+    check_refinement(recipe, split)
     notes += looked
     if split and (refusal := check_sides(split, seed=recipe.seed).refusal):
         notes += (f"the audit will give no verdict: {refusal}",)

@@ -71,6 +71,8 @@ def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, .
         )
     if check_claim(recipe) is not None:
         return ()
+    if recipe.refine and (not protected(recipe) or recipe.aim == "everything"):
+        return ()  # what refinement needs of these, refining.py says
     if not protected(recipe):
         for name in ("base", "private", "domain"):
             if getattr(recipe, name) is not None:

@@ -68,6 +68,9 @@ class Recipe(BaseModel):
     shards: tuple[str, ...] | None = None
     clip: float | None = Field(default=None, gt=0.0)
     inherited: str | None = None
+    # and after it (see refining.py): passes, and the weight of the private records
+    refine: int = Field(default=0, ge=0, le=1000)
+    refine_privacy: float = Field(default=1.0, ge=0.0, le=1000.0)
     # calibration: None means the text every Python carries
     calibration: str | None = None
     windows: int = Field(default=32, ge=1)

@@ -27,9 +27,13 @@ from geoquant.runs import read_metadata, read_tensors, write_tensors
 from geoquant.solve import StageResult
 
 __all__ = [
+    "REFINED",
     "SiteFiles",
     "StageFiles",
+    "final_path",
     "load_stage",
+    "refined_bits",
+    "save_refined",
     "save_stage",
     "site_reports",
     "solved_cost",
@@ -44,11 +48,18 @@ UNBOUNDED = "lattice-priced-descent"
 
 
 PART = 1 << 13
+REFINED = "refined"  # folder in a run: the same files with other codes, if codes were refined
 
 
 def stage_path(run: Path, stage: Stage) -> Path:
     """Where a stage's result lies."""
     return run / "sites" / f"{stage.name}.safetensors"
+
+
+def final_path(run: Path, stage: Stage) -> Path:
+    """Where the codes lie that count in the end: refined ones, if there are any."""
+    refined = run / REFINED / f"{stage.name}.safetensors"
+    return refined if refined.exists() else stage_path(run, stage)
 
 
 def save_stage(run: Path, result: StageResult, plans: Mapping[str, SitePlan]) -> None:
@@ -63,6 +74,32 @@ def save_stage(run: Path, result: StageResult, plans: Mapping[str, SitePlan]) ->
         "seconds": json.dumps(result.seconds),
     }
     write_tensors(stage_path(run, stage), {name: tensor.cpu() for name, tensor in tensors.items()}, metadata)
+
+
+def save_refined(folder: Path, run: Path, stage: Stage, solution: Solution | LatticeSolution, moved: float) -> None:
+    """Write a solved stage's file once more, with refined codes: sizes are counted again, what is said of errors stays
+    that of the solver's codes, and the reason says so. moved: share of the stage's codes."""
+    tensors, metadata = read_tensors(stage_path(run, stage))
+    entries, start = json.loads(metadata["report"]), 0
+    spread = spread_of(solution.codes) if isinstance(solution, LatticeSolution) else None
+    for entry, site in zip(entries, stage.sites, strict=True):
+        own = solution.rows(start, start + site.shape[0])
+        if spread is not None:
+            part = spread.part(start, start + site.shape[0])
+            bits = site_bits(own.codes, part, site.shape[0] / stage.rows)
+            entry |= {"bits_per_weight": bits / math.prod(site.shape), "largest_code": int(own.codes.abs().max())}
+        entry |= {"refined": moved, "reason": f"{entry['reason']}; refined afterwards: {moved:.1%} of the codes moved"}
+        start += site.shape[0]
+    tensors["codes"] = solution.codes.cpu()
+    write_tensors(folder / f"{stage.name}.safetensors", tensors, {**metadata, "report": json.dumps(entries)})
+
+
+def refined_bits(folder: Path, stages: list[Stage]) -> float:
+    """Mean bits per weight over the stages whose files lie in a folder."""
+    reports = [json.loads(read_metadata(folder / f"{stage.name}.safetensors")["report"]) for stage in stages]
+    sites = [site for report in reports for site in report]
+    sizes = [math.prod(site["shape"]) for site in sites]
+    return sum(size * site["bits_per_weight"] for size, site in zip(sizes, sites, strict=True)) / sum(sizes)
 
 
 def _boxed(solution: Solution) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -108,8 +145,8 @@ def _solution(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Solution 
 
 
 def load_stage(run: Path, stage: Stage) -> Solution | LatticeSolution | None:
-    """The solution of a stage, or None where it was not solved yet."""
-    path = stage_path(run, stage)
+    """The solution of a stage, refined or not, or None where it was not solved yet."""
+    path = final_path(run, stage)
     return _solution(*read_tensors(path)) if path.exists() else None
 
 
@@ -140,7 +177,7 @@ class SiteFiles(Mapping[str, Solution]):
     def __getitem__(self, name: str) -> Solution:
         stage = self._stages[name]
         if self._open is None or self._open[0] != stage.name:
-            self._open = (stage.name, _solution(*read_tensors(stage_path(self._run, stage))))
+            self._open = (stage.name, _solution(*read_tensors(final_path(self._run, stage))))
         start = 0
         for site in stage.sites:
             if site.name == name:
@@ -163,7 +200,7 @@ class StageFiles(Mapping[str, LatticeSolution]):
         self._stages = {stage.name: stage for block in blocks for stage in block.stages}
 
     def __getitem__(self, name: str) -> LatticeSolution:
-        return _solution(*read_tensors(stage_path(self._run, self._stages[name])))
+        return _solution(*read_tensors(final_path(self._run, self._stages[name])))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stages)
@@ -267,7 +304,7 @@ def site_reports(run: Path, blocks: tuple[Block, ...]) -> tuple[list[dict], list
     entries, warnings, seconds = [], [], {}
     for block in blocks:
         for stage in block.stages:
-            metadata = read_metadata(stage_path(run, stage))
+            metadata = read_metadata(final_path(run, stage))
             entries += json.loads(metadata["report"])
             warnings += [metadata["warning"]] if metadata["warning"] else []
             for step, value in json.loads(metadata["seconds"]).items():

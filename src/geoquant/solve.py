@@ -20,8 +20,9 @@ from geoquant.lattice.rows import single_rows
 from geoquant.methods import METHODS, NEAREST, LatticeSolution, Problem, Solution
 from geoquant.methods.rtn import solve as round_to_nearest
 from geoquant.methods.target import Target, output_target
+from geoquant.model.install import install
 from geoquant.model.paging import UNMAPPED, Pages, trim, unload
-from geoquant.model.walk import Block, Stage, find_blocks, read_weight, write_weight
+from geoquant.model.walk import Block, Stage, find_blocks, read_weight
 from geoquant.observe.compute import autocast, working_copy
 from geoquant.observe.moments import Accumulator, MassiveTokens, Moments, clipped_weights, squared_norms
 from geoquant.observe.reference import Reference
@@ -31,9 +32,6 @@ from geoquant.observe.vocabulary import VocabularyMoments, vocabulary_metric
 from geoquant.progress import Progress, silent
 
 __all__ = ["StageResult", "install", "restore", "solve_model", "solve_vocabulary", "vocabulary_problem"]
-
-
-PART = 1 << 13  # rows made at a time
 
 
 @dataclass(frozen=True)
@@ -284,16 +282,3 @@ def _solve(name: str, problem: Problem, stage: Stage) -> tuple[Solution | Lattic
         return METHODS[name](problem), None
     except NotPositiveDefinite as error:
         return NEAREST.get(name, round_to_nearest)(problem), f"{stage.name}: {error}; rounded to nearest instead"
-
-
-def install(model: nn.Module, stage: Stage, solution: Solution) -> None:
-    """Replace the weights of a stage's sites with the quantized values."""
-    start = 0
-    for site in stage.sites:
-        module, stop = model.get_submodule(site.name), start + site.shape[0]
-        weight = torch.empty(site.shape, dtype=module.weight.dtype, device=solution.codes.device)
-        for first in range(start, stop, PART):
-            last = min(first + PART, stop)
-            weight[first - start : last - start] = solution.rows(first, last).dequantize()
-        write_weight(module, weight)
-        start = stop

@@ -230,6 +230,14 @@ class RecipeFlags:
         str | None,
         option("What whoever trained MODEL guarantees (DP-SGD), .json: passed through, no noise.", group=CONTROL),
     ] = None
+    refine: Annotated[
+        int | None,
+        option("Passes that move solved codes by a step, for --private and --domain too (default 0).", group=CONTROL),
+    ] = None
+    refine_privacy: Annotated[
+        float | None,
+        option("Weight of private records against divergence in --refine (default 1.0).", group=CONTROL),
+    ] = None
     members: Annotated[str | None, option("Records the model was trained on, .jsonl.", group=PRIVACY)] = None
     nonmembers: Annotated[
         str | None, option("Records of the same kind it was not trained on, .jsonl.", group=PRIVACY)

@@ -27,12 +27,15 @@ from geoquant.observe.stream import hooks, open_stream, run_block
 from geoquant.observe.texts import Sequences
 from geoquant.progress import Progress, silent
 
-__all__ = ["Seen", "backward"]
+__all__ = ["Losses", "Seen", "backward"]
 
 KEPT = torch.bfloat16  # what enters each block, of all texts
 
 # Seen(text, batch, site, inputs, gradients): real tokens only, in float32; of sites that read the same, one tensor.
 Seen = Callable[[str, int, str, Float[Tensor, "tokens in"], Float[Tensor, "tokens out"]], None]
+
+# Losses(outputs): from what leaves the last block, of every text by batch, to the gradients there; None ends the pass.
+Losses = Callable[[dict[str, list[Tensor]]], dict[str, list[Tensor]] | None]
 
 
 @dataclass
@@ -41,6 +44,7 @@ class _Text:
 
     calls: list[BlockCall]
     inputs: list[list[Tensor]]
+    outputs: list[Tensor]  # of the last block, until its gradients are known
     gradients: list[Tensor]
     real: list[Tensor]  # by batch, which of its (flattened) tokens are real
 
@@ -52,6 +56,8 @@ def backward(
     see: Seen,
     *,
     experts: Mapping[int, Sequence[Expert]] | None = None,
+    losses: Losses | None = None,
+    entered: Callable[[str, list[Tensor]], None] | None = None,
     compute: torch.dtype = torch.float32,
     pages: Pages = UNMAPPED,
     progress: Progress = silent,
@@ -67,7 +73,7 @@ def backward(
     finite, or where nobody can say which tokens a site sees.
     """
     with eager_experts(model) if experts else nullcontext():
-        yield from _backward(model, blocks, texts, see, experts or {}, compute, pages, progress)
+        yield from _backward(model, blocks, texts, see, experts or {}, losses, entered, compute, pages, progress)
 
 
 def _backward(
@@ -76,11 +82,22 @@ def _backward(
     texts: dict[str, Sequences],
     see: Seen,
     experts: Mapping[int, Sequence[Expert]],
+    losses: Losses | None,
+    entered: Callable[[str, list[Tensor]], None] | None,
     compute: torch.dtype,
     pages: Pages,
     progress: Progress,
 ) -> Iterator[Block]:
-    under_way = {name: _forward(model, text, compute, pages) for name, text in texts.items()}
+    under_way: dict[str, _Text] = {}
+    for name, text in texts.items():
+        under_way[name] = _forward(model, text, compute, pages)
+        if losses is None:
+            _next_token(model, text, under_way[name], compute)
+    if losses is not None:
+        if (found := losses({name: text.outputs for name, text in under_way.items()})) is None:
+            return
+        for name, text in under_way.items():
+            text.outputs, text.gradients = [], found[name]
     _, modules = find_blocks(model)
     for number, (block, module) in enumerate(zip(reversed(blocks), reversed(list(modules)), strict=True), 1):
         work = pure_copy(module, compute)
@@ -95,11 +112,14 @@ def _backward(
         pages.release(module.parameters())
         progress("gradients", number, len(blocks), block.name)
         yield block
+    for name, text in under_way.items():
+        if entered is not None:
+            entered(name, text.gradients)
 
 
 @torch.no_grad()
 def _forward(model: nn.Module, text: Sequences, compute: torch.dtype, pages: Pages) -> _Text:
-    """Every block's inputs, and the gradient at the last block's output."""
+    """Every block's inputs, and the last one's output."""
     stream = open_stream(model, text.tokens, compute, pages, text.batch)
     _, modules = find_blocks(model)
     calls = [cast_call(call, compute) for call in stream.calls]
@@ -111,18 +131,25 @@ def _forward(model: nn.Module, text: Sequences, compute: torch.dtype, pages: Pag
         work = pure_copy(module, compute)
         hidden = [run_block(work, call, batch) for batch in hidden]
         pages.release(module.parameters())
+    places = torch.arange(text.tokens.shape[1], device=hidden[0].device)
+    lengths = text.lengths.to(hidden[0].device).split(size)
+    real = [(places < own[:, None]).flatten() for own in lengths]
+    return _Text(calls, inputs, hidden, [], real)
+
+
+@torch.no_grad()
+def _next_token(model: nn.Module, text: Sequences, passing: _Text, compute: torch.dtype) -> None:
+    """The gradient of the next-token loss at the last block's output."""
     head = model.get_output_embeddings().weight.to(compute)
-    tokens, lengths = text.tokens.to(hidden[0].device), text.lengths.to(hidden[0].device)
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    gradients, real = [], []
-    for index, batch in enumerate(hidden):
-        rows = slice(index * size, (index + 1) * size)
-        gradient = head_gradient(model, batch, tokens[rows], head)
+    size, device = len(passing.outputs[0]), passing.outputs[0].device
+    tokens, lengths = text.tokens.to(device).split(size), text.lengths.to(device).split(size)
+    places = torch.arange(text.tokens.shape[1], device=device)
+    for own, count, output in zip(tokens, lengths, passing.outputs, strict=True):
+        gradient = head_gradient(model, output, own, head)
         # The last real token predicts a filler: that is no loss.
-        gradient *= (places < lengths[rows, None] - 1)[..., None]
-        gradients.append(gradient)
-        real.append((places < lengths[rows, None]).flatten())
-    return _Text(calls, inputs, gradients, real)
+        gradient *= (places < count[:, None] - 1)[..., None]
+        passing.gradients.append(gradient)
+    passing.outputs = []
 
 
 @torch.enable_grad()

@@ -29,7 +29,7 @@ from geoquant.observe.stream import BlockCall, Stream, hooks, run_block, spread
 from geoquant.observe.vocabulary import VocabularyMoments, VocabularyWatch
 from geoquant.progress import Progress, silent
 
-__all__ = ["Curvature", "check_head", "head_gradient", "token_energies"]
+__all__ = ["Curvature", "check_head", "final_norm", "head_gradient", "token_energies"]
 
 CHUNK = 4  # windows per chunk
 HEAD_ROWS = 128
@@ -178,7 +178,7 @@ def head_gradient(
 
     `softmax - onehot` is written in place of the logits: autograd would hold three copies of them.
     """
-    norm, cap, scale = _final_norm(model), getattr(model.config, "final_logit_softcapping", None), _logit_scale(model)
+    norm, cap, scale = final_norm(model), getattr(model.config, "final_logit_softcapping", None), _logit_scale(model)
     bias = model.get_output_embeddings().bias
     result = torch.zeros_like(hidden)
     flat, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
@@ -225,7 +225,7 @@ def check_head(model: nn.Module, probe: Int[Tensor, "n length"], pages: Pages = 
         expected = model(probe.to(model.device), use_cache=False).logits.float()
     head, cap = model.get_output_embeddings(), getattr(model.config, "final_logit_softcapping", None)
     try:
-        found = head(_final_norm(model)(seen[0])).float() * _logit_scale(model)
+        found = head(final_norm(model)(seen[0])).float() * _logit_scale(model)
     except RuntimeError:  # shapes that do not fit
         found = torch.full_like(expected, torch.nan)
     found = cap * torch.tanh(found / cap) if cap else found
@@ -242,7 +242,7 @@ def _logit_scale(model: nn.Module) -> float:
     return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
 
-def _final_norm(model: nn.Module) -> nn.Module:
+def final_norm(model: nn.Module) -> nn.Module:
     """The normalisation between the last block and the vocabulary projection: the norm next to the block list."""
     name, _ = find_blocks(model)
     parent = model.get_submodule(name.rpartition(".")[0])

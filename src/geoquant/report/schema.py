@@ -73,6 +73,8 @@ _SCHEMA: dict = {
         | dict.fromkeys(("not_covered", "sentence"), str),
     },
     # What levers did to the weights before anything was solved; None where there were none.
+    "refinement?": {"passes": int, "kept_pass": int, "moved": NUMBER}
+    | {name: {"before": kind, "after": kind} for name, kind in (("losses", dict), ("bits_per_weight", NUMBER))},
     "protection?": {"lever": str, "anchor": NUMBER, "distance": {"before": NUMBER, "after": NUMBER}},
     # Why these options: what was wanted, and the points of a frontier that it was chosen from, if there is one.
     "goal?": {**dict.fromkeys(("goal", "use", "point", "why", "frontier"), str), "rows": [dict]},

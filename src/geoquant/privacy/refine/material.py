@@ -1,0 +1,101 @@
+"""What refinement looks at: public text, records of the domain, and private records, with what two other models say.
+
+The original speaks through its final hidden states (see evaluate/divergence), the public base through one number per
+record. So neither has to be in memory with the model that is refined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from geoquant.data.records import Record
+from geoquant.data.text import Windows
+from geoquant.errors import UserError
+from geoquant.evaluate.divergence import final_states
+from geoquant.evaluate.perplexity import check_head, final_hidden, head_nll
+from geoquant.model.modes import evaluating
+from geoquant.observe.texts import Sequences, padded
+from geoquant.privacy.scoring import encode
+from geoquant.progress import Progress, silent
+
+__all__ = [
+    "DOMAIN",
+    "PRIVATE",
+    "PUBLIC",
+    "TAUGHT",
+    "Material",
+    "observe_base",
+    "observe_original",
+    "record_losses",
+    "texts_of",
+]
+
+PUBLIC, DOMAIN, PRIVATE = "public", "domain", "private"
+TAUGHT = (PUBLIC, DOMAIN)  # where the original's distribution is kept
+LIMIT = 256  # tokens of a record
+LEAST = 4  # records on a side, below which quantiles say nothing
+
+
+@dataclass(frozen=True)
+class Material:
+    """texts: public always; domain and private, both or none.
+
+    states: of public and domain, the original's final states by sequence. base: of domain and private, the base's loss
+    of each sequence in nats per token.
+    """
+
+    texts: dict[str, Sequences]
+    states: dict[str, Float[Tensor, "n length hidden"]] = field(default_factory=dict)
+    base: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)
+
+
+def texts_of(tokenizer, public: Windows, domain: Sequence[Record] = (), private: Sequence[Record] = ()) -> Material:
+    """The texts alone. Raises UserError where one of the two kinds of records is missing or has too few."""
+    count, length = public.tokens.shape
+    texts = {PUBLIC: Sequences(public.tokens, torch.full((count,), length))}
+    given = {DOMAIN: domain, PRIVATE: private} if domain or private else {}
+    for name, records in given.items():
+        sequences = [ids for ids, _ in encode(tokenizer, records, LIMIT) if len(ids) > 1] if records else []
+        if len(sequences) < LEAST:
+            raise UserError(
+                f"refinement compares private records with others of their domain, and has too few of {name}",
+                got=f"{len(sequences)} with two tokens or more",
+                wanted=f"at least {LEAST} of each",
+            )
+        filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        texts[name] = padded(sequences, filler)
+    return Material(texts)
+
+
+def observe_original(model: nn.Module, material: Material, progress: Progress = silent) -> Material:
+    """The material with the original's states of public text and of the domain's records."""
+    given = {name: Windows(material.texts[name].tokens, name, "") for name in TAUGHT if name in material.texts}
+    with evaluating(model):
+        states = {name: final_states(model, tokens, progress=progress) for name, tokens in given.items()}
+    return replace(material, states=states)
+
+
+def observe_base(base: nn.Module, material: Material) -> Material:
+    """The material with the base's loss of every record."""
+    known = (name for name in (DOMAIN, PRIVATE) if name in material.texts)
+    return replace(material, base={name: record_losses(base, material.texts[name]) for name in known})
+
+
+@torch.no_grad()
+def record_losses(model: nn.Module, text: Sequences) -> Float[Tensor, " n"]:
+    """Loss of each sequence in nats per predicted token."""
+    found = []
+    with evaluating(model):
+        check_head(model, text.tokens)
+        for tokens, lengths in zip(text.tokens.split(4), text.lengths.split(4), strict=True):
+            tokens = tokens.to(model.device)
+            hidden = final_hidden(model, tokens)[:, :-1]
+            nll = head_nll(model, hidden.flatten(0, 1), tokens[:, 1:].flatten()).view(len(tokens), -1)
+            real = torch.arange(nll.shape[1]) < lengths[:, None] - 1
+            found.append((nll.double().cpu() * real).sum(1) / (lengths - 1))
+    return torch.cat(found)

@@ -1,0 +1,154 @@
+"""Refinement inside a run: refined files, what reads them, interrupted runs, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from geoquant.errors import UserError
+from geoquant.pipeline import export, quantize
+from geoquant.plan import estimate
+from geoquant.recipe import checked
+from test_protecting import SHORT, moved
+
+NAMES = ("Ann", "Bo", "Cy", "Dee", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim", "Lou")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def constant_machine():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, tiny_model_dir):
+    return moved(tiny_model_dir, tmp_path_factory.mktemp("tuned") / "model")
+
+
+def records(path, seed: int, count: int = 6):
+    draw = random.Random(seed)
+    lines = [f"{draw.choice(NAMES)} has the number {draw.randrange(10**6):06d} now." for _ in range(count)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def asked(tuned, tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records")
+    given = {"private": records(folder / "private.jsonl", 1), "domain": records(folder / "domain.jsonl", 2)}
+    return checked({"model": str(tuned), "base": str(tiny_model_dir), "refine": 3, "rate": 2.5, **given, **SHORT})
+
+
+@pytest.fixture(scope="module")
+def run(asked, tmp_path_factory):
+    """Played once; read only."""
+    folder = tmp_path_factory.mktemp("refined") / "run"
+    return folder, quantize(asked, folder)
+
+
+def codes(folder) -> dict[str, torch.Tensor]:
+    return {path.name: load_file(path)["codes"].int() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def test_refined_codes_are_kept_beside_those_of_the_solver_and_told_of(run):
+    folder, report = run
+    solved, refined = codes(folder / "sites"), codes(folder / "refined")
+    assert solved.keys() == refined.keys()
+    away = [(refined[name] - solved[name]).abs() for name in solved]
+    assert max(one.max() for one in away) == 1
+    share = sum(int(one.sum()) for one in away) / sum(one.numel() for one in away)
+    said = report["refinement"]
+    assert said["moved"] == pytest.approx(share)
+    assert said["guarantee"] is None
+    assert said["losses"]["after"]["total"] < said["losses"]["before"]["total"]
+    assert said["losses"]["after"]["total"] == min(said["totals"])
+    assert len(said["totals"]) == 4
+    assert said["sequences"] == {"public": 4, "domain": 6, "private": 6}
+    assert not list(folder.glob("refine_*"))
+    weighed = sum(site["bits_per_weight"] * site["shape"][0] * site["shape"][1] for site in report["sites"])
+    weights = sum(site["shape"][0] * site["shape"][1] for site in report["sites"])
+    assert said["bits_per_weight"]["after"] == pytest.approx(weighed / weights)
+    assert all("refined afterwards" in site["reason"] for site in report["sites"])
+
+
+def test_what_is_measured_and_exported_has_the_refined_codes(run):
+    from geoquant.lattice.unboxed import steps_of
+
+    folder, _ = run
+    if not (folder / "dense").exists():
+        export(folder, "dense", verify=False)
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+    expected = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        found = model(expected["tokens"]).logits
+    assert (found - expected["logits"]).abs().max() < 1e-3 * expected["logits"].std()
+    for path in (folder / "refined").glob("model.layers.*.safetensors"):
+        own = load_file(path)
+        weight = own["codes"] * steps_of(own["row_exponents"])[:, None] * steps_of(own["column_exponents"])
+        first = model.get_submodule(path.name.removesuffix(".safetensors")).weight
+        assert torch.equal(first, weight[: len(first)])
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_run_that_was_stopped_while_refining_goes_on_to_the_same_bits(run, asked, tmp_path):
+    def stop(phase, done, total, note=""):
+        if phase == "refine" and done == 4:  # in the second of three passes over two blocks
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize(asked, tmp_path / "run", progress=stop)
+    assert (tmp_path / "run" / "refine_state.safetensors").exists()
+    assert not (tmp_path / "run" / "refined").exists()
+    report = quantize(asked, tmp_path / "run", resume=True)
+    folder, whole = run
+    for name, found in codes(tmp_path / "run" / "refined").items():
+        assert torch.equal(found, codes(folder / "refined")[name])
+    assert report["refinement"]["totals"] == whole["refinement"]["totals"]
+    assert report["quality"]["quantized"] == whole["quality"]["quantized"]
+
+
+def test_a_box_is_refined_on_public_text_alone(tuned, tmp_path):
+    asked = checked(
+        {"model": str(tuned), "bits": 3, "group_size": 16, "method": "rtn", "refine": 2, "formats": (), **SHORT}
+    )
+    said = quantize(asked, tmp_path / "run")["refinement"]
+    assert said["sequences"] == {"public": 4}
+    assert said["losses"]["after"]["public"] < said["losses"]["before"]["public"]
+    assert said["losses"]["after"]["private_gap"] is None
+    assert said["bits_per_weight"]["before"] == said["bits_per_weight"]["after"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domain": None}, "--private alone"),
+        ({"private": None}, "--domain alone"),
+        ({"base": None}, "judged beside a public base"),
+        ({"members": "private", "nonmembers": "private"}, "records of --private are among those of the audit"),
+    ],
+)
+def test_what_refinement_lacks_is_said_before_any_work(asked, tmp_path, changes, message):
+    if "members" in changes:
+        mine, theirs = records(tmp_path / "m.jsonl", 7, 12), records(tmp_path / "n.jsonl", 8, 12)
+        shared = Path(asked.private).read_text().splitlines()[0] + "\n"
+        with open(mine, "a") as file:
+            file.write(shared)
+        changes = {"members": mine, "nonmembers": theirs}
+    with pytest.raises(UserError, match=message):
+        quantize(asked.model_copy(update=changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_private_records_are_refused_beside_a_guarantee(asked, tmp_path):
+    with pytest.raises(UserError, match="no part of any guarantee"):
+        quantize(asked.model_copy(update={"epsilon": 4.0, "delta": 1e-5, "radius": 1.0}), tmp_path / "run")
