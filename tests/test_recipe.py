@@ -136,7 +136,7 @@ def test_the_first_violated_constraint_is_the_line(values, line):
 
 
 def test_an_option_that_does_not_exist_is_guessed():
-    with pytest.raises(UserError, match=r"^unknown option 'bitz'; wanted one of bits, calibration, .*'bits'\?$"):
+    with pytest.raises(UserError, match=r"^unknown option 'bitz'; wanted one of aim, anchor, .*'bits'\?$"):
         checked({"model": "m", "bitz": 3})
 
 

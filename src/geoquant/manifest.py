@@ -12,7 +12,7 @@ from geoquant.errors import UserError
 from geoquant.measure import Texts
 from geoquant.model.load import Loaded, identity, locate
 from geoquant.recipe import Recipe, checked, located
-from geoquant.runs import read_json, recorded_recipe, write_json
+from geoquant.runs import file_hash, read_json, recorded_recipe, write_json
 
 __all__ = ["check_same_model", "check_same_recipe", "finish_manifest", "versions", "write_manifest"]
 
@@ -107,7 +107,11 @@ def hashes(recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None) ->
     found = {"model": loaded.sha256, "calibration": texts.calibration.sha256, "evaluation": texts.evaluation.sha256}
     if split:
         found["records"] = split.sha256
-    if recipe.reference:
-        where, extra, _ = locate(recipe.reference)
-        found["reference"] = identity(where, extra)
+    for name in ("reference", "base"):
+        if spec := getattr(recipe, name):
+            where, extra, _ = locate(spec)
+            found[name] = identity(where, extra)
+    for name in ("private", "domain"):
+        if path := getattr(recipe, name):
+            found[name] = file_hash(Path(path))
     return found

@@ -41,6 +41,7 @@ from geoquant.privacy.scores import SplitScores
 from geoquant.privacy.scoring import check_same_tokens
 from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
+from geoquant.protecting import check_protection, load_protected, protect, protected
 from geoquant.recipe import PACKED, Recipe, checked, located
 from geoquant.report.build import write_report
 from geoquant.results import load_stage, save_stage, stage_path
@@ -105,8 +106,16 @@ def quantize(
         exported = dict.fromkeys(exported)
         for name in ("quantized.json", "quantized_scores.safetensors"):
             (run / name).unlink(missing_ok=True)
+    facts = reporting.model_facts(loaded)
     # A view of the weights file, not a copy: the original's logits are made of it once more.
-    head = loaded.model.get_output_embeddings().weight.detach() if ends(blocks) else None
+    changed = ends(blocks) or protected(recipe)
+    head = loaded.model.get_output_embeddings().weight.detach() if changed else None
+    protection = None
+    if protected(recipe):
+        with clock("protect"):
+            protection = protect(run, recipe, loaded, progress)
+            loaded = None  # never two models in memory
+            loaded = load_protected(run, recipe.device)
     with clock("quantize"):
         solve(run, recipe, loaded, blocks, texts, plan, progress)
     if missing == stages:  # a resumed run did only part of the work in this time
@@ -120,7 +129,6 @@ def quantize(
         privacy = attack(split, subjects, recipe.seed, check) if split else None
     with clock("export"):
         write_expected(run / "expected.safetensors", loaded.model, texts.evaluation.tokens)
-        facts = reporting.model_facts(loaded)
         formats = dict.fromkeys((*recipe.formats, *exported))
         exports = [exported.get(name) or write_export(run, name, loaded, blocks) for name in formats]
     # The readers below load the exported files: this process must not hold a second copy meanwhile.
@@ -132,6 +140,7 @@ def quantize(
     report = reporting.assemble(
         run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
+    report["protection"] = protection
     write_report(run, report)
     raise_failure(exports)
     finish_manifest(run)
@@ -141,6 +150,7 @@ def quantize(
 def prepare(recipe: Recipe) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
     """Everything that is decided, and everything that can be refused, before the first long step."""
     check_choices(recipe)
+    check_protection(recipe)
     loaded = load(recipe.model, device=recipe.device)
     texts = prepare_texts(loaded.tokenizer, recipe)
     check_context(loaded, recipe.window)
@@ -302,6 +312,9 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     report = read_json(run / "report.json", exports=list, warnings=list)
     loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}))
     check_same_model(run, loaded)
+    if protected(recipe):
+        loaded = None
+        loaded = load_protected(run, recipe.device)
     for stage in (stage for block in blocks for stage in block.stages):
         solution = load_stage(run, stage)
         if solution is None:

@@ -54,6 +54,12 @@ class Recipe(BaseModel):
     reference_share: float = Field(default=1.0, gt=0.0, le=1.0)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     moments: Literal["float32", "float64"] = "float32"
+    # what happens to the weights before anything is solved (see protecting.py)
+    base: str | None = None
+    private: str | None = None
+    domain: str | None = None
+    anchor: float = Field(default=0.0, ge=0.0, le=1.0)
+    aim: Literal["everything"] = "everything"
     # calibration: None means the text every Python carries
     calibration: str | None = None
     windows: int = Field(default=32, ge=1)
@@ -183,8 +189,9 @@ def located(recipe: Recipe) -> Recipe:
 
     Hub ids, `demo` and files that are not there stay as they are.
     """
-    texts = {name: getattr(recipe, name) for name in ("calibration", "evaluation", "members", "nonmembers", "canaries")}
-    models = {name: value for name in ("model", "reference") if (value := getattr(recipe, name)) != "demo"}
+    names = ("calibration", "evaluation", "members", "nonmembers", "canaries", "private", "domain")
+    texts = {name: getattr(recipe, name) for name in names}
+    models = {name: value for name in ("model", "reference", "base") if (value := getattr(recipe, name)) != "demo"}
     # Not resolve(): a link may point into a store whose file names say nothing (no .gguf, for one).
     return recipe.model_copy(
         update={name: os.path.abspath(path) for name, path in (texts | models).items() if path and os.path.exists(path)}

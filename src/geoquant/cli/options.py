@@ -64,11 +64,12 @@ def option(help_: str, *, group: str, negative: str | None = None, name: str | N
     return Parameter(name=name, help=help_, group=group, negative=negative or ())
 
 
-GRID, SOLVER, TEXT, PRIVACY, FILES = (
+GRID, SOLVER, TEXT, CONTROL, PRIVACY, FILES = (
     "Grid",
     "Metric and solver",
     "Texts",
-    "Private records",
+    "Control of what is revealed",
+    "Audit on private records",
     "Files and machine",
 )
 
@@ -183,6 +184,22 @@ class RecipeFlags:
         ),
     ] = None
     evaluation_windows: Annotated[int | None, option("Windows measured (default 20).", group=TEXT), WHOLE] = None
+    base: Annotated[str | None, option("Public model it was fine-tuned from.", group=CONTROL)] = None
+    private: Annotated[
+        str | None, option("Records the model was trained on that may be looked at, .jsonl.", group=CONTROL)
+    ] = None
+    domain: Annotated[
+        str | None,
+        option("Records of the same kind that it never saw, .jsonl.", group=CONTROL),
+    ] = None
+    anchor: Annotated[
+        float | None,
+        option("How far weights go back to the public base, 0 to 1 (default 0.0).", group=CONTROL),
+    ] = None
+    aim: Annotated[
+        str | None,
+        option("Which weights go back: everything (default everything).", group=CONTROL),
+    ] = None
     members: Annotated[str | None, option("Records the model was trained on, .jsonl.", group=PRIVACY)] = None
     nonmembers: Annotated[
         str | None, option("Records of the same kind it was not trained on, .jsonl.", group=PRIVACY)

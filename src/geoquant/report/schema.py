@@ -71,6 +71,8 @@ _SCHEMA: dict = {
         # The five things without which a guarantee must not be printed.
         "guarantee": {"adjacency": str, "mechanism": str, "epsilon": NUMBER, "delta": NUMBER, "scope": str},
     },
+    # What levers did to the weights before anything was solved; None where there were none.
+    "protection?": {"lever": str, "anchor": NUMBER, "distance": {"before": NUMBER, "after": NUMBER}},
     "sites": [
         dict.fromkeys(("name", "kind", "method", "order", "reason"), str)
         | {"block": int, "shape": list, "kept": int, "kept_columns": list, "damping": NUMBER, "bits": NUMBER}

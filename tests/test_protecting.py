@@ -1,0 +1,172 @@
+"""Levers on whole weights: the model that is compressed lies where the lever says, and the run is that of it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conftest import make_tokenizer
+from geoquant.errors import UserError
+from geoquant.pipeline import export, quantize
+from geoquant.plan import estimate
+from geoquant.privacy.anchor import anchored
+from geoquant.recipe import checked
+
+SHORT = {
+    "windows": 4,
+    "window": 32,
+    "evaluation_windows": 2,
+    "compute": "float32",
+    "verify": False,
+    "target": "weights",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def constant_machine():
+    """How fast this machine multiplies is measured elsewhere, and takes a second each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+        yield
+
+
+def moved(folder, out, *, seed: int = 3, size: float = 0.02):
+    """The model of a folder as if it had been fine-tuned: every parameter a little elsewhere."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    for own in model.parameters():
+        own.data += size * torch.randn(own.shape, generator=generator)
+    model.save_pretrained(out)
+    make_tokenizer().save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, tiny_model_dir):
+    return moved(tiny_model_dir, tmp_path_factory.mktemp("tuned") / "model")
+
+
+def recipe(tuned, base, **values):
+    return checked({"model": str(tuned), "base": str(base), **SHORT, **values})
+
+
+@pytest.fixture(scope="module")
+def anchored_run(tuned, tiny_model_dir, tmp_path_factory):
+    """Played once; read only."""
+    folder = tmp_path_factory.mktemp("anchored") / "run"
+    asked = recipe(tuned, tiny_model_dir, anchor=0.5)
+    return asked, folder, quantize(asked, folder)
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+# ---- the lever alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 1), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_anchored_lies_between_the_two_at_its_share(seed, share, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    weight, base = (torch.randn(5, 7, generator=generator).to(dtype) for _ in range(2))
+    found = anchored(weight, base, share)
+    truth = base.double() + share * (weight.double() - base.double())
+    assert found.dtype == dtype
+    assert torch.allclose(found.double(), truth, atol=2.0 ** (-7 if dtype == torch.bfloat16 else -20))
+    assert torch.equal(anchored(weight, base, 1.0), weight)
+    assert torch.equal(anchored(weight, base, 0.0), base)
+
+
+def test_a_share_for_every_weight():
+    weight, base = torch.full((2, 2), 3.0), torch.ones(2, 2)
+    share = torch.tensor([[0.0, 1.0], [0.5, 0.25]])
+    assert anchored(weight, base, share).tolist() == [[1.0, 3.0], [2.0, 1.5]]
+
+
+def test_shares_and_shapes_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r"shares from 0\.5 to 1\.5"):
+        anchored(torch.ones(2), torch.ones(2), torch.tensor([0.5, 1.5]))
+    with pytest.raises(ValueError, match="shares from nan"):
+        anchored(torch.ones(1), torch.ones(1), float("nan"))
+    with pytest.raises(ValueError, match="a base of shape"):
+        anchored(torch.ones(2), torch.ones(3), 0.5)
+
+
+# ---- in a run
+
+
+def test_all_the_way_back_is_the_run_of_the_base(tuned, tiny_model_dir, tmp_path):
+    """Codes, steps and everything else of the file are those of the base, embeddings and norms too."""
+    quantize(recipe(tuned, tiny_model_dir, anchor=1.0), tmp_path / "back")
+    quantize(checked({"model": str(tiny_model_dir), **SHORT}), tmp_path / "base")
+    ours, truth = (tensors(tmp_path / name / "coded") for name in ("back", "base"))
+    assert ours.keys() == truth.keys()
+    assert all(torch.equal(ours[name], truth[name]) for name in truth)
+
+
+def test_half_way_is_the_run_of_the_mean_and_the_report_says_so(tuned, tiny_model_dir, anchored_run, tmp_path):
+    _, run, report = anchored_run
+    mine, its, half = tensors(tuned), tensors(tiny_model_dir), tensors(run / "protected")
+    assert half.keys() == mine.keys()
+    for name, own in half.items():
+        assert torch.allclose(own, (mine[name] + its[name]) / 2, atol=1e-6)
+    said = report["protection"]
+    assert said["lever"] == "anchor"
+    assert said["guarantee"] is None
+    before = sum((mine[name] - its[name]).double().square().sum() for name in mine).sqrt().item()
+    assert said["distance"]["before"] == pytest.approx(before, rel=1e-5)
+    assert said["distance"]["after"] == pytest.approx(before / 2, rel=1e-5)
+    # Compared with what the user gave, not with what the lever made of it.
+    assert report["model"]["source"] == str(tuned)
+    alone = quantize(checked({"model": str(tuned), **SHORT}), tmp_path / "plain")
+    assert report["quality"]["original"] == alone["quality"]["original"]
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bits(anchored_run, tmp_path):
+    asked, whole, _ = anchored_run
+    cut = tmp_path / "cut"
+    shutil.copytree(whole, cut)
+    for name in ("report.json", "coded"):
+        shutil.rmtree(cut / name) if (cut / name).is_dir() else (cut / name).unlink()
+    sorted((cut / "sites").iterdir())[-1].unlink()
+    quantize(asked, cut, resume=True)
+    ours, truth = tensors(cut / "coded"), tensors(whole / "coded")
+    assert all(torch.equal(ours[name], truth[name]) for name in truth)
+
+
+def test_a_later_export_is_of_the_protected_model(tuned, anchored_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(anchored_run[1], run)
+    export(run, "dense", verify=False)
+    dense, half = tensors(run / "dense"), tensors(run / "protected")
+    assert torch.equal(dense["model.norm.weight"], half["model.norm.weight"])
+    assert not torch.equal(half["model.norm.weight"], tensors(tuned)["model.norm.weight"])
+
+
+# ---- what is refused
+
+
+def test_an_anchor_needs_a_base_and_a_base_an_anchor(tuned, tiny_model_dir, tmp_path):
+    with pytest.raises(UserError, match=r"--anchor 0.5 goes back towards a public base.*--base MODEL"):
+        quantize(checked({"model": str(tuned), **SHORT, "anchor": 0.5}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"--base serves --anchor.*add --anchor"):
+        quantize(recipe(tuned, tiny_model_dir), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_of_other_shapes_is_refused(tuned, tmp_path):
+    from conftest import tiny_llama
+
+    tiny_llama(intermediate_size=40).save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        UserError, match=r"is no base of model: model.layers.0.mlp.gate_proj.weight is of shape \(40, 32\)"
+    ):
+        quantize(recipe(tuned, tmp_path / "other", anchor=0.5), tmp_path / "run")
