@@ -1,9 +1,10 @@
 """How the loss changes along the straight way from one set of weights to another, parameter by parameter.
 
-At `w(t) = w_base + t (w - w_base)` the slope of a loss is the sum over parameters of `<grad_p L(w(t)), w_p - w_base_p>`;
-integrated over t, each parameter's part is what it contributes to `L(w) - L(w_base)`, and the parts add up to all of it
-(completeness). A gradient is multiplied with the change and dropped as soon as it is there, and blocks are computed
-again on the way back: beside a float32 copy of the model, memory holds one gradient and the activations of one block.
+At `w(t) = w_base + t (w - w_base)` the slope of a loss is the sum over parameters of `<grad_p L, w_p - w_base_p>`, the
+gradient taken at w(t); integrated over t, each parameter's part is what it contributes to `L(w) - L(w_base)`, and the
+parts add up to all of it (completeness). A gradient is multiplied with the change and dropped as soon as it is there,
+and blocks are computed again on the way back: beside a float32 copy of the model, memory holds one gradient and the
+activations of one block.
 
 Aumann and Shapley: Values of Non-Atomic Games, 1974; Sundararajan, Taly, Yan: Axiomatic attribution for deep networks,
 ICML 2017 (the same integral over inputs).
@@ -27,7 +28,6 @@ from geoquant.observe.texts import Sequences
 from geoquant.progress import Progress, silent
 
 __all__ = ["Slopes", "slopes"]
-
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,7 @@ def _batches(text: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def _placed(
-    model: nn.Module, own: dict[str, Tensor]
-) -> Iterator[Callable[[Callable[[str, Tensor], Tensor]], None]]:
+def _placed(model: nn.Module, own: dict[str, Tensor]) -> Iterator[Callable[[Callable[[str, Tensor], Tensor]], None]]:
     """Gives a function that replaces every parameter by a float32 value; afterwards the very tensors are back."""
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
