@@ -73,7 +73,8 @@ def stage_roundings(
     pages: Pages = UNMAPPED,
     progress: Progress = silent,
 ) -> dict[str, tuple[Rounding, ...]]:
-    """Every stage at each rate (bits per weight, ascending), embedding and head too if `blocks` hold them."""
+    """Every stage at each rate (bits per weight, ascending) that a step reaches, or the lowest one that a step does;
+    embedding and head too if `blocks` hold them."""
     inner, device = repeated(blocks), next(model.parameters()).device
     places, factors = _places(inner), {}
     for stage in (stage for block in inner for stage in block.stages):
@@ -146,10 +147,12 @@ def _roundings(
         text: rows * torch.cholesky_solve(metric.double(), factor).trace().item() / 24
         for text, (rows, metric) in sides.items()
     }
-    steps = [2.0 ** log2_step_at(known, rate) for rate in rates]
+    # What rows and columns cost besides codes no step takes away: of small matrices several bits per weight.
+    reached = [float(rate) for rate in rates if rate >= known.bits[-1]] or [known.bits[-1]]
+    steps = [2.0 ** log2_step_at(known, rate) for rate in reached]
     return tuple(
-        Rounding(float(rate), step, {text: step * step * cost for text, cost in costs.items()})
-        for rate, step in zip(rates, steps, strict=True)
+        Rounding(rate, step, {text: step * step * cost for text, cost in costs.items()})
+        for rate, step in zip(reached, steps, strict=True)
     )
 
 
