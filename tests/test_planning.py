@@ -57,7 +57,7 @@ def recipe(files, base=None, **values):
 def effects(files, tiny_model_dir):
     """The path of the table, and the first plan made of it."""
     path = files / "effects.json"
-    first = plan_within(recipe(files, tiny_model_dir), Budgets(size=0.03), effects=path, out=files / "plan.json")
+    first = plan_within(recipe(files, tiny_model_dir), Budgets(size=0.012), effects=path, out=files / "plan.json")
     return path, first
 
 
@@ -77,7 +77,7 @@ def test_every_parameter_is_in_one_unit_and_the_parts_are_the_whole(effects, fil
 def test_a_plan_keeps_its_budget_and_writes_what_it_chose(effects, files):
     _, told = effects
     assert told["optimal"]
-    assert told["totals"]["size"] <= 0.03 * 8e6
+    assert told["totals"]["size"] <= 0.012 * 8e6
     plan = read_plan(files / "plan.json")
     assert plan.totals == told["totals"]
     assert {unit["bits"] for unit in told["units"]} <= {None, *RATES}
@@ -91,17 +91,17 @@ def test_other_budgets_are_answered_without_measuring(effects, files, tiny_model
     monkeypatch.setattr(planning, "_measure", lambda *_: pytest.fail("measured again"))
     path, first = effects
     ask = recipe(files, tiny_model_dir)
-    larger = plan_within(ask, Budgets(size=0.05), effects=path)
+    larger = plan_within(ask, Budgets(size=0.014), effects=path)
     assert larger["value"] < first["value"]
     least = plan_within(ask, Budgets(loss=9.0), minimise="leak", effects=path)
     gap = least["gap"]["after"] + 0.01
-    both = plan_within(ask, Budgets(size=0.05, leak=gap), effects=path)
+    both = plan_within(ask, Budgets(size=0.014, leak=gap), effects=path)
     assert both["gap"]["after"] <= gap
     assert both["value"] >= larger["value"]
     small = plan_within(ask, Budgets(loss=first["totals"]["public"] + 1e-9), minimise="size", effects=path)
     assert small["totals"]["size"] <= first["totals"]["size"] + 1e-6
     with pytest.raises(UserError, match="was measured on another base; choose another --effects file"):
-        plan_within(recipe(files), Budgets(size=0.05), effects=path)
+        plan_within(recipe(files), Budgets(size=0.014), effects=path)
 
 
 def test_what_cannot_be_reached_is_said_in_the_users_units(effects, files, tiny_model_dir):
@@ -116,7 +116,7 @@ def test_what_cannot_be_reached_is_said_in_the_users_units(effects, files, tiny_
 
 
 def test_without_a_base_only_rates_are_chosen(files):
-    told = plan_within(recipe(files, private=None, domain=None), Budgets(size=0.03))
+    told = plan_within(recipe(files, private=None, domain=None), Budgets(size=0.012))
     assert {unit["share"] for unit in told["units"]} == {1.0}
     assert told["objective"] == {"public": 1.0}
     assert told["gap"] is None
@@ -149,7 +149,7 @@ def test_the_command_prints_choices_and_prices(effects, files, tiny_model_dir, c
     path, _ = effects
     flags = ["--windows", "4", "--window", "32", "--compute", "float32", "--base", str(tiny_model_dir)]
     flags += ["--private", str(files / "private.jsonl"), "--domain", str(files / "domain.jsonl")]
-    command = ["plan", str(files / "model"), *flags, "--effects", str(path), "--max-size", "0.03"]
+    command = ["plan", str(files / "model"), *flags, "--effects", str(path), "--max-size", "0.012"]
     assert cli.run(command) == 0
     shown = capsys.readouterr().out
     assert "size: 0.0 MB" in shown

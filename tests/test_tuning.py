@@ -10,6 +10,7 @@ import pytest
 
 from geoquant.data.records import Record, write_records
 from geoquant.errors import UserError
+from geoquant.plan import estimate
 from geoquant.recipe import checked
 from geoquant.tuning import SPACE, Dimension, Goal, Outcome, check_disjoint, halves, tune
 
@@ -139,12 +140,13 @@ def test_trials_see_no_record_of_the_final_audit(recipe, tmp_path):
         ({}, {"sampler": "tpa"}, "unknown sampler 'tpa'"),
         ({}, {"trials": 0}, "--trials 0; wanted at least 1"),
         ({}, {"space": [Dimension("anchors", 0, 1)]}, "did you mean 'anchor'"),
+        ({"formats": ()}, {}, "a size is that of an exported model"),
         ({"canaries": "c.jsonl"}, {}, "canaries belong to the final audit"),
     ],
 )
 def test_what_makes_no_sense_is_refused(recipe, tmp_path, change, options, line):
     with pytest.raises(UserError, match=line):
-        tune(recipe.model_copy(update=change), tmp_path / "t", Goal(), measure=bowl, **options)
+        tune(recipe.model_copy(update=change), tmp_path / "t", Goal(size=9.0), measure=bowl, **options)
 
 
 def test_goals_are_missed_by_shares_of_them():
@@ -161,3 +163,23 @@ def test_the_space_holds_fields_of_a_recipe():
         checked({"model": "m", one.field: one.high})
         assert one.grid()[0] == one.low
         assert one.grid()[-1] == one.high
+
+
+def test_trials_on_a_model_are_whole_runs(tiny_model_dir, tmp_path, monkeypatch):
+    """Two trials of a tiny model; each leaves an ordinary run, audited on the records of the search."""
+    monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+    for side in ("members", "nonmembers"):
+        write_records(tmp_path / f"{side}.jsonl", records(side))
+    given = {side: str(tmp_path / f"{side}.jsonl") for side in ("members", "nonmembers")}
+    short = {"windows": 4, "window": 32, "evaluation_windows": 2, "compute": "float32", "target": "weights"}
+    wanted = checked({"model": str(tiny_model_dir), "formats": (), "verify": False, **short, **given})
+    told = tune(wanted, tmp_path / "t", Goal(), trials=2, space=[Dimension("rate", 3.0, 6.0)])
+    assert len(told["trials"]) == 2
+    for one in told["trials"]:
+        run = tmp_path / "t" / "trials" / f"{one['trial']:04d}"
+        report = json.loads((run / "report.json").read_text())
+        assert report["recipe"]["rate"] == one["values"]["rate"]
+        assert report["quality"]["quantized"]["nll"] == one["loss"]
+        assert report["recipe"]["members"] == str(tmp_path / "t" / "search" / "members.jsonl")
+        assert 0 <= one["leak"] <= 1
+    assert told["best"]["outcome"]["loss"] == min(one["loss"] for one in told["trials"])

@@ -174,6 +174,8 @@ def tune(
         raise unknown_name("recipe field", unknown[0], Recipe.model_fields)
     if recipe.base is None and any(one.field == "anchor" for one in space):
         raise UserError("the search moves the anchor", wanted="--base MODEL, the one it was fine-tuned from")
+    if goal.size is not None and not recipe.formats:
+        raise UserError("a size is that of an exported model", got="no format", wanted="--format, at least one")
     folder = Path(out)
     settings = {
         "recipe": recipe.model_dump(mode="json"),
