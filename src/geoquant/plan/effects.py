@@ -67,7 +67,7 @@ class UnitEffects:
     stage: str | None
     weights: int
     change: Mapping[str, tuple[float, ...]]
-    error: Mapping[str, tuple[float, ...]]
+    error: Mapping[str, tuple[float | None, ...]]
     rounding: tuple[Rounding, ...] = ()
 
 
@@ -134,10 +134,10 @@ def _unit(told: dict) -> UnitEffects:
 
 def anchoring(
     slopes: Slopes, parameters: Sequence[str]
-) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
+) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[float | None, ...]]]:
     """Change of NLL by text when these parameters keep each of the points' shares, and its standard error.
 
-    Parameters that are the same at both ends change nothing.
+    Parameters that are the same at both ends change nothing. One batch alone has no standard error: None.
     """
     change, error = {}, {}
     widths = torch.tensor(slopes.points, dtype=torch.float64).diff()
@@ -151,7 +151,7 @@ def anchoring(
         count = len(scored)
         spread = (sums - mean[:, None] * scored).square().sum(1) * count / max(1, count - 1)
         change[text] = tuple(mean.tolist())
-        error[text] = tuple((spread.sqrt() / scored.sum()).tolist()) if count > 1 else (math.nan,) * len(mean)
+        error[text] = tuple((spread.sqrt() / scored.sum()).tolist()) if count > 1 else (None,) * len(mean)
     return change, error
 
 
