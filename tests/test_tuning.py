@@ -172,7 +172,9 @@ def test_trials_on_a_model_are_whole_runs(tiny_model_dir, tmp_path, monkeypatch)
         write_records(tmp_path / f"{side}.jsonl", records(side))
     given = {side: str(tmp_path / f"{side}.jsonl") for side in ("members", "nonmembers")}
     short = {"windows": 4, "window": 32, "evaluation_windows": 2, "compute": "float32", "target": "weights"}
-    wanted = checked({"model": str(tiny_model_dir), "formats": (), "verify": False, "embeddings": False, **short, **given})
+    wanted = checked(
+        {"model": str(tiny_model_dir), "formats": (), "verify": False, "embeddings": False, **short, **given}
+    )
     told = tune(wanted, tmp_path / "t", Goal(), trials=2, space=[Dimension("rate", 3.0, 6.0)])
     assert len(told["trials"]) == 2
     for one in told["trials"]:
