@@ -24,7 +24,8 @@ __all__ = ["COMMANDS", "build_app", "main", "overview"]
 COMMANDS = {
     "demo": ("demo:demo", "the whole tour on a small model, about nine minutes"),
     "quantize": ("quantize:quantize", "compress a model, measure quality and leakage, export, report"),
-    "plan": ("plan:plan", "the same without doing it: codes, sizes, time, memory"),
+    "plan": ("plan:plan", "the same without doing it; or the best choice within budgets"),
+    "tune": ("tune:tune", "search recipes: each compressed, measured and audited, until goals are met"),
     "eval": ("evaluate:evaluate", "perplexity, divergence from another model, multiple choice"),
     "audit": ("audit:audit", "what do the weights reveal about their training records?"),
     "analyze": ("analyze:analyze", "which weights matter to which text: scores, errors, nulls, a map"),
@@ -50,6 +51,7 @@ RESUME = {
     "bench": "effects that were measured are kept: run the same command to go on",
     "identify": "effects that were measured are kept: run the same command to go on",
     "frontier": "points that were measured are kept: run the same command to go on",
+    "tune": "finished trials are kept: run the same command to go on",
     "finetune": "the last hundred steps at most are lost: run the same command to go on",
 }
 

@@ -150,7 +150,7 @@ def allocate(
         value=value,
         bound=bound,
         relaxed=program.least + program.unit * linear.value,
-        prices={name: float(p) * program.unit / s for name, p, s in zip(budgets, linear.duals, program.units_rows)},
+        prices={name: float(p * program.unit / s) for name, p, s in zip(budgets, linear.duals, program.units_rows)},
         optimal=value - bound <= allowed,
     )
 
