@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from export_cases import small_llama
-from geoquant import cli, finished, pipeline
+from geoquant import cli, exporting, finished, pipeline
 from geoquant.data.text import builtin_text
 from geoquant.errors import UserError
 from geoquant.export.verify import VerifyResult
@@ -99,9 +99,9 @@ def test_a_reader_that_comes_later_is_used(run, done, monkeypatch):
     report["exports"][1] |= {"verified": None, "unread": NEEDS}
     (run / "report.json").write_text(json.dumps(report))
     good = VerifyResult(0.0, 0.0, 0.0, 0.05, True, True, {"gptqmodel": "7"}, 0.1)
-    for module in (pipeline, finished):
+    for module in (exporting, finished):
         monkeypatch.setattr(module, "unread", lambda name: None)
-    monkeypatch.setattr(pipeline, "verify", lambda *_: good)
+    monkeypatch.setattr(exporting, "verify", lambda *_: good)
     monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
     later = quantize(done[0], run, resume=True)
     assert later["exports"][1]["verified"]["ok"]

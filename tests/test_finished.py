@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from geoquant import pipeline
+from geoquant import exporting, pipeline
 from geoquant.cli.options import RecipeFlags
 from geoquant.cli.quantize import interrupted_recipe
 from geoquant.data.text import builtin_text
@@ -139,7 +139,7 @@ def test_verification_asked_for_later_is_made_up_for(done, run, monkeypatch):
         asked.append(folder.name)
         return VerifyResult(0.0, 0.0, 0.0, 1e-3, True, True, {"torch": "2"}, 0.1)
 
-    monkeypatch.setattr(pipeline, "verify", verify)
+    monkeypatch.setattr(exporting, "verify", verify)
     recipe = done[0].model_copy(update={"verify": True})
     before = made(run / "model")
     report = quantize(recipe, run, resume=True)
@@ -155,12 +155,12 @@ def test_an_export_that_was_found_wrong_is_written_and_verified_again(done, run,
         VerifyResult(1.0, 0.5, 0.1, 1e-3, False, True, {}, 0.1),
         VerifyResult(0.0, 0.0, 0.0, 1e-3, True, True, {}, 0.1),
     ]
-    monkeypatch.setattr(pipeline, "verify", lambda folder, *_: results[folder.name == "dense"])
+    monkeypatch.setattr(exporting, "verify", lambda folder, *_: results[folder.name == "dense"])
     recipe = done[0].model_copy(update={"verify": True})
     before = made(run)
     with pytest.raises(UserError, match="does not reproduce the solved model"):
         quantize(recipe, run, resume=True)
-    monkeypatch.setattr(pipeline, "verify", lambda *_: results[1])
+    monkeypatch.setattr(exporting, "verify", lambda *_: results[1])
     report = quantize(recipe, run, resume=True)
     assert [entry["verified"]["ok"] for entry in report["exports"]] == [True, True]
     assert not any("does not reproduce" in warning for warning in report["warnings"])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import make_tokenizer, tiny_llama
-from geoquant import auditing, cli, examine, pipeline
+from geoquant import auditing, cli, examine, exporting, pipeline
 from geoquant.data.private import make_records
 from geoquant.data.records import write_records
 from geoquant.data.text import builtin_text
@@ -497,7 +497,7 @@ def test_an_export_that_reads_differently_is_not_called_done(workplace, tmp_path
     from geoquant.export.verify import VerifyResult
 
     found = VerifyResult(1.0, 0.5, 0.1, 1e-3, False, True, {"torch": "2"}, 0.1)
-    monkeypatch.setattr(pipeline, "verify", lambda *_: found)
+    monkeypatch.setattr(exporting, "verify", lambda *_: found)
     recipe = workplace[1].model_copy(update={"verify": True, "metric": "plain", "method": "rtn"})
     with pytest.raises(UserError, match="does not reproduce the solved model") as caught:
         quantize(recipe, tmp_path / "run")
@@ -520,7 +520,7 @@ def test_an_export_that_cannot_be_read_is_told_of_until_it_can(kept_run, tmp_pat
     run = tmp_path / "copy"
     shutil.copytree(kept_run[1], run)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "verify", unreadable)
+        patch.setattr(exporting, "verify", unreadable)
         assert cli.run(["export", str(run), "--to", "dense"]) == 2
     assert "geoquant: error: stock readers cannot load it; readers: torch 2" in capsys.readouterr().err
     report = json.loads((run / "report.json").read_text())
@@ -529,7 +529,7 @@ def test_an_export_that_cannot_be_read_is_told_of_until_it_can(kept_run, tmp_pat
     assert report["warnings"] == [*kept_run[0]["warnings"], "stock readers cannot load it; readers: torch 2"]
     assert "Stock readers could not load it." in (run / "report.html").read_text()
     good = VerifyResult(0.0, 0.0, 0.0, 1e-3, True, True, {"torch": "2"}, 0.1)
-    monkeypatch.setattr(pipeline, "verify", lambda *_: good)
+    monkeypatch.setattr(exporting, "verify", lambda *_: good)
     assert cli.run(["export", str(run), "--to", "dense"]) == 0
     report = json.loads((run / "report.json").read_text())
     assert report["exports"][1]["verified"]["ok"] is True

@@ -316,10 +316,10 @@ def test_other_options_are_refused(stopped, flags, capsys):
 
 
 def test_what_decides_no_number_may_differ(stopped, flags, capsys, monkeypatch):
-    from geoquant import pipeline
+    from geoquant import exporting
 
     monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
-    monkeypatch.setattr(pipeline, "verify", lambda *_: pytest.fail("was told not to"))
+    monkeypatch.setattr(exporting, "verify", lambda *_: pytest.fail("was told not to"))
     manifest = json.loads((stopped / "manifest.json").read_text())
     manifest["recipe"]["verify"] = True
     (stopped / "manifest.json").write_text(json.dumps(manifest))

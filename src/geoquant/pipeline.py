@@ -14,9 +14,9 @@ from geoquant.auditing import attack
 from geoquant.data.records import Split, load_split
 from geoquant.errors import UserError
 from geoquant.examine import check_context
-from geoquant.export import check, unread
-from geoquant.export.verify import verify, write_expected
-from geoquant.exporting import write_export
+from geoquant.export import check
+from geoquant.export.verify import write_expected
+from geoquant.exporting import raise_failure, verified, write_export
 from geoquant.finished import earlier_exports, finished_report
 from geoquant.manifest import check_same_model, check_same_recipe, finish_manifest, write_manifest
 from geoquant.measure import (
@@ -321,38 +321,6 @@ def followed(recipe: Recipe, stream: Stream) -> dict[int, Tensor] | None:
     if not recipe.follows_drift:
         return None
     return {index: stream.batches[index] for index in spread(len(stream.batches), recipe.reference_share)}
-
-
-def verified(run: Path, entry: dict, progress: Progress) -> dict:
-    """The entry with what came of reloading it through stock readers in a fresh process.
-
-    A failure is part of it and not raised: the report is to tell it first. Where the reader of the format is absent,
-    the entry says so and nothing is claimed.
-    """
-    if lacking := unread(entry["format"]):
-        return {**entry, "unread": lacking}
-    progress("verify", 0, 1, entry["format"])
-    adapter = run / "adapter" if entry["adapter_bytes"] else None
-    result = failure = None
-    try:
-        result = verify(run / entry["path"], run / "expected.safetensors", adapter)
-    except UserError as error:
-        failure = error
-    progress("verify", 1, 1, entry["format"])
-    if result is not None and not result.ok:
-        failure = UserError(
-            f"{run / entry['path']} does not reproduce the solved model: logits differ by {result.max_abs_diff:.3g}",
-            wanted=f"at most {result.tolerance:.1g} of their spread, got {result.max_rel:.3g}; "
-            f"and a fifth of it as root mean square, got {result.rms_rel:.3g}",
-            fix="keep the run folder and report this",
-        )
-    return {**entry, "unread": None, "verified": reporting.verification(result, failure and str(failure))}
-
-
-def raise_failure(exports: list[dict]) -> None:
-    """Raise the first failed verification as UserError."""
-    for failure in reporting.failures(exports):
-        raise UserError(failure)
 
 
 def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress = silent) -> dict:

@@ -199,7 +199,7 @@ class RecipeFlags:
     aim: Annotated[
         str | None,
         option(
-            "Which go back: everything alike, or memory, what taught only --private (default everything; memory if both files are given).",
+            "Which go back: everything, or memory if --private and --domain are given (default everything).",
             group=CONTROL,
         ),
     ] = None

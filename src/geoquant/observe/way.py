@@ -33,6 +33,7 @@ __all__ = ["See", "Slopes", "slopes"]
 # See(text, point, parameter, values): by weight, its part of the slope of one batch's summed loss; float32.
 See = Callable[[str, int, str, Float[Tensor, "*shape"]], None]
 
+
 @dataclass(frozen=True)
 class Slopes:
     """At each point of the way, for each batch of each text: the loss in nats summed over its scored tokens, and by
