@@ -53,12 +53,13 @@ def quantize(
         check_goal(model, goal, use, frontier)
         wanted = interrupted_recipe(out, flags) if unsaid(model, recipe, resume) else flags.recipe(model, recipe)
         with progress_display() as progress:
-            pipeline, told = library("pipeline", progress), None
+            pipeline, chosen = library("pipeline", progress), {}
             if goal is not None:
                 aiming = library("aiming", progress)
                 wanted, told = aiming.aimed(wanted, goal, use or "general", frontier, given=flags.given())
                 progress("goal", 1, 1, told["why"])
-            report = pipeline.quantize(wanted, out, resume=resume, goal=told, progress=progress, command=command_line())
+                chosen = {"goal": told}
+            report = pipeline.quantize(wanted, out, resume=resume, progress=progress, command=command_line(), **chosen)
         result(report, lambda: show_summary(report, out))
 
 
