@@ -15,7 +15,8 @@ __all__ = ["default_points"]
 
 RADIUS = 0.003  # of the weight ball that is guaranteed: the noise for a longer one leaves little of a small model
 BASE = ("base",)
-STRENGTHS = ((0.5, 3.25), (0.75, 3.25), (1.0, 3.25), (1.0, 4.25))  # of an aimed anchor, and bits per weight
+PASSES = 8  # of refinement
+STRENGTHS = ((0.3, 3.25), (0.5, 3.25), (1.0, 3.25), (0.5, 4.25))  # of an aimed anchor, and bits per weight
 
 
 def default_points(fields: Mapping = Recipe.model_fields) -> tuple[Point, ...]:
@@ -63,16 +64,16 @@ def _everywhere() -> list[Point]:
 def _levers(fields: Mapping) -> list[Point]:
     """What this version can aim and refine: alone, at several strengths, and together at two sizes."""
     aims = [aim for aim in get_args(fields["aim"].annotation) if aim != "everything"] if "aim" in fields else []
-    refines = "refine" in fields and fields["refine"].annotation is bool
+    refines = "refine" in fields
     points = [_aimed(aim, strength, rate) for aim in aims for strength, rate in STRENGTHS]
     if refines:
-        points.append(Point("refine, lattice 3.25", "shape", {"rate": 3.25, "refine": True}, needs=INPUTS))
-        points += [_aimed(aim, 1.0, rate, refine=True) for aim in aims for rate in (3.25, 4.25)]
+        points.append(Point("refine, lattice 3.25", "shape", {"rate": 3.25, "refine": PASSES}, needs=INPUTS))
+        points += [_aimed(aim, 0.5, rate, refine=True) for aim in aims for rate in (3.25, 4.25)]
     return points
 
 
 def _aimed(aim: str, strength: float, rate: float, *, refine: bool = False) -> Point:
-    options = {"rate": rate, "anchor": strength, "aim": aim} | ({"refine": True} if refine else {})
+    options = {"rate": rate, "anchor": strength, "aim": aim} | ({"refine": PASSES} if refine else {})
     name = f"anchor {strength:g} by {aim}{', refine' if refine else ''}, lattice {rate:g}"
     return Point(name, "together" if refine else "anchor", options, needs=INPUTS)
 
