@@ -139,7 +139,7 @@ def show(rows: list[dict]) -> None:
         print(f"\n**{regime}**, {rate:g} bits:\n")
         heads = ["point", "bits", "perplexity", "domain loss"]
         heads += [f"{attack} AUC, {side}" for attack in SHOWN for side in ("seen", "unseen")]
-        heads += ["identifiers extracted", "records continued", "exposure, bits"]
+        heads += ["marked spans extracted", "records continued", "exposure, bits"]
         print("| " + " | ".join(heads) + " |")
         print("|" + "---|" * len(heads))
         for row in (row for row in rows if (row["regime"], row["rate"]) == (regime, rate)):
