@@ -38,7 +38,7 @@ DOMAIN = {"n": 300, "seed": 1001}  # of which every member of its own split is t
 POINTS: dict[str, dict] = {
     "plain": {},
     **{f"interpolation {share:g}": {"anchor": round(1 - share, 2), "aim": "everything"} for share in (0.8, 0.6)},
-    **{f"aimed {strength:g}": {"anchor": strength, "aim": "memory"} for strength in (0.3, 0.5, 0.7, 1.0)},
+    **{f"aimed {strength:g}": {"anchor": strength, "aim": "memory"} for strength in (0.5, 0.7, 0.85, 1.0)},
 }
 SHOWN = ("reference", "loss")
 measured = protecting.taught

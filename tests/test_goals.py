@@ -136,5 +136,5 @@ def test_without_a_frontier_goals_have_defaults_that_say_so():
     assert default_choice("private").needs == ("base",)
     aimed = default_choice("private", ("base", "private", "domain"))
     assert aimed.recipe["aim"] == "memory"
-    assert checked({"model": "m", **aimed.recipe}).anchor == 0.5
+    assert checked({"model": "m", **aimed.recipe}).anchor == 0.7
     assert aimed.needs == ("base", "private", "domain")

@@ -40,7 +40,7 @@ def test_the_default_list_grows_with_the_levers():
     before, after = ({point.name for point in default_points(some)} for some in (Recipe.model_fields, fields))
     assert "anchor 0.5 by sharp, lattice 3.25" in after - before
     assert "refine, lattice 3.25" in before
-    assert "anchor 0.5 by sharp, refine, lattice 4.25" in after
+    assert "anchor 0.7 by sharp, refine, lattice 4.25" in after
     assert "original" in {point.name for point in default_points({})}
 
 

@@ -185,7 +185,7 @@ def test_an_aimed_anchor_puts_whole_groups_back_and_keeps_the_others(tuned, tiny
     for name, own in made.items():
         back, kept = own == its[name], own == mine[name]
         assert (back | kept).all()
-        private, rest = taught[f"private/{name}"], taught[f"domain/{name}"] + taught[f"public/{name}"]
+        private, rest = taught[f"private/{name}"], taught[f"domain/{name}"] + taught[f"public/{name}"].clamp_min(0)
         wanted = spread_over((0.5 * private > rest).float(), tuple(own.shape)).bool()
         assert torch.equal(back & ~kept, wanted & (mine[name] != its[name]))
         moved, whole = moved + int(wanted.sum()), whole + wanted.numel()

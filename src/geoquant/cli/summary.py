@@ -136,12 +136,16 @@ def show_summary(report: dict, out: Path) -> None:
     """Warnings, the table, and as the very last line the path of the report."""
     from rich.markup import escape
 
+    from geoquant.report.control import control_sentences
+
     console = stdout_console()
     for warning in report.get("warnings") or []:
         console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
     if goal := report.get("goal"):
         console.print(f"[bold]goal[/] {escape(goal['why'])}", soft_wrap=True)
     console.print(summary_table(report))
+    for sentence in control_sentences(report):
+        console.print(f"[bold]control[/] {escape(sentence)}", soft_wrap=True)
     if guarantee := (report.get("privacy") or {}).get("guarantee"):
         console.print(f"[bold]formal guarantee:[/] {guarantee['sentence']}", soft_wrap=True)
     page = out / "report.html"

@@ -16,7 +16,13 @@ __all__ = ["default_points"]
 RADIUS = 0.003  # of the weight ball that is guaranteed: the noise for a longer one leaves little of a small model
 BASE = ("base",)
 PASSES = 8  # of refinement
-STRENGTHS = ((0.3, 3.25), (0.5, 3.25), (1.0, 3.25), (0.5, 4.25))  # of an aimed anchor, and bits per weight
+STRENGTHS = (
+    (0.5, 3.25),
+    (0.7, 3.25),
+    (0.85, 3.25),
+    (1.0, 3.25),
+    (0.7, 4.25),
+)  # of an aimed anchor, and bits per weight
 
 
 def default_points(fields: Mapping = Recipe.model_fields) -> tuple[Point, ...]:
@@ -68,7 +74,7 @@ def _levers(fields: Mapping) -> list[Point]:
     points = [_aimed(aim, strength, rate) for aim in aims for strength, rate in STRENGTHS]
     if refines:
         points.append(Point("refine, lattice 3.25", "shape", {"rate": 3.25, "refine": PASSES}, needs=INPUTS))
-        points += [_aimed(aim, 0.5, rate, refine=True) for aim in aims for rate in (3.25, 4.25)]
+        points += [_aimed(aim, 0.7, rate, refine=True) for aim in aims for rate in (3.25, 4.25)]
     return points
 
 

@@ -5,10 +5,11 @@ of one row) contributed its part to the fall of the loss on private records, on 
 public text (observe/way.py: the parts of all groups add up to the whole fall). What only records of the training set
 gained from is memory; what unseen ones gained from too is what the fine-tune was for. A group goes back where
 
-    strength * private > domain + public,
+    strength * private > domain + max(public, 0),
 
 all in nats per token. At strength 1 a nat on private records is worth a nat elsewhere; towards 0 only groups go back
-that harmed what they were not trained on.
+that harmed what they were not trained on. Harm to public text is no reason by itself to put a group back: most of a
+fine-tune harms it, and to undo that costs what the fine-tune was for.
 
 The parts are estimates from the records given, and the choice favours what looks good on them: domain records are
 learned from a little. No guarantee follows, and whoever has the base sees which weights are its own.
@@ -89,4 +90,4 @@ def goes_back(taught: Mapping[str, Float[Tensor, " groups"]], strength: float) -
     """
     if not 0 < strength <= 1:
         raise ValueError(f"strength {strength:g}, wanted more than 0 and at most 1")
-    return strength * taught["private"] > taught["domain"] + taught["public"]
+    return strength * taught["private"] > taught["domain"] + taught["public"].clamp_min(0.0)

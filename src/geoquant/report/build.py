@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from geoquant.report import figures, profiles
+from geoquant.report.control import control_sentences, moved_rows
 from geoquant.report.curve import curve_panel, dots
 from geoquant.report.leakage import leakage
 from geoquant.report.page import fingerprint, finite, rendered, write_page
@@ -150,6 +151,8 @@ def render(report: dict) -> str:
         kept=sorted((site for site in report["sites"] if site["kept"]), key=lambda site: -site["kept"]),
         holder="quantized weights",
         goal=report.get("goal"),
+        control=control_sentences(report),
+        moved=moved_rows(report),
         curves=curves(report.get("goal")),
         **leakage(privacy, SUBJECTS, report["warnings"]),
     )

@@ -1,0 +1,54 @@
+"""What levers did to the weights, in sentences: for the page and for the last lines of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["control_sentences", "moved_rows"]
+
+PLACES = {"embed_tokens": "embeddings", "lm_head": "head", "norm": "final norm"}
+
+
+def control_sentences(report: Mapping) -> list[str]:
+    """Of the anchor and of refinement; nothing where no lever was used. A guarantee has words of its own."""
+    told = []
+    protection, refinement = report.get("protection"), report.get("refinement")
+    if protection and protection["lever"] == "anchor":
+        told += _anchor(protection)
+    if refinement:
+        told.append(f"Refinement moved {refinement['moved']:.1%} of the codes by one step.")
+    if told and not (report["privacy"] or {}).get("guarantee"):
+        told.append(
+            "No formal guarantee: which weights were changed was computed from private data, and whoever has the base "
+            "sees which they are."
+            if protection and protection.get("taught")
+            else "No formal guarantee."
+        )
+    return told
+
+
+def _anchor(protection: Mapping) -> list[str]:
+    before, after = protection["distance"]["before"], protection["distance"]["after"]
+    if protection["aim"] == "everything":
+        return [
+            f"Every weight went {protection['anchor']:.0%} of the way back to the public base: the length of the "
+            f"change since the base fell from {before:.4g} to {after:.4g}."
+        ]
+    taught = protection["taught"]
+    parts = ", ".join(
+        f"{own['put_back']:+.2f} of {own['all']:+.2f} on {text}"
+        for text, own in ((text, taught[text]) for text in ("private", "domain", "public"))
+    )
+    return [
+        "Groups of weights went back to the public base where what their change taught of private records, times "
+        f"{protection['anchor']:g}, was more than what it taught of others of their kind and of public text; the "
+        f"length of the change since the base fell from {before:.4g} to {after:.4g}.",
+        f"Nats per token that the fine-tune had gained through the groups that went back: {parts} text (first order "
+        "along the way from the base; below zero it had lost there).",
+    ]
+
+
+def moved_rows(report: Mapping) -> list[tuple[str, float]]:
+    """Share of each kind of weight that was moved, the most first."""
+    moved = (report.get("protection") or {}).get("moved") or {}
+    return sorted(((PLACES.get(name, name), share) for name, share in moved.items()), key=lambda row: -row[1])
