@@ -218,10 +218,13 @@ def test_records_that_the_levers_saw_are_told_and_learned_ones_refused(tuned, ti
     seen = recipe(tuned, tiny_model_dir, anchor=0.5, **(sides | {"private": sides["members"]}))
     split = load_split(sides["members"], sides["nonmembers"])
     (told,) = protecting.check_protection(seen, split)
-    assert "the levers looked at 48 of the 48 audited members" in told
+    assert "the levers looked at 48 of the 48 audited members and canaries" in told
     learned = recipe(tuned, tiny_model_dir, anchor=0.5, **(sides | {"domain": sides["nonmembers"]}))
     with pytest.raises(UserError, match=r"48 records of --domain are audited too: the levers learn from them"):
         quantize(learned, tmp_path / "run")
+    never = recipe(tuned, tiny_model_dir, anchor=0.5, **(sides | {"private": sides["nonmembers"]}))
+    with pytest.raises(UserError, match=r"48 records of --private, .*, are in --nonmembers"):
+        quantize(never, tmp_path / "run")
     both = recipe(tuned, tiny_model_dir, anchor=0.5, **(sides | {"domain": sides["private"]}))
     with pytest.raises(UserError, match="are the same 12 records"):
         quantize(both, tmp_path / "run")
@@ -248,6 +251,27 @@ def test_an_anchor_needs_a_base_and_a_base_an_anchor(tuned, tiny_model_dir, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_that_is_its_own_base_is_refused_and_leaves_nothing(tiny_model_dir, tmp_path):
+    with pytest.raises(UserError, match="there is nothing to go back from"):
+        quantize(recipe(tiny_model_dir, tiny_model_dir, anchor=0.5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_protected_model_that_is_gone_is_made_again_or_named(anchored_run, tmp_path, monkeypatch):
+    asked, whole, _ = anchored_run
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    weights = run / "protected" / "model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"protected, the model that this run compresses, is gone.*--resume"):
+        export("run", "dense", verify=False)
+    (run / "report.json").unlink()
+    quantize(asked, run, resume=True)
+    assert weights.read_bytes() == before
+
+
 def test_a_base_of_other_shapes_is_refused(tuned, tmp_path):
     from conftest import tiny_llama
 
@@ -257,3 +281,4 @@ def test_a_base_of_other_shapes_is_refused(tuned, tmp_path):
         UserError, match=r"is no base of model: model.layers.0.mlp.gate_proj.weight is of shape \(40, 32\)"
     ):
         quantize(recipe(tuned, tmp_path / "other", anchor=0.5), tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # or the right base could not be given in its place

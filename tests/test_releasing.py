@@ -24,7 +24,7 @@ from geoquant.privacy.guarantee.noise import Slack, epsilon_with
 from geoquant.privacy.guarantee.shards import noisy_mean
 from geoquant.progress import silent
 from geoquant.recipe import Recipe, checked
-from geoquant.releasing import HARMLESS, check_claim
+from geoquant.releasing import HARMLESS, check_claim, chosen_by
 from geoquant.report.build import render
 
 SHORT = {
@@ -207,6 +207,7 @@ def test_released_weights_that_are_gone_are_not_drawn_again(place, run, tmp_path
     shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy/protected")
     (tmp_path / "copy/report.json").unlink()
+    shutil.rmtree(tmp_path / "copy/sites")  # what was solved says nothing of what was released
     with pytest.raises(UserError, match="drawing noise again would be a second release"):
         quantize(asked(place, model=str(folder.parent / "tuned")), tmp_path / "copy", resume=True)
 
@@ -225,6 +226,16 @@ def test_a_finished_run_is_exported_without_the_private_model(place, tmp_path, r
 
 
 # ---- what is said
+
+
+def test_a_choice_by_a_frontier_is_told_where_it_was_assumed_that_nobody_looked(run):
+    entry = run[1]["privacy"]["guarantee"]
+    assert chosen_by(entry, None) == chosen_by(entry, {"frontier": None}) == entry
+    told = chosen_by(entry, {"frontier": "F"})
+    assert "No setting was chosen" in entry["assumes"]
+    assert "No setting was chosen" not in told["assumes"]
+    assert all("measured on the private model" in told[key] for key in ("assumes", "not_covered", "sentence"))
+    assert "was a release of the same weights, too" in told["again"]
 
 
 def test_the_report_says_all_of_it(run):

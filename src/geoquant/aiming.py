@@ -25,7 +25,7 @@ def aimed(
     frontier: folder of a finished one of the same model; without it the goal's defaults. given: options that were asked
     for by name. Raises UserError where one of these is what the goal decides, and where the choice lacks an input.
     """
-    found = {"rows": [], "settings": {}} if frontier is None else _read(frontier, recipe)
+    found = {"rows": [], "settings": {}} if frontier is None else _read(frontier, recipe, goal)
     rows, there = found["rows"], [name for name in INPUTS if getattr(recipe, name)]
     choice = choose(goal, rows, use) if rows else default_choice(goal, there)
     decided = {"grid": checked({"model": "model", **choice.recipe}).grid, **choice.recipe}
@@ -65,11 +65,16 @@ def _named(choice: Choice) -> str:
     return f"the point {choice.point!r}" if choice.point else options
 
 
-def _read(folder: Path, recipe: Recipe) -> dict:
+def _read(folder: Path, recipe: Recipe, goal: str) -> dict:
     """A finished frontier of this model."""
     if not (folder / "frontier.json").exists():
         raise UserError(f"{folder} holds no frontier.json", fix="run geoquant frontier first")
     found = read_json(folder / "frontier.json", rows=list, hashes=dict, settings=dict)
     if found["hashes"].get("model") != identity(*locate(recipe.model)[:2]):
         raise UserError(f"{folder} is the frontier of another model than {recipe.model}", fix="measure this one first")
+    if found.get("no_verdict") and goal in ("private", "balanced"):
+        raise UserError(
+            f"--goal {goal} weighs leakage, and the frontier's records allow no verdict on it: {found['no_verdict']}",
+            fix="measure a frontier with other records",
+        )
     return found

@@ -44,7 +44,7 @@ from geoquant.variants import write_variant
 
 __all__ = ["Job", "job_path", "measured_path", "operate", "read_job"]
 
-KEPT = ("manifest.json", "report.json", "report.html")
+KEPT = ("manifest.json", "report.json", "report.html", "released.json")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
 from geoquant.protecting import (
     PUBLIC,
+    check_base,
     check_protection,
     load_protected,
     protect,
@@ -55,7 +56,7 @@ from geoquant.protecting import (
 )
 from geoquant.recipe import PACKED, Recipe, checked, located
 from geoquant.refining import check_refinement, look_before, material_of, refine_run, refinement_pending
-from geoquant.releasing import announced, with_guarantee
+from geoquant.releasing import announced, chosen_by, with_guarantee
 from geoquant.report.build import write_report
 from geoquant.results import REFINED, load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, recorded_recipe, remove_empty, write_json
@@ -103,6 +104,7 @@ def quantize(
                 progress("records", 0, 1, "they allow no verdict on leakage")
             loaded, blocks, texts, plan, notes = prepare(recipe)
             material = material_of(recipe, loaded.tokenizer, texts) if recipe.refine else None
+            check_base(recipe, loaded)
             price, guarantee = announced(recipe, loaded, texts)
             if price:
                 progress("guarantee", 0, 1, price)
@@ -187,7 +189,8 @@ def quantize(
     )
     report["protection"] = protection
     report["refinement"] = refinement
-    report["privacy"] = with_guarantee(privacy, protection["guarantee"] if protection else guarantee)
+    entry = protection["guarantee"] if protection else guarantee
+    report["privacy"] = with_guarantee(privacy, chosen_by(entry, goal))
     report["goal"] = read_json(run / "goal.json") if (run / "goal.json").exists() else None
     write_report(run, report)
     raise_failure(exports)

@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ class Budgets:
     loss: float | None = None
     domain_loss: float | None = None
     leak: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not math.isfinite(value):
+                raise UserError(f"--max-{name.replace('_', '-')} {value}", wanted="a finite number")
 
     @property
     def given(self) -> bool:

@@ -5,6 +5,7 @@ one. Whatever follows (metric, scales, order, rates) is decided on the protected
 them back.
 
     RUN/taught.safetensors    what each group of weights taught the model of private, domain and public text
+    RUN/released.json         that private weights were released into this run, which must not happen twice
     RUN/protected/            an ordinary model folder: it can be evaluated and audited by itself
         protection.json       which levers made it, and how much they changed
 """
@@ -36,9 +37,10 @@ from geoquant.recipe import Recipe
 from geoquant.releasing import check_claim, claimed, entry_of, foretold, public_base, release_model
 from geoquant.runs import atomic_directory, read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["check_protection", "load_protected", "protect", "protected", "protected_folder", "released"]
+__all__ = ["check_base", "check_protection", "load_protected", "protect", "protected", "protected_folder", "released"]
 
 FOLDER, FACTS = "protected", "protection.json"
+RELEASED = "released.json"  # there from the moment at which released weights are, whatever else is lost
 FEWEST = 8
 PUBLIC = 4  # windows of the calibration text that speak for public text
 
@@ -94,16 +96,22 @@ def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, .
     check_split(private, domain, minimum=FEWEST)
     if split is None:
         return ()
-    texts = [{record.text.strip() for record in side} for side in (private, domain, split.members, split.nonmembers)]
-    if known := len(texts[1] & (texts[2] | texts[3])):
+    sides = (private, domain, (*split.members, *split.canaries), (*split.nonmembers, *split.withheld))
+    seen, learned, members, strangers = ({record.text.strip() for record in side} for side in sides)
+    if known := len(learned & (members | strangers)):
         raise UserError(
             f"{known} records of --domain are audited too: the levers learn from them",
             wanted="records that are in neither --members nor --nonmembers",
         )
-    if known := len(texts[0] & texts[2]):
+    if known := len(seen & strangers):
+        raise UserError(
+            f"{known} records of --private, which the model was trained on, are in --nonmembers, which it never saw",
+            fix="remove them from one of the files",
+        )
+    if known := len(seen & members):
         return (
-            f"the levers looked at {known} of the {len(texts[2])} audited members: the audit says how well these are "
-            "protected, not how well others are",
+            f"the levers looked at {known} of the {len(members)} audited members and canaries: the audit says how well "
+            "these are protected, not how well others are",
         )
     return ()
 
@@ -116,7 +124,7 @@ def protect(run: Path, recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n le
     `load_protected`.
     """
     folder = run / FOLDER
-    if not (folder / FACTS).exists():
+    if not _there(folder):
         if released(recipe):
             made, facts = _release(run, recipe, loaded, progress)
         else:
@@ -124,6 +132,8 @@ def protect(run: Path, recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n le
             _check_same_weights(loaded, base)
             facts = _anchor(run, recipe, loaded, base, public, progress)
         dtype = chosen_dtype(made.model, None)
+        if released(recipe):
+            write_json(run / RELEASED, {"mechanism": facts["guarantee"]["mechanism"]})
         with atomic_directory(folder) as partial:
             write_shards(partial, untouched(made.model, (), dtype))
             write_side_files(partial, made.model, made.tokenizer, dtype)
@@ -133,7 +143,7 @@ def protect(run: Path, recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n le
 
 def _release(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> tuple[Loaded, dict]:
     """The public base with every tensor released, and what the report says of it."""
-    if any((run / "sites").glob("*.safetensors")):
+    if (run / RELEASED).exists() or any((run / "sites").glob("*.safetensors")):
         raise UserError(
             f"the released weights of {run} are gone, and drawing noise again would be a second release",
             fix="restore RUN/protected, or choose a new folder",
@@ -150,10 +160,39 @@ def _release(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> t
 
 
 def load_protected(run: Path, device: str) -> Loaded:
-    """The model that `protect` made."""
+    """The model that `protect` made. Raises UserError where its files are gone."""
+    folder = (run / FOLDER).absolute()  # or a missing one would be looked for in the hub
+    if not _there(folder):
+        again = "restore it: released weights cannot be made again"
+        raise UserError(
+            f"{folder}, the model that this run compresses, is gone or lacks its weights",
+            fix=again if (run / RELEASED).exists() else "run quantize again with --resume",
+        )
     gc.collect()
     trim()
-    return load(str(run / FOLDER), device=device)
+    return load(str(folder), device=device)
+
+
+def _there(folder: Path) -> bool:
+    return (folder / FACTS).exists() and any(folder.glob("model*.safetensors"))
+
+
+def check_base(recipe: Recipe, loaded: Loaded) -> None:
+    """Raise UserError where an anchor cannot go back to the base that was given; before anything is measured."""
+    if not recipe.anchor or released(recipe):
+        return
+    base = load(recipe.base, device=recipe.device)
+    _check_same_weights(loaded, base)
+    theirs = dict(base.model.named_parameters())
+    moved = (not torch.equal(own.detach(), theirs[name].to(own.dtype)) for name, own in loaded.model.named_parameters())
+    if not any(moved):
+        raise UserError(
+            f"the base {base.name} has the very weights of {loaded.name}: there is nothing to go back from",
+            fix="give the model that it was fine-tuned from",
+        )
+    if recipe.aim == "memory":
+        for name in ("private", "domain"):
+            _long_enough(name, encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window))
 
 
 def _check_same_weights(loaded: Loaded, base: Loaded) -> None:

@@ -29,7 +29,7 @@ PACKED = ("compressed-tensors", "gguf", "gptq")
 class Recipe(BaseModel):
     """Everything that decides the numbers of a `quantize` run. Sizes in tokens, shares in [0, 1]."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str
     # grid

@@ -58,7 +58,7 @@ def check_refinement(recipe: Recipe, split: Split | None) -> None:
         raise UserError(
             "refinement on private records is no part of any guarantee, and would end it",
             got="--refine with --private beside a guarantee",
-            fix="leave out --private and --domain: on public text alone codes may be refined",
+            fix="leave out --refine, or give up the guarantee",
         )
     if recipe.base is None:
         raise UserError(

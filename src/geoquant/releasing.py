@@ -36,6 +36,7 @@ from geoquant.recipe import Recipe
 __all__ = [
     "announced",
     "check_claim",
+    "chosen_by",
     "claimed",
     "entry_of",
     "foretold",
@@ -60,6 +61,7 @@ NOT_SHIPPED = (
     "The run's own report and everything else in its folder but the exports: they name and measure the private model. "
     "Give away the exports alone."
 )
+UNSEEN = "No setting was chosen by looking at private data."
 SIDE_FILES = "Configuration, tokenizer, chat template and generation settings are the public base's."
 
 
@@ -248,7 +250,7 @@ def entry_of(guarantee: Guarantee, claim: Claim, base: str, text: str, price: Pr
 
 def _assumed(claim: Claim, base: str, text: str) -> list[str]:
     """What whoever runs it states, and nothing here can check."""
-    said = [f"The calibration text ({text}) is public.", "No setting was chosen by looking at private data."]
+    said = [f"The calibration text ({text}) is public.", UNSEEN]
     if isinstance(claim, Inherit):
         return [*said, "The trainer's statement is true."]
     said = [f"The base ({base}) is public.", *said]
@@ -294,6 +296,28 @@ def announced(recipe: Recipe, loaded: Loaded, texts: Texts) -> tuple[str | None,
         for folder in claim.folders:
             _changes(folder, base)
     return foretold(claim, base, recipe.rate if recipe.grid == "lattice" else recipe.bits).words, None
+
+
+def chosen_by(entry: dict | None, goal: dict | None) -> dict | None:
+    """The guarantee of a run whose options were taken from a frontier: that was measured on the private model."""
+    if entry is None or not (goal or {}).get("frontier"):
+        return entry
+    seen = (
+        f"Settings were chosen by a frontier ({goal['frontier']}) that was measured on the private model: that choice "
+        "is not covered."
+    )
+    more = " Every guaranteed point of that frontier was a release of the same weights, too."
+    again = (
+        None
+        if entry["again"] is None
+        else entry["again"].replace("This was one release.", "This was one release." + more)
+    )
+    return entry | {
+        "assumes": entry["assumes"].replace(UNSEEN, seen),
+        "not_covered": f"{entry['not_covered']} {seen}",
+        "sentence": f"{entry['sentence']} {seen}",
+        "again": again,
+    }
 
 
 def with_guarantee(privacy: dict | None, entry: dict | None) -> dict | None:

@@ -77,6 +77,11 @@ class Goal:
     leak: float | None = None
     size: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"--max-{name} {value}", wanted="a number from 0")
+
     def missed(self, outcome: Outcome) -> tuple[float, float]:
         """By which share of them the goals are missed; at most 0 where they are met."""
         pairs = ((outcome.leak, self.leak), (outcome.size, self.size))
@@ -249,7 +254,7 @@ def _work(
             for one in (space[:1] if sampler in POLICIES else space)
         }
         # Nothing goes back to a base that serves nothing else.
-        bare = {"base": None} if values.get("anchor") == 0 else {}
+        bare = dict.fromkeys(("base", "private", "domain")) | {"aim": "everything"} if values.get("anchor") == 0 else {}
         found = measure(checked({**recipe.model_dump(), **values, **bare}), _run(folder, trial.number))
         trial.set_user_attr("outcome", asdict(found))
         trial.set_user_attr("missed", goal.missed(found))

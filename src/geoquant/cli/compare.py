@@ -16,7 +16,8 @@ __all__ = ["compare"]
 
 BOX_ONLY, LATTICE_ONLY = ("bits", "group_size", "symmetric", "keep"), ("rate", "embeddings")
 ALWAYS = ("metric", "order", "target", "sequential", "calibration", "windows")
-SETTINGS = ("grid", *LATTICE_ONLY, "method", *BOX_ONLY, *ALWAYS)
+CONTROL = ("anchor", "aim", "refine", "epsilon", "delta", "radius", "shards", "clip", "inherited")
+SETTINGS = ("grid", *LATTICE_ONLY, "method", *BOX_ONLY, *ALWAYS, *CONTROL)
 
 
 def compare(
@@ -81,6 +82,8 @@ def setting(report: dict, name: str) -> str:
         return "–"
     if name == "method" and recipe.get("keep") and recipe.get("grid") != "lattice":
         return "dqc"  # what keeps columns
+    if name in CONTROL and (not recipe.get(name) or (name == "aim" and not recipe.get("anchor"))):
+        return "–"  # a lever that was not used, or that an older version did not have
     return str(recipe.get(name))
 
 

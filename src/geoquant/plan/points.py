@@ -137,6 +137,14 @@ def read_points(path: Path) -> tuple[Point, ...]:
     return Point(ORIGINAL, "original", quantize=False), *(_point(path, name, table) for name, table in tables.items())
 
 
+def _needs(options: Mapping, change: Change | None) -> list[str]:
+    """Inputs that a point takes if it does not say which."""
+    if options.get("aim") == "memory":
+        return list(INPUTS)
+    base = options.get("anchor") or options.get("radius") or (change and change.kind == "interpolate")
+    return ["base"] if base else []
+
+
 def _point(path: Path, name: str, table: object) -> Point:
     where = f"{path}, point {name!r}"
     if not isinstance(table, dict):
@@ -166,7 +174,7 @@ def _point(path: Path, name: str, table: object) -> Point:
         checked({"model": "model", **options})
     except UserError as error:
         raise _at(where, error) from None
-    needs = table.get("needs", ["base"] if options.get("anchor") or (change and change.kind == "interpolate") else [])
+    needs = table.get("needs", _needs(options, change))
     if not isinstance(needs, list) or not set(needs) <= set(INPUTS):
         raise UserError(f"{where}: needs", got=repr(needs), wanted=f"a list of {', '.join(INPUTS)}")
     return Point(name, family, options, change, quantize, tuple(needs))
