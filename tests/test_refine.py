@@ -281,7 +281,7 @@ def test_private_records_rise_to_their_level_and_not_beyond(refined, kind):
     model, _, result = refined(kind, 1.0)
     before, after = losses_of(rounded(kind)[0], toy().material), losses_of(model, toy().material)
     assert before.attack > 0.45
-    assert after.attack < 0.2
+    assert after.attack < before.attack / 2
     assert after.privacy < before.privacy / 5
     assert after.private_gap > before.private_gap + 0.3
     assert after.private_gap < after.domain_gap + 0.1
