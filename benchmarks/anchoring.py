@@ -32,6 +32,7 @@ from geoquant.model.load import load
 from geoquant.privacy.audit import audit
 from geoquant.privacy.delong import delong_interval
 from geoquant.privacy.statistics import auc
+from geoquant.report.control import control_sentences, moved_rows
 from geoquant.runs import read_json, read_tensors, write_tensors
 
 DOMAIN = {"n": 300, "seed": 1001}  # of which every member of its own split is taken, 120 at most
@@ -156,6 +157,9 @@ def show(rows: list[dict]) -> None:
             told = row["exposure"]
             cells.append(f"{told['mean']:.1f} ± {told['se']:.1f}" if told else "–")
             print("| " + " | ".join(cells) + " |")
+        for row in (row for row in rows if (row["regime"], row["rate"]) == (regime, rate) and row["protection"]):
+            moved = ", ".join(f"{name} {share:.0%}" for name, share in moved_rows(row))
+            print(f"\n{row['point']}: {' '.join(control_sentences({**row, 'privacy': None}))} Moved: {moved}.")
 
 
 def main() -> None:

@@ -50,6 +50,16 @@ def tiny_llama(seed: int = 0, **changes):
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
+@pytest.fixture(scope="module")
+def constant_machine():
+    """How fast this machine multiplies is measured elsewhere, and takes a second each time."""
+    from geoquant.plan import estimate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory):
     """Path of an HF folder with the tiny Llama (float32) and its tokenizer. Read only: copy before changing."""

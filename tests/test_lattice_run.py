@@ -24,12 +24,7 @@ from geoquant.plan import estimate
 from geoquant.recipe import Recipe, checked
 from geoquant.results import BABAI_ONLY
 
-
-@pytest.fixture(scope="module", autouse=True)
-def constant_machine():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
-        yield
+pytestmark = pytest.mark.usefixtures("constant_machine")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from geoquant.errors import UserError
 from geoquant.export.verify import TOLERANCE
 from geoquant.model.halves import widened
 from geoquant.pipeline import make_plan, quantize
-from geoquant.plan import estimate
 from geoquant.recipe import Recipe
 from geoquant.report.schema import check_schema
 
@@ -46,12 +45,7 @@ CASES = {
 WINDOWS, WINDOW = 8, 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def constant_machine():
-    """How fast this machine multiplies is measured elsewhere, and takes a second each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
-        yield
+pytestmark = pytest.mark.usefixtures("constant_machine")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from geoquant.data.private import make_records
 from geoquant.data.records import load_split, write_records
 from geoquant.errors import UserError
 from geoquant.pipeline import export, quantize
-from geoquant.plan import estimate
 from geoquant.privacy.aim import spread_over
 from geoquant.privacy.anchor import anchored
 from geoquant.recipe import checked
@@ -32,12 +31,7 @@ SHORT = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def constant_machine():
-    """How fast this machine multiplies is measured elsewhere, and takes a second each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
-        yield
+pytestmark = pytest.mark.usefixtures("constant_machine")
 
 
 def moved(folder, out, *, seed: int = 3, size: float = 0.02):

@@ -13,18 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from geoquant.errors import UserError
 from geoquant.pipeline import export, quantize
-from geoquant.plan import estimate
 from geoquant.recipe import checked
 from test_protecting import SHORT, moved
 
 NAMES = ("Ann", "Bo", "Cy", "Dee", "Ed", "Flo", "Gus", "Hal", "Ida", "Jo", "Kim", "Lou")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def constant_machine():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
-        yield
+pytestmark = pytest.mark.usefixtures("constant_machine")
 
 
 @pytest.fixture(scope="module")

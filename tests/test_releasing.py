@@ -18,7 +18,6 @@ from geoquant.data.text import builtin_text
 from geoquant.errors import UserError
 from geoquant.model.load import load
 from geoquant.pipeline import export, make_plan, quantize
-from geoquant.plan import estimate
 from geoquant.privacy.guarantee import shards
 from geoquant.privacy.guarantee.noise import Slack, epsilon_with
 from geoquant.privacy.guarantee.shards import noisy_mean
@@ -40,12 +39,7 @@ BOX = {"bits": 4, "group_size": 16, "keep": 0.1, "method": "dqc", "order": "acti
 SIGMA = 0.5 * 0.60023  # of the claim, from the sigma / Delta that epsilon 8 at delta 1e-5 needs
 
 
-@pytest.fixture(scope="module", autouse=True)
-def constant_machine():
-    """How fast this machine multiplies is measured elsewhere, and takes a second each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
-        yield
+pytestmark = pytest.mark.usefixtures("constant_machine")
 
 
 @pytest.fixture(scope="module")

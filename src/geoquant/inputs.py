@@ -23,6 +23,7 @@ __all__ = [
     "base_scores",
     "check_same_model",
     "check_same_sites",
+    "check_same_weights",
     "public_windows",
     "read_analysis",
     "told_of",
@@ -77,6 +78,19 @@ def check_same_sites(other: Loaded, loaded: Loaded) -> Loaded:
             fix="give the model that it was fine-tuned from",
         )
     return other
+
+
+def check_same_weights(loaded: Loaded, base: Loaded) -> None:
+    """Raise UserError where the base lacks a weight of the model, or has it in another shape."""
+    theirs = {name: tuple(own.shape) for name, own in base.model.named_parameters()}
+    for name, own in loaded.model.named_parameters():
+        if theirs.get(name) != tuple(own.shape):
+            had = f"of shape {theirs[name]}" if name in theirs else "absent"
+            raise UserError(
+                f"the base {base.name} is no base of {loaded.name}: {name} is {had} there",
+                wanted=f"shape {tuple(own.shape)}",
+                fix="give the model that it was fine-tuned from",
+            )
 
 
 def _shapes(loaded: Loaded) -> dict[str, tuple[int, ...]]:

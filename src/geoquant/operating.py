@@ -169,13 +169,12 @@ def _quantized(job: Job, recipe: Recipe, run: Path, progress: Progress) -> dict:
         loaded = load(str(run / "dense"), device=recipe.device)
         tasks = _tasks(job, loaded.model, loaded.tokenizer, progress)
     privacy = report["privacy"]
-    guarantees = [(report.get(part) or {}).get("guarantee") for part in ("protection", "privacy")]
     told = {
         "bits": _bits(report),
         "public": read_json(run / "quantized.json", perplexity=dict)["perplexity"],
         "kl": report["quality"]["kl"],
         "tasks": tasks,
-        "guarantee": next((one for one in guarantees if one), None),
+        "guarantee": (privacy or {}).get("guarantee"),
         "warnings": report["warnings"],
         "timings": report["timings"],
     }

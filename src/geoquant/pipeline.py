@@ -1,4 +1,4 @@
-"""The product on one page: load, observe, plan, solve, audit, export, report."""
+"""The product on one page: load, protect, observe, plan, solve, refine, audit, export, report."""
 
 from __future__ import annotations
 
@@ -156,7 +156,6 @@ def quantize(
                 loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))
             else:
                 loaded = load_protected(run, recipe.device)
-    refinement = None
     if refinement_pending(run, recipe):
         with clock("refine"):
             material = look_before(run, recipe, loaded, material)
@@ -165,6 +164,7 @@ def quantize(
     if missing == stages:  # a resumed run did only part of the work in this time
         spent = cost(loaded, blocks, texts.calibration.tokens.shape, recipe)
         solver = spent.achieved(clock.seconds["quantize"])
+    refinement = None
     if recipe.refine:
         with clock("refine"):
             refinement = refine_run(run, recipe, loaded, blocks, material, progress)

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from geoquant.data.records import Record, read_records
+from geoquant.data.records import Record, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.examine import check_context
+from geoquant.inputs import check_same_weights
 from geoquant.measure import Texts, prepare_texts
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load
@@ -133,14 +134,10 @@ def _sides(recipe: Recipe) -> dict[str, tuple[Record, ...]]:
         for name, path in ((PRIVATE, recipe.private), (DOMAIN, recipe.domain))
         if path is not None
     }
-    audit = {
-        record.text.strip()
-        for path in (recipe.members, recipe.nonmembers, recipe.canaries)
-        if path is not None
-        for record in read_records(path)
-    }
+    files = (recipe.members, recipe.nonmembers, recipe.canaries)
+    audited = [read_records(path) for path in files if path is not None]
     for name, records in sides.items():
-        if shared := sum(record.text.strip() in audit for record in records):
+        if shared := known_among(records, *audited):
             raise UserError(
                 f"{shared} of the records in --{name} are also records of the audit",
                 wanted="records that the audit does not judge by",
@@ -260,10 +257,9 @@ def _measure(
         blocks += (found,)
     compute = compute_dtype(recipe.compute, model.device)
     roundings = stage_roundings(model, blocks, texts, RATES, compute=compute, pages=pages, progress=progress)
-    ends = model if base is None else base.model  # without a base: nothing moves, and losses are known all the same
-    theirs = {name: parameter.detach() for name, parameter in ends.named_parameters()}
-    if lacking := next((name for name, _ in model.named_parameters() if name not in theirs), None):
-        raise UserError(f"the base {base.name} has no {lacking}", fix="give the model that it was fine-tuned from")
+    ends = loaded if base is None else base  # without a base: nothing moves, and losses are known all the same
+    check_same_weights(loaded, ends)
+    theirs = {name: parameter.detach() for name, parameter in ends.model.named_parameters()}
     way = slopes(model, theirs.__getitem__, texts, tuple(measured["shares"]), progress=progress)
     losses = {text: tuple((own.sum(1) / sum(way.scored[text])).tolist()) for text, own in way.losses.items()}
     units = []

@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from geoquant.data.records import Split, check_split, read_records
+from geoquant.data.records import Split, check_split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
+from geoquant.inputs import check_same_weights
 from geoquant.measure import BUILTIN, prepare_texts
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load
@@ -57,8 +58,15 @@ def released(recipe: Recipe) -> bool:
 
 
 def protected_folder(run: Path) -> str:
-    """Where the model lies that is compressed in the given one's place."""
-    return str(run / FOLDER)
+    """Where the model lies that is compressed in the given one's place. Raises UserError where it is gone."""
+    folder = (run / FOLDER).absolute()  # or a missing one would be looked for in the hub
+    if not _there(folder):
+        again = "restore it: released weights cannot be made again"
+        raise UserError(
+            f"{folder}, the model that this run compresses, is gone or lacks its weights",
+            fix=again if (run / RELEASED).exists() else "run quantize again with --resume",
+        )
+    return str(folder)
 
 
 def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, ...]:
@@ -96,19 +104,18 @@ def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, .
     check_split(private, domain, minimum=FEWEST)
     if split is None:
         return ()
-    sides = (private, domain, (*split.members, *split.canaries), (*split.nonmembers, *split.withheld))
-    seen, learned, members, strangers = ({record.text.strip() for record in side} for side in sides)
-    if known := len(learned & (members | strangers)):
+    members, strangers = (*split.members, *split.canaries), (*split.nonmembers, *split.withheld)
+    if known := known_among(domain, members, strangers):
         raise UserError(
             f"{known} records of --domain are audited too: the levers learn from them",
             wanted="records that are in neither --members nor --nonmembers",
         )
-    if known := len(seen & strangers):
+    if known := known_among(private, strangers):
         raise UserError(
             f"{known} records of --private, which the model was trained on, are in --nonmembers, which it never saw",
             fix="remove them from one of the files",
         )
-    if known := len(seen & members):
+    if known := known_among(members, private):
         return (
             f"the levers looked at {known} of the {len(members)} audited members and canaries: the audit says how well "
             "these are protected, not how well others are",
@@ -129,7 +136,7 @@ def protect(run: Path, recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n le
             made, facts = _release(run, recipe, loaded, progress)
         else:
             base, made = load(recipe.base, device=recipe.device), loaded
-            _check_same_weights(loaded, base)
+            check_same_weights(loaded, base)
             facts = _anchor(run, recipe, loaded, base, public, progress)
         dtype = chosen_dtype(made.model, None)
         if released(recipe):
@@ -160,17 +167,11 @@ def _release(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> t
 
 
 def load_protected(run: Path, device: str) -> Loaded:
-    """The model that `protect` made. Raises UserError where its files are gone."""
-    folder = (run / FOLDER).absolute()  # or a missing one would be looked for in the hub
-    if not _there(folder):
-        again = "restore it: released weights cannot be made again"
-        raise UserError(
-            f"{folder}, the model that this run compresses, is gone or lacks its weights",
-            fix=again if (run / RELEASED).exists() else "run quantize again with --resume",
-        )
+    """The model that `protect` made."""
+    folder = protected_folder(run)
     gc.collect()
     trim()
-    return load(str(folder), device=device)
+    return load(folder, device=device)
 
 
 def _there(folder: Path) -> bool:
@@ -182,7 +183,7 @@ def check_base(recipe: Recipe, loaded: Loaded) -> None:
     if not recipe.anchor or released(recipe):
         return
     base = load(recipe.base, device=recipe.device)
-    _check_same_weights(loaded, base)
+    check_same_weights(loaded, base)
     theirs = dict(base.model.named_parameters())
     moved = (not torch.equal(own.detach(), theirs[name].to(own.dtype)) for name, own in loaded.model.named_parameters())
     if not any(moved):
@@ -193,19 +194,6 @@ def check_base(recipe: Recipe, loaded: Loaded) -> None:
     if recipe.aim == "memory":
         for name in ("private", "domain"):
             _long_enough(name, encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window))
-
-
-def _check_same_weights(loaded: Loaded, base: Loaded) -> None:
-    """Raise UserError where the base lacks a weight of the model, or has it in another shape."""
-    theirs = {name: tuple(own.shape) for name, own in base.model.named_parameters()}
-    for name, own in loaded.model.named_parameters():
-        if theirs.get(name) != tuple(own.shape):
-            had = f"of shape {theirs[name]}" if name in theirs else "absent"
-            raise UserError(
-                f"the base {base.name} is no base of {loaded.name}: {name} is {had} there",
-                wanted=f"shape {tuple(own.shape)}",
-                fix="give the model that it was fine-tuned from",
-            )
 
 
 def _anchor(run: Path, recipe: Recipe, loaded: Loaded, base: Loaded, public: Tensor, progress: Progress) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from geoquant.data.records import Split, read_records
+from geoquant.data.records import Split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.measure import Texts
 from geoquant.model.load import Loaded, load
@@ -33,7 +33,7 @@ from geoquant.protecting import load_protected, protected
 from geoquant.recipe import Recipe
 from geoquant.releasing import claimed
 from geoquant.results import REFINED, StageFiles, refined_bits, save_refined
-from geoquant.runs import atomic_directory, read_json, read_tensors, write_json, write_tensors
+from geoquant.runs import atomic_directory, file_hash, read_json, read_tensors, write_json, write_tensors
 
 __all__ = ["check_refinement", "look_before", "material_of", "refine_run", "refinement_pending"]
 
@@ -66,9 +66,9 @@ def check_refinement(recipe: Recipe, split: Split | None) -> None:
             wanted="--base MODEL, the one it was fine-tuned from",
         )
     if split is not None:
-        audited = {record.text for side in (split.members, split.nonmembers, split.canaries) for record in side}
+        audited = split.members, split.nonmembers, split.canaries, split.withheld
         for name, path in given.items():
-            if shared := sum(record.text in audited for record in read_records(path)):
+            if shared := known_among(read_records(path), *audited):
                 raise UserError(
                     f"{shared} records of --{name} are among those of the audit",
                     wanted="an audit on records that no lever has seen",
@@ -165,5 +165,5 @@ def refine_run(
 def _key(recipe: Recipe, run: Path, blocks: tuple[Block, ...]) -> str:
     """Names what a half-finished refinement belongs to: settings, and the codes that it started from."""
     files = [run / "sites" / f"{stage.name}.safetensors" for block in blocks for stage in block.stages]
-    known = [recipe.refine, recipe.refine_privacy, [[path.name, path.stat().st_size] for path in files]]
+    known = [recipe.refine, recipe.refine_privacy, [[path.name, file_hash(path)] for path in files]]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]

@@ -30,6 +30,7 @@ __all__ = [
     "Split",
     "as_records",
     "check_split",
+    "known_among",
     "load_split",
     "read_records",
     "write_records",
@@ -224,6 +225,12 @@ def check_split(members: Sequence[Record], nonmembers: Sequence[Record], *, mini
     for side, records in (("members", members), ("non-members", nonmembers)):
         if len(records) < minimum:
             raise UserError(f"too few {side}", got=f"{len(records)} records", wanted=f"at least {minimum}")
+
+
+def known_among(records: Iterable[Record], *sides: Iterable[Record]) -> int:
+    """How many of the records are on one of the sides too (compared without outer white space)."""
+    texts = {record.text.strip() for side in sides for record in side}
+    return sum(record.text.strip() in texts for record in records)
 
 
 def as_records(given: str | Path | Sequence[str | Record], what: str) -> tuple[Record, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from geoquant.report.figures import TOP, number, path, percent, picture, plain_number, tag
-from geoquant.report.scatter import round_ticks
+from geoquant.report.scatter import bent, round_ticks
 
 __all__ = ["SHAPES", "Dot", "curve_panel", "dots", "mark", "staircase"]
 
@@ -99,12 +99,12 @@ def curve_panel(found: Sequence[Dot], across: str, *, small: bool = False) -> Ma
         return Markup("")
     width, height = (320.0, 210.0) if small else (WIDTH, HEIGHT)
     w, h = width - LEFT - RIGHT, height - TOP - BOTTOM
-    xs = [bent(value) for dot in found for value in (*dot.x_interval, 0.0, BEND)]
+    xs = [bent(value, BEND) for dot in found for value in (*dot.x_interval, 0.0, BEND)]
     left, right = min(xs), max(xs)
     top = max(0.1, *(dot.y_interval[1] for dot in found))
 
     def x(value: float) -> float:
-        return LEFT + 4 + (w - 8) * (bent(value) - left) / ((right - left) or 1)
+        return LEFT + 4 + (w - 8) * (bent(value, BEND) - left) / ((right - left) or 1)
 
     def y(value: float) -> float:
         return TOP + h * (1 - value / top)
@@ -114,7 +114,7 @@ def curve_panel(found: Sequence[Dot], across: str, *, small: bool = False) -> Ma
         parts.append(tag("line", x1=LEFT, x2=LEFT + w, y1=y(value), y2=y(value), class_="grid"))
         parts.append(tag("text", plain_number(value, 2), x=LEFT - 5, y=y(value) + 3.5, class_="tick end"))
     for value in (-100.0, -10.0, 0.0, 2.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6):
-        if left - 1e-9 <= bent(value) <= right + 1e-9:
+        if left - 1e-9 <= bent(value, BEND) <= right + 1e-9:
             parts.append(tag("line", x1=x(value), x2=x(value), y1=TOP, y2=TOP + h, class_="grid"))
             label = f"{number(value, 1, sign=True)}%" if value else "0"
             parts.append(tag("text", label, x=x(value), y=TOP + h + 13, class_="tick middle"))
@@ -135,8 +135,3 @@ def curve_panel(found: Sequence[Dot], across: str, *, small: bool = False) -> Ma
     best = sum(dot.marked for dot in found)
     label = f"leakage |AUC - 0.5| against {across}, {len(found)} points, {best} beaten by none"
     return picture(width, height, label, *parts, class_="natural" if small else "panel")
-
-
-def bent(value: float) -> float:
-    """Linear around zero, logarithmic beyond BEND."""
-    return math.copysign(math.log10(1 + abs(value) / BEND), value)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from geoquant.report.figures import LEFT, RIGHT, TOP, WIDTH, number, picture, plain_number, tag
 
-__all__ = ["Point", "effect_panel", "round_ticks"]
+__all__ = ["Point", "bent", "effect_panel", "round_ticks"]
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,12 @@ def effect_panel(points: Sequence[Point], *, threshold: float, across: str, up: 
     height, bottom = 224.0, 36.0
     w, h = WIDTH - LEFT - RIGHT, height - TOP - bottom
 
-    def bent(value: float) -> float:
-        return math.copysign(math.log10(1 + abs(value) / threshold), value)
-
-    xs = [bent(value) for point in points for value in (*point.x_interval, 0.0, threshold)]
+    xs = [bent(value, threshold) for point in points for value in (*point.x_interval, 0.0, threshold)]
     ys = [value for point in points for value in (*point.y_interval, 0.0)]
     (left, right), (low, high) = ((min(values), max(values)) for values in (xs, ys))
 
     def x(value: float) -> float:
-        return LEFT + w * (bent(value) - left) / ((right - left) or 1)
+        return LEFT + w * (bent(value, threshold) - left) / ((right - left) or 1)
 
     def y(value: float) -> float:
         return TOP + h * (1 - (value - low) / ((high - low) or 1))
@@ -51,7 +48,7 @@ def effect_panel(points: Sequence[Point], *, threshold: float, across: str, up: 
         parts.append(tag("text", plain_number(value, 2), x=LEFT - 5, y=y(value) + 3.5, class_="tick end"))
     decades = [10.0**k for k in range(math.ceil(math.log10(threshold)), 3)]
     for value in (0.0, *decades, *(-one for one in decades)):
-        if left - 1e-9 <= bent(value) <= right + 1e-9:
+        if left - 1e-9 <= bent(value, threshold) <= right + 1e-9:
             parts.append(tag("line", x1=x(value), x2=x(value), y1=TOP, y2=TOP + h, class_="grid"))
             parts.append(tag("text", number(value), x=x(value), y=TOP + h + 13, class_="tick middle"))
     parts.append(tag("line", x1=x(threshold), x2=x(threshold), y1=TOP, y2=TOP + h, class_="reference"))
@@ -68,6 +65,11 @@ def effect_panel(points: Sequence[Point], *, threshold: float, across: str, up: 
     parts.append(tag("text", across, x=LEFT + w / 2, y=height - 4, class_="axis-name middle"))
     label = f"{up} against {across}, {len(points)} groups; dashed: where functional begins"
     return picture(WIDTH, height, label, *parts, class_="panel")
+
+
+def bent(value: float, threshold: float) -> float:
+    """Linear around zero, logarithmic beyond the threshold on either side."""
+    return math.copysign(math.log10(1 + abs(value) / threshold), value)
 
 
 def round_ticks(low: float, high: float) -> list[float]:
