@@ -192,7 +192,7 @@ def test_an_interval_across_chance_reaches_down_to_it():
 
 def test_a_lost_model_hides_no_other():
     assert curve.lost(50.0) == 1e6
-    assert curve.bent(-3.0) == -curve.bent(3.0)
+    assert curve.bent(-3.0, curve.BEND) == -curve.bent(3.0, curve.BEND)
 
 
 def test_changes_have_words():
