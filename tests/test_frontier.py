@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from geoquant import operating
+from geoquant import charting, operating
 from geoquant.aiming import aimed
 from geoquant.charting import frontier
 from geoquant.cli import run
@@ -27,6 +28,7 @@ from geoquant.privacy import audit
 from geoquant.privacy.attacks.combined import combine
 from geoquant.privacy.finetune import finetune
 from geoquant.recipe import checked
+from geoquant.runs import file_hash
 
 POOL = make_records(40, 5)
 random.Random(0).shuffle(POOL)
@@ -266,6 +268,23 @@ def test_bad_input_is_one_line_and_leaves_no_folder(place, tmp_path, wrong, mess
     with pytest.raises(UserError, match=message):
         frontier(folder / "tuned", tmp_path / "F", **({"points": POINTS} | told | wrong))
     assert not (tmp_path / "F").exists()
+
+
+def test_tasks_of_one_name_in_two_folders_are_told_apart_and_so_is_their_order(place):
+    folder, told = place
+    for name in ("a", "b", "c"):
+        (folder / name).mkdir()
+        (folder / name / "task.jsonl").write_text((folder / "task.jsonl").read_text().replace("one?", f"{name}?"))
+    one, other, third = (folder / name / "task.jsonl" for name in ("a", "b", "c"))
+
+    def hashes(*tasks):
+        return charting._facts({"model": str(folder / "tuned")}, {}, tasks, None)["hashes"]
+
+    assert {name for name in hashes(one, other)} == {"model", "task 1 task.jsonl", "task 2 task.jsonl"}
+    assert hashes(one, other)["task 1 task.jsonl"] == file_hash(one)
+    found = [hashes(*tasks) for tasks in ((one, other), (third, other), (other, one), (one,), (folder / "task.jsonl",))]
+    assert all(first != second for first, second in itertools.combinations(found, 2))
+    assert "task task.jsonl" in found[-1]
 
 
 def test_a_folder_of_another_frontier_is_refused(finished, place):

@@ -197,11 +197,13 @@ def _facts(shared: Mapping, inputs: Mapping, tasks: Sequence, items: int | None)
     """Everything that decides the numbers of all points, told by content."""
     values = {**shared, **inputs}
     models = {name: values[name] for name in ("model", "reference", "base") if values.get(name)}
+    # Numbered: files of one name may lie in two folders, and rows are compared task by task, in this order.
+    numbers = [f"task {index}" for index in range(1, len(tasks) + 1)] if len(tasks) > 1 else ["task"]
     return {
         "hashes": {
             **{name: identity(*locate(spec)[:2]) for name, spec in models.items()},
             **{name: file_hash(_there(values[name])) for name in FILES if values.get(name)},
-            **{f"task {Path(path).name}": file_hash(Path(path)) for path in tasks},
+            **{f"{task} {Path(path).name}": file_hash(Path(path)) for task, path in zip(numbers, tasks)},
         },
         "settings": {name: value for name, value in shared.items() if name not in ELSEWHERE}
         | ({"items": items} if items else {}),
