@@ -88,6 +88,14 @@ def test_an_adapter_of_a_model_that_stores_its_weights_transposed(tmp_path):
     assert torch.allclose(change.scale * change.left @ change.right, truth, atol=1e-6)
 
 
+def test_the_digest_is_of_the_numbers_and_of_what_is_made_of_them(base, tmp_path):
+    adapter(tiny_llama(), tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    assert folder_changes(tmp_path / "one", base).digest() == folder_changes(tmp_path / "copy", base).digest()
+    adapter(tiny_llama(), tmp_path / "louder", lora_alpha=7)  # the same factors
+    assert folder_changes(tmp_path / "one", base).digest() != folder_changes(tmp_path / "louder", base).digest()
+
+
 def test_what_is_no_change_of_this_base_is_refused(base, tmp_path):
     with pytest.raises(UserError, match=r"is no fine-tune; wanted a folder with model\.safetensors, or a PEFT"):
         folder_changes(tmp_path, base)

@@ -297,12 +297,12 @@ def shard(place, folder, sign: float):
 
 def test_shards_release_the_noisy_mean_of_their_clipped_changes(place, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "noisy_mean", lambda clipped, k, sigma: noisy_mean(clipped, k, 1e-6))
-    folders = [shard(place, tmp_path / f"shard-{i}", sign) for i, sign in enumerate((1.0, 1.0, -2.0, 50.0))]
+    folders = [shard(place, tmp_path / f"shard-{i}", sign) for i, sign in enumerate((1.0, 1.5, -2.0, 50.0))]
     values = {"model": str(place / "base"), "base": None, "radius": None, "shards": tuple(folders), "clip": 1.0}
     found = released_alone(asked(place, **values), tmp_path / "run")
     base = load_file(place / "base" / "model.safetensors")
     count = sum(own.numel() for own in base.values())
-    changes = [0.01 * sign * min(1.0, 1.0 / (0.01 * abs(sign) * count**0.5)) for sign in (1.0, 1.0, -2.0, 50.0)]
+    changes = [0.01 * sign * min(1.0, 1.0 / (0.01 * abs(sign) * count**0.5)) for sign in (1.0, 1.5, -2.0, 50.0)]
     for name, own in base.items():
         assert torch.allclose(found[name] - own, torch.tensor(sum(changes) / 4), atol=1e-5), name
     entry = json.loads((tmp_path / "run/protected/protection.json").read_text())["guarantee"]
@@ -374,6 +374,26 @@ def test_what_would_void_it_is_refused_before_the_work(case, place, tmp_path):
     with pytest.raises(UserError, match=words):
         quantize(asked(place, **{name: located(value) for name, value in values.items()}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_of_a_shard_under_another_name_is_refused_and_leaves_nothing(place, tmp_path):
+    """Also one that is divided into other files, and one in a wider type; a shard that differs in a bit is let in."""
+    first = shard(place, tmp_path / "one", 1.0)
+    model = AutoModelForCausalLM.from_pretrained(first, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "divided", max_shard_size="20KB")
+    assert (tmp_path / "divided" / "model.safetensors.index.json").exists()
+    wide = {name: own.double() for name, own in load_file(tmp_path / "one" / "model.safetensors").items()}
+    (tmp_path / "wide").mkdir()
+    save_file(wide, tmp_path / "wide" / "model.safetensors")
+    values = {"model": str(place / "base"), "base": None, "radius": None, "clip": 1.0}
+    for name in ("divided", "wide"):
+        given = (shard(place, tmp_path / "other", 2.0), first, str(tmp_path / name))
+        with pytest.raises(UserError, match=f"two shards are one fine-tune: .*; got the same .*one and .*{name}; give"):
+            quantize(asked(place, **values, shards=given), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    wide["model.norm.weight"][0] += 1e-9
+    save_file(wide, tmp_path / "wide" / "model.safetensors")
+    assert make_plan(asked(place, **values, shards=(first, str(tmp_path / "wide"))))
 
 
 def test_another_tokenizer_is_refused(place, tmp_path):

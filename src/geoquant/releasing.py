@@ -9,7 +9,7 @@ public text, and rounding is post-processing. A trainer's own guarantee (DP-SGD)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -197,6 +197,22 @@ def _changes(folder: str, base: Loaded) -> FolderChanges:
     return folder_changes(folder, tensors_of(base.model), tied=frozenset([*tied, *tied.values()]))
 
 
+def _check_apart(folders: Sequence[str], base: Loaded) -> None:
+    """Raise UserError where a folder holds no change of the base, or two hold the same one: what was trained on a
+    record would count twice, and one record could move the mean by more than the noise was made for.
+    """
+    known: dict[str, str] = {}
+    for folder in folders:
+        digest = _changes(folder, base).digest()
+        if digest in known:
+            raise UserError(
+                "two shards are one fine-tune: its records would count twice, and the guarantee would not hold",
+                got=f"the same weights in {known[digest]} and {folder}",
+                fix="give every fine-tune once, each trained on records of its own",
+            )
+        known[digest] = folder
+
+
 def _check_same(own: Mapping[str, Tensor], public: Mapping[str, Tensor], base: str) -> None:
     """Raise UserError unless both models have the same tensors."""
     mine, theirs = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (own, public))
@@ -293,8 +309,7 @@ def announced(recipe: Recipe, loaded: Loaded, texts: Texts) -> tuple[str | None,
         _check_same(tensors_of(loaded.model), tensors_of(base.model), base.name)
         _check_same_text(recipe, base, loaded, texts)
     else:
-        for folder in claim.folders:
-            _changes(folder, base)
+        _check_apart(claim.folders, base)
     return foretold(claim, base, recipe.rate if recipe.grid == "lattice" else recipe.bits).words, None
 
 

@@ -5,12 +5,14 @@ A change is read from the disk when it is asked for and not kept: of a hundred f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -65,6 +67,19 @@ class FolderChanges(Mapping[str, "Tensor | Factors"]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def digest(self) -> str:
+        """SHA-256 of all numbers as they are stored, whatever the files are called and however they are divided."""
+        found = hashlib.sha256()
+        for name in sorted(self.files):
+            scale = None if self.scales is None else self.scales[name]
+            found.update(f"{name} {scale} {name in self.transposed}".encode())
+            for part in self.files[name]:
+                values = self._read(*part)
+                found.update(str(tuple(values.shape)).encode())
+                # In one type: a copy in a wider one holds the same numbers.
+                found.update(values.double().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def _read(self, file: str, tensor: str) -> Tensor:
         try:
