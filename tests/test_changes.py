@@ -63,7 +63,13 @@ def adapter(model, folder, **settings):
     return tensors_of(wrapped.merge_and_unload())
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"lora_alpha": 1, "r": 5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({}, {"use_rslora": True}, {"lora_alpha": 1, "r": 5}),
+        *({"init_lora_weights": start, "r": 4} for start in (False, "gaussian", "eva", "orthogonal", "mica")),
+    ],
+)
 def test_an_adapter_changes_what_peft_merges(base, tmp_path, settings):
     merged = adapter(tiny_llama(), tmp_path, **settings)
     found = folder_changes(tmp_path, base)
@@ -74,6 +80,35 @@ def test_an_adapter_changes_what_peft_merges(base, tmp_path, settings):
         assert isinstance(change, Factors)
         truth = merged[name].double() - base[name].double()
         assert torch.allclose(change.scale * change.left.double() @ change.right.double(), truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_whose_initialisation_moved_the_base_is_refused_unless_it_was_converted(base, tmp_path, start):
+    """Truth: what peft merges where it was trained. As it was saved, its factors are off by what they started with."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
+    wrapped = peft.get_peft_model(tiny_llama(), config)
+    wrapped.save_pretrained(tmp_path / "start")
+    fresh = json.loads((tmp_path / "start" / "adapter_config.json").read_text()) | {"init_lora_weights": True}
+    (tmp_path / "start" / "adapter_config.json").write_text(json.dumps(fresh))
+    for name, own in wrapped.named_parameters():
+        if "lora_" in name:
+            own.data += 0.01 * torch.randn(own.shape)
+    wrapped.save_pretrained(tmp_path / "raw")
+    wrapped.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    merged = tensors_of(wrapped.merge_and_unload())
+    with pytest.raises(UserError, match=f"had moved, not of the public base; got init_lora_weights = '{start}'; merge"):
+        folder_changes(tmp_path / "raw", base)
+    found = folder_changes(tmp_path / "converted", base)
+    assert len(found) == 4
+    for name, change in found.items():
+        truth = merged[name].double() - base[name].double()
+        assert torch.allclose(change.scale * change.left.double() @ change.right.double(), truth, atol=1e-5), name
+    raw = json.loads((tmp_path / "raw" / "adapter_config.json").read_text()) | {"init_lora_weights": True}
+    (tmp_path / "raw" / "adapter_config.json").write_text(json.dumps(raw))  # read without looking
+    change = folder_changes(tmp_path / "raw", base)[name]
+    assert (change.scale * change.left @ change.right - truth).norm() > 0.5 * base[name].norm()
 
 
 def test_an_adapter_of_a_model_that_stores_its_weights_transposed(tmp_path):
@@ -120,7 +155,8 @@ def test_an_adapter_that_does_more_than_products_is_refused(base, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps(config | settings))
         return folder
 
-    for settings in ({"use_dora": True}, {"rank_pattern": {"q_proj": 8}}, {"modules_to_save": ["lm_head"]}):
+    others = ({"kasa_config": {"x": 1}}, {"use_qalora": True}, {"alora_invocation_tokens": [1, 2]}, {"lora_bias": True})
+    for settings in ({"use_dora": True}, {"rank_pattern": {"q_proj": 8}}, {"modules_to_save": ["lm_head"]}, *others):
         with pytest.raises(UserError, match=f"is not a plain LoRA; got {next(iter(settings))}; merge the adapter"):
             folder_changes(changed(**settings), base)
     with pytest.raises(UserError, match="is not a plain LoRA; got IA3"):

@@ -180,6 +180,11 @@ def test_a_folder_without_config(folder):
     assert message(folder) == f"{folder} has no config.json; wanted a Hugging Face model folder"
 
 
+def test_an_adapter_is_no_model(folder):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    assert message(folder) == f"{folder} is an adapter, no model; merge it into its base and give the whole model"
+
+
 def test_the_folder_above_a_model_is_not_the_model(folder):
     wanted = f"{folder.parent} has no config.json; wanted a Hugging Face model folder; did you mean {folder}?"
     assert message(folder.parent) == wanted

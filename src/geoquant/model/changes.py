@@ -24,6 +24,14 @@ __all__ = ["Factors", "FolderChanges", "folder_changes"]
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 PREFIX = "base_model.model."
 MERGE = "merge the adapter into its base and give the whole model's folder"
+# Entries of a configuration under which more than the two factors, or something else, is added to the base's weights.
+MORE = (
+    *("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "kasa_config", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "lora_bias", "use_bdlora", "arrow_config"),
+)
+# Initialisations that leave the base's weights as they are. Others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) take from the
+# base what the factors start with: the factors are then a change of what was left of it.
+BESIDE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +148,17 @@ def _of_adapter(folder: Path, base: Mapping[str, Tensor]) -> FolderChanges:
         kind, alpha, rank = config["peft_type"], float(config["lora_alpha"]), int(config["r"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{folder / 'adapter_config.json'} is no LoRA adapter's: {error!r}", fix=MERGE) from None
-    more = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save") if config.get(key)]
+    more = [key for key in MORE if config.get(key)]
     if kind != "LORA" or more or rank < 1:
         raise UserError(f"the adapter {folder} is not a plain LoRA", got=", ".join(more) or kind, fix=MERGE)
+    if (start := config.get("init_lora_weights")) not in BESIDE:
+        raise UserError(
+            f"the adapter {folder} is a change of a base whose weights its initialisation had moved, not of the public "
+            "base",
+            got=f"init_lora_weights = {start!r}",
+            fix="merge it where it was trained and give the whole model's folder, or save it there converted (peft: "
+            "path_initial_model_for_weight_conversion)",
+        )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     found: dict[str, dict[str, str]] = {}
     for key in _keys(folder / ADAPTER):

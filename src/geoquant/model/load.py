@@ -101,6 +101,8 @@ def check_folder(folder: Path, *, quantized: bool = False) -> None:
     """Name what is missing or truncated in an HF folder before transformers tries to read it."""
     config = folder / "config.json"
     if not config.exists():
+        if (folder / "adapter_config.json").exists():
+            raise UserError(f"{folder} is an adapter, no model", fix="merge it into its base and give the whole model")
         hint = inside(folder, "config.json", *(("manifest.json",) if quantized else ()))
         raise UserError(f"{folder} has no config.json", wanted="a Hugging Face model folder", fix=hint)
     try:
