@@ -271,7 +271,7 @@ def test_bad_input_is_one_line_and_leaves_no_folder(place, tmp_path, wrong, mess
 
 
 def test_tasks_of_one_name_in_two_folders_are_told_apart_and_so_is_their_order(place):
-    folder, told = place
+    folder, _ = place
     for name in ("a", "b", "c"):
         (folder / name).mkdir()
         (folder / name / "task.jsonl").write_text((folder / "task.jsonl").read_text().replace("one?", f"{name}?"))
@@ -280,7 +280,7 @@ def test_tasks_of_one_name_in_two_folders_are_told_apart_and_so_is_their_order(p
     def hashes(*tasks):
         return charting._facts({"model": str(folder / "tuned")}, {}, tasks, None)["hashes"]
 
-    assert {name for name in hashes(one, other)} == {"model", "task 1 task.jsonl", "task 2 task.jsonl"}
+    assert set(hashes(one, other)) == {"model", "task 1 task.jsonl", "task 2 task.jsonl"}
     assert hashes(one, other)["task 1 task.jsonl"] == file_hash(one)
     found = [hashes(*tasks) for tasks in ((one, other), (third, other), (other, one), (one,), (folder / "task.jsonl",))]
     assert all(first != second for first, second in itertools.combinations(found, 2))

@@ -245,6 +245,13 @@ def test_an_anchor_needs_a_base_and_a_base_an_anchor(tuned, tiny_model_dir, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_an_aim_without_an_anchor_is_refused_also_beside_refinement(tuned, tmp_path):
+    for more in ({}, {"refine": 2}):
+        with pytest.raises(UserError, match=r"--aim memory says which weights --anchor moves; got no --anchor; add"):
+            quantize(checked({"model": str(tuned), **SHORT, "aim": "memory", **more}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_is_its_own_base_is_refused_and_leaves_nothing(tiny_model_dir, tmp_path):
     with pytest.raises(UserError, match="there is nothing to go back from"):
         quantize(recipe(tiny_model_dir, tiny_model_dir, anchor=0.5), tmp_path / "run")

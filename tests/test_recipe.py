@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from geoquant.cli.options import RecipeFlags
 from geoquant.errors import UserError
 from geoquant.recipe import Recipe, checked, load_recipe, located, recipe_toml
 
@@ -296,3 +298,31 @@ def test_a_contradiction_is_told_before_torch_is_there():
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     assert child.stderr.startswith("geoquant: error: method lattice has no box; got bits = 4; leave bits out")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"bits": 4, "embeddings": False}, "--no-embeddings serves --grid lattice; got grid = box; leave --no-emb"),
+        ({"bits": 4, "foldable": True}, "--foldable serves --grid lattice"),
+        ({"bits": 4, "row_block": 64}, "--row-block serves --grid lattice"),
+        ({"metric": "plain", "gradient_share": 0.25}, "--gradient-share serves --metric gradient; got metric = plain"),
+        (
+            {"target": "weights", "reference_share": 0.5},
+            "--reference-share serves --target outputs with --sequential site; got target = weights, sequential = site",
+        ),
+        ({"method": "rtn", "order": "natural"}, "--order serves methods that make up"),
+    ],
+)
+def test_a_flag_that_nothing_reads_is_refused_even_with_its_default(flags, line, tmp_path):
+    with pytest.raises(UserError, match=re.escape(line)):
+        RecipeFlags(**flags).recipe("m", None)
+    # Not in a file: one that was written down whole names every option.
+    (tmp_path / "r.toml").write_text(recipe_toml(checked({"model": "m", **flags})))
+    assert RecipeFlags().recipe(None, tmp_path / "r.toml") == checked({"model": "m", **flags})
+
+
+def test_flags_that_something_reads_are_let_in():
+    lattice = {"embeddings": False, "foldable": False, "row_block": 8, "gradient_share": 0.5, "reference_share": 0.5}
+    for flags in (lattice, {"method": "babai", "order": "natural"}, {"bits": 3, "gradient_share": 0.1}):
+        assert RecipeFlags(**flags).recipe("m", None) == checked({"model": "m", **flags})

@@ -129,6 +129,15 @@ def test_a_box_is_refined_on_public_text_alone(tuned, tmp_path):
         ({"domain": None}, "--private alone"),
         ({"private": None}, "--domain alone"),
         ({"base": None}, "judged beside a public base"),
+        ({"refine": 0, "refine_privacy": 3.0}, r"--refine-privacy 3 weighs private records .*; got no --refine; leave"),
+        (
+            {"private": None, "domain": None, "base": None, "aim": "everything", "refine_privacy": 0.0},
+            r"--refine-privacy 0 weighs .*; got no --private and --domain; leave --refine-privacy out, or add both",
+        ),
+        (
+            {"private": None, "domain": None, "aim": "everything"},
+            "--base serves --anchor, and --refine with --private and --domain; got neither",
+        ),
         ({"members": "private", "nonmembers": "private"}, "records of --private are among those of the audit"),
     ],
 )

@@ -81,6 +81,11 @@ def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, .
         )
     if check_claim(recipe) is not None:
         return ()
+    if recipe.aim == "memory" and not (recipe.anchor or (recipe.private and recipe.domain)):
+        raise UserError("--aim memory says which weights --anchor moves", got="no --anchor", fix="add --anchor 0.5")
+    if recipe.refine and recipe.base and not (recipe.anchor or recipe.private or recipe.domain):
+        fix = "leave it out, or for the audit: --reference"
+        raise UserError("--base serves --anchor, and --refine with --private and --domain", got="neither", fix=fix)
     if recipe.refine and (not protected(recipe) or recipe.aim == "everything"):
         return ()  # what refinement needs of these, refining.py says
     if not protected(recipe):

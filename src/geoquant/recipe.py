@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from geoquant.errors import UserError, unknown_name
 
-__all__ = ["Recipe", "checked", "load_recipe", "located", "overruled", "recipe_toml"]
+__all__ = ["Recipe", "checked", "load_recipe", "located", "overruled", "recipe_toml", "refuse_idle"]
 
 Format = Literal["compressed-tensors", "dense", "geoquant", "gguf", "gptq", "int4"]
 
@@ -173,6 +173,26 @@ def refuse_strangers(values: Mapping) -> None:
                 got=_said(values, *(reasons or ["grid"])),
                 fix=" and ".join([*out, "use --grid lattice"]) + ", or leave --method out",
             )
+
+
+def refuse_idle(recipe: Recipe, flags: Mapping) -> None:
+    """Raise UserError for a flag that nothing in this recipe reads: it would be ignored."""
+    lattice, rounded = recipe.grid == "lattice", recipe.method in ("rtn", "lattice-rtn")
+    for names, read, what, by in (
+        (("embeddings", "foldable"), lattice, "--grid lattice", ("grid",)),
+        (("row_block",), lattice or recipe.row_block == 1, "--grid lattice", ("grid",)),
+        (("gradient_share",), recipe.metric not in ("plain", "clipped"), "--metric gradient", ("metric",)),
+        (
+            ("reference_share",),
+            recipe.follows_drift,
+            "--target outputs with --sequential site",
+            ("target", "sequential"),
+        ),
+        (("order",), not rounded, "methods that make up for one column in the next", ("method",)),
+    ):
+        if not read and (given := [name for name in names if name in flags]):
+            flag = f"--{'no-' * (flags[given[0]] is False)}{given[0].replace('_', '-')}"
+            raise UserError(f"{flag} serves {what}", got=_said(recipe.model_dump(), *by), fix=f"leave {flag} out")
 
 
 def _asked(values: Mapping, names: set[str]) -> list[str]:

@@ -42,8 +42,17 @@ WINDOWS = 8  # of the calibration text
 
 
 def check_refinement(recipe: Recipe, split: Split | None) -> None:
-    """Raise UserError where refinement lacks records or a base, or would look at what the audit judges by."""
+    """Raise UserError where refinement lacks records or a base, or would look at what the audit judges by, and for its
+    options without it."""
     given = {name: getattr(recipe, name) for name in ("private", "domain")}
+    weighed = recipe.refine_privacy != Recipe.model_fields["refine_privacy"].default
+    if weighed and not (recipe.refine and any(given.values())):
+        raise UserError(
+            f"--refine-privacy {recipe.refine_privacy:g} weighs private records against function in refinement",
+            got="no --private and --domain" if recipe.refine else "no --refine",
+            fix="leave --refine-privacy out, or add "
+            + ("both" if recipe.refine else "--refine N, with --private and --domain"),
+        )
     if not recipe.refine:
         return
     if len(there := [name for name, path in given.items() if path]) == 1:

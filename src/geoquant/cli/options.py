@@ -276,11 +276,11 @@ class RecipeFlags:
     def recipe(self, model: str | None, file: Path | None) -> Recipe:
         """The validated recipe: the file's values, overruled by the flags. Raises UserError."""
         from geoquant.errors import UserError
-        from geoquant.recipe import checked, load_recipe
+        from geoquant.recipe import checked, load_recipe, refuse_idle
 
         values = self.given() | ({} if model is None else {"model": model})
-        if file is not None:
-            return load_recipe(file, **values)
-        if model is None:
+        if file is None and model is None:
             raise UserError("no model given", wanted="MODEL or --recipe FILE", fix="for a first try: demo")
-        return checked(values)
+        found = checked(values) if file is None else load_recipe(file, **values)
+        refuse_idle(found, values)
+        return found
