@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
+from geoquant import cli, tuning
 from geoquant.data.records import Record, write_records
 from geoquant.errors import UserError
 from geoquant.plan import estimate
+from geoquant.plan.space import SPACE, Dimension, probes
 from geoquant.recipe import checked
-from geoquant.tuning import SPACE, Dimension, Goal, Outcome, check_disjoint, halves, tune
+from geoquant.tuning import Goal, Outcome, check_disjoint, halves
+from test_protecting import moved
 
 pytest.importorskip("optuna")
 
 SMALL = (Dimension("anchor", 0.0, 0.9), Dimension("rate", 2.25, 4.5))
+
+
+def tune(*given, **options) -> dict:
+    """The search; of models that are none, nothing is checked beforehand."""
+    return tuning.tune(*given, **({"check": lambda recipe: None} | options))
 
 
 def records(side: str, count: int = 60) -> list[Record]:
@@ -140,6 +149,13 @@ def test_trials_see_no_record_of_the_final_audit(recipe, tmp_path):
         ({}, {"sampler": "tpa"}, "unknown sampler 'tpa'"),
         ({}, {"trials": 0}, "--trials 0; wanted at least 1"),
         ({}, {"space": [Dimension("anchors", 0, 1)]}, "did you mean 'anchor'"),
+        ({}, {"space": []}, "a search moves something"),
+        ({}, {"space": [Dimension("anchor", 0, 1), Dimension("anchor", 0, 0.5)]}, "the search moves anchor twice"),
+        ({}, {"space": [Dimension("rate", 4, 3)]}, "the search cannot move rate; got .*; wanted low < high"),
+        ({}, {"space": [Dimension("rate", 3, 4, levels=1)]}, "the search cannot move rate"),
+        ({}, {"space": [Dimension("rate", 2.0, 9.0)]}, "option rate: Input should be less than or equal to 8; got 9.0"),
+        ({}, {"space": [Dimension("refine", 0, 8)]}, "option refine: Input should be a valid integer"),
+        ({"grid": "box", "method": "babai", "formats": ("dense",)}, {}, "a box has bits, not a rate"),
         ({"formats": ()}, {}, "a size is that of an exported model"),
         ({"canaries": "c.jsonl"}, {}, "canaries belong to the final audit"),
     ],
@@ -147,6 +163,61 @@ def test_trials_see_no_record_of_the_final_audit(recipe, tmp_path):
 def test_what_makes_no_sense_is_refused(recipe, tmp_path, change, options, line):
     with pytest.raises(UserError, match=line):
         tune(recipe.model_copy(update=change), tmp_path / "t", Goal(size=9.0), measure=bowl, **options)
+    assert not (tmp_path / "t").exists()
+
+
+def test_bandits_may_choose_among_whole_numbers():
+    space = [Dimension("bits", 2, 8, levels=7), Dimension("rate", 3, 4)]
+    assert [one["bits"] for one in probes(space, levels=True)] == [2, 3, 4, 5, 6, 7, 8]
+    assert probes(space, levels=False)[-1] == {"bits": 8, "rate": 4}
+
+
+def test_refinement_of_private_records_keeps_its_base_where_nothing_is_anchored(recipe):
+    more = recipe.model_copy(update={"refine": 2, "private": "p", "domain": "d", "aim": "memory"})
+    assert tuning._trial(more, {"anchor": 0.0}).base == "b"
+    assert tuning._trial(more.model_copy(update={"refine": 0}), {"anchor": 0.0}).base is None
+    assert tuning._trial(recipe, {"anchor": 0.5}).base == "b"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"model": "none"}, "no model at none"),
+        ({"base": "none"}, "no model at none"),
+        ({"base": "tuned"}, "there is nothing to go back from"),
+        ({"text": "none.txt"}, "none.txt"),
+        ({"method": "lattice-babay"}, "unknown method 'lattice-babay'"),
+        ({"private": "members.jsonl", "domain": "nonmembers.jsonl"}, "60 records of --domain are audited too"),
+        ({"members": "few.jsonl"}, "the half of the records that is for the search: too few members"),
+        ({"refine_privacy": "2"}, "--refine-privacy 2 weighs private records"),
+        ({"out": "taken.jsonl"}, "taken.jsonl is a file"),
+        ({"out": "x" * 300}, "cannot write x"),
+        ({"shards": "none"}, "a run has one guarantee|is part of a guarantee"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_folder_is_made(wrong, line, tiny_model_dir, tmp_path, capsys, monkeypatch):
+    """By the command: what the first trial would have stumbled on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate, "gemm_rate", lambda *_: 1e10)
+    moved(tiny_model_dir, tmp_path / "tuned")
+    for name, side in (("members", "members"), ("nonmembers", "nonmembers"), ("taken", "any")):
+        write_records(tmp_path / f"{name}.jsonl", records(side))
+    write_records(tmp_path / "few.jsonl", records("members", 9))
+    before = sorted(tmp_path.rglob("*"))
+    given = {
+        "model": "tuned",
+        "base": str(tiny_model_dir),
+        "members": "members.jsonl",
+        "nonmembers": "nonmembers.jsonl",
+    }
+    given |= {"out": "T", "windows": "4", "window": "32", "evaluation_windows": "2", "max_leak": "0.5", **wrong}
+    model = given.pop("model")
+    flags = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert cli.run(["tune", model, *flags, "--trials", "1"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(line, error)
+    assert "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_goals_are_missed_by_shares_of_them():
@@ -175,7 +246,7 @@ def test_trials_on_a_model_are_whole_runs(tiny_model_dir, tmp_path, monkeypatch)
     wanted = checked(
         {"model": str(tiny_model_dir), "formats": (), "verify": False, "embeddings": False, **short, **given}
     )
-    told = tune(wanted, tmp_path / "t", Goal(), trials=2, space=[Dimension("rate", 3.0, 6.0)])
+    told = tuning.tune(wanted, tmp_path / "t", Goal(), trials=2, space=[Dimension("rate", 3.0, 6.0)])
     assert len(told["trials"]) == 2
     for one in told["trials"]:
         run = tmp_path / "t" / "trials" / f"{one['trial']:04d}"

@@ -358,11 +358,19 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
 
 
 def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
-    """What `quantize` would do: sites, sizes, time and memory. Writes nothing."""
+    """What `quantize` would do: sites, sizes, time and memory. Writes nothing.
+
+    Raises UserError for whatever `quantize` would refuse before its first long step.
+    """
     split = load_records(recipe)
+    check_refinement(recipe, split)
     looked = check_protection(recipe, split)
     loaded, blocks, texts, plan, notes = prepare(recipe)
-    check_refinement(recipe, split)
+    if recipe.refine:
+        material_of(recipe, loaded.tokenizer, texts)
+    check_base(recipe, loaded)
+    if split and recipe.reference:
+        check_same_tokens(recipe.model, loaded.tokenizer, recipe.reference, load_tokenizer(recipe.reference), split)
     notes += looked
     if split and (refusal := check_sides(split, seed=recipe.seed).refusal):
         notes += (f"the audit will give no verdict: {refusal}",)

@@ -27,9 +27,11 @@ import numpy as np
 
 from geoquant.data.records import Record, check_split, read_records, write_records
 from geoquant.errors import UserError, missing_package, unknown_name
+from geoquant.folders import made
 from geoquant.plan.bandit import POLICIES
+from geoquant.plan.space import SPACE, Dimension, check_space, probes
 from geoquant.recipe import Recipe, checked
-from geoquant.runs import read_json, write_json
+from geoquant.runs import check_writable, read_json, write_json
 
 if TYPE_CHECKING:
     import optuna
@@ -40,25 +42,6 @@ JOURNAL, SETTINGS = "journal.log", "tune.json"
 SAMPLERS = ("tpe", "gp", "random", *POLICIES)
 SPREAD = 0.1  # of losses, nats per token: the bandits' unit
 MISSED = 10.0  # nats: what a missed goal counts for a bandit, times the relative miss
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """A recipe field and where to look for its value. levels: the list that bandits choose from."""
-
-    field: str
-    low: float
-    high: float
-    log: bool = False
-    levels: int = 5
-
-    def grid(self) -> tuple[float, ...]:
-        """Evenly spaced, in the logarithm if `log`."""
-        space = np.geomspace if self.log else np.linspace
-        return tuple(float(round(value, 6)) for value in space(self.low, self.high, self.levels))
-
-
-SPACE = (Dimension("anchor", 0.0, 0.9), Dimension("rate", 2.25, 4.5))
 
 
 @dataclass(frozen=True)
@@ -117,19 +100,36 @@ def check_disjoint(search: Sequence[Record], final: Sequence[Record]) -> None:
         )
 
 
-def _split(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe of the trials, whose records are those of the search."""
+def _sides(recipe: Recipe) -> dict[str, tuple[tuple[Record, ...], tuple[Record, ...]]]:
+    """Members and non-members, each (for the search, for the final audit). Raises UserError."""
     if recipe.members is None or recipe.nonmembers is None:
         raise UserError("tuning measures an attack", wanted="--members F and --nonmembers F")
     if recipe.canaries is not None:
         raise UserError("canaries belong to the final audit", fix="leave --canaries out, and give them to audit")
     sides = {name: halves(read_records(getattr(recipe, name))) for name in ("members", "nonmembers")}
+    for place, part in enumerate(("search", "final audit")):
+        try:
+            check_split(sides["members"][place], sides["nonmembers"][place])
+        except UserError as error:
+            raise UserError(f"the half of the records that is for the {part}: {error}") from None
+    check_disjoint(*(sum((own[place] for own in sides.values()), ()) for place in (0, 1)))
+    return sides
+
+
+def _divided(recipe: Recipe, sides: Mapping[str, Sequence[Sequence[Record]]], folder: Path) -> Recipe:
+    """The recipe of the trials, whose records are those of the search; both halves are written to the folder."""
     for place, part in enumerate(("search", "final")):
-        check_split(sides["members"][place], sides["nonmembers"][place])
         for name, own in sides.items():
             write_records(folder / part / f"{name}.jsonl", own[place])
-    check_disjoint(*(sum((own[place] for own in sides.values()), ()) for place in (0, 1)))
     return recipe.model_copy(update={name: str(folder / "search" / f"{name}.jsonl") for name in sides})
+
+
+def check_run(recipe: Recipe) -> None:
+    """Everything that `quantize` would refuse before its first long step; the model is read for that, nothing written.
+    Raises UserError."""
+    from geoquant.pipeline import make_plan
+
+    make_plan(recipe)
 
 
 def measure_run(recipe: Recipe, folder: Path) -> Outcome:
@@ -161,13 +161,15 @@ def tune(
     space: Sequence[Dimension] = SPACE,
     seed: int = 0,
     measure: Measure = measure_run,
+    check: Callable[[Recipe], None] = check_run,
 ) -> dict:
     """Search `space` with so many trials in all, in several processes; stops early when the last `patience` finished
     trials brought nothing better. A folder that holds a search of the same settings goes on with it.
 
     sampler: `tpe`, `gp`, `random`, or a bandit (`ucb`, `thompson`) over the first dimension's levels, the others as in
-    the recipe. Workers that end together may add a trial each; a trial that was killed is tried anew. Returns what
-    tune.json holds. Raises UserError.
+    the recipe. Workers that end together may add a trial each; a trial that was killed is tried anew. check: looks at a
+    trial's recipe, with the records of both halves, before a folder is made. Returns what tune.json holds. Raises
+    UserError, where it can before anything is written.
     """
     _optuna()
     if sampler not in SAMPLERS:
@@ -175,12 +177,12 @@ def tune(
     for name, given in (("trials", trials), ("workers", workers), ("patience", patience)):
         if given < 1:
             raise UserError(f"--{name} {given}", wanted="at least 1")
-    if unknown := [one.field for one in space if one.field not in Recipe.model_fields]:
-        raise unknown_name("recipe field", unknown[0], Recipe.model_fields)
+    check_space(space)
     if recipe.base is None and any(one.field == "anchor" for one in space):
         raise UserError("the search moves the anchor", wanted="--base MODEL, the one it was fine-tuned from")
     if goal.size is not None and not recipe.formats:
         raise UserError("a size is that of an exported model", got="no format", wanted="--format, at least one")
+    asked = [_trial(recipe, values) for values in probes(space, levels=sampler in POLICIES)]
     folder = Path(out)
     settings = {
         "recipe": recipe.model_dump(mode="json"),
@@ -189,14 +191,12 @@ def tune(
         "sampler": sampler,
         "seed": seed,
     }
-    if (folder / SETTINGS).exists():
-        known = read_json(folder / SETTINGS, settings=dict)["settings"]
-        if other := [name for name in settings if known.get(name) != settings[name]]:
-            raise UserError(f"{folder} holds a search of another {other[0]}", fix="choose a new --out folder")
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"output folder {folder} is not empty", fix="choose a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    own = _split(recipe, folder)
+    new = _is_new(folder, settings)
+    sides = _sides(recipe)
+    if new:
+        check(asked[-1])
+    folder = made(folder)
+    own = _divided(recipe, sides, folder)
     write_json(folder / SETTINGS, {"settings": settings, "best": None})
     _study(folder, sampler, seed)  # once, before anyone shares it
     work = partial(_work, folder, own, goal, trials, sampler, patience, tuple(space), seed, measure)
@@ -231,6 +231,34 @@ def tune(
     return told
 
 
+def _is_new(folder: Path, settings: Mapping) -> bool:
+    """Whether no search is there yet. Raises UserError for another search, and for a place where none can be."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder} is a file", wanted="a folder")
+        new = not (folder / SETTINGS).exists()
+        if new and folder.exists() and any(folder.iterdir()):
+            raise UserError(f"output folder {folder} is not empty", fix="choose a new folder")
+        if new:
+            check_writable(folder / SETTINGS)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}", fix="choose another --out folder") from None
+    if not new:
+        known = read_json(folder / SETTINGS, settings=dict)["settings"]
+        if other := [name for name in settings if known.get(name) != settings[name]]:
+            raise UserError(f"{folder} holds a search of another {other[0]}", fix="choose a new --out folder")
+    return new
+
+
+def _trial(recipe: Recipe, values: Mapping[str, float]) -> Recipe:
+    """What a trial runs. Raises UserError for a value that the recipe does not take."""
+    bare = {}
+    if values.get("anchor") == 0 and not (recipe.refine and recipe.private):
+        # Nothing goes back to a base that serves nothing else.
+        bare = dict.fromkeys(("base", "private", "domain")) | {"aim": "everything"}
+    return checked({**recipe.model_dump(), **values, **bare})
+
+
 def _work(
     folder: Path,
     recipe: Recipe,
@@ -253,9 +281,7 @@ def _work(
             else trial.suggest_float(one.field, one.low, one.high, log=one.log)
             for one in (space[:1] if sampler in POLICIES else space)
         }
-        # Nothing goes back to a base that serves nothing else.
-        bare = dict.fromkeys(("base", "private", "domain")) | {"aim": "everything"} if values.get("anchor") == 0 else {}
-        found = measure(checked({**recipe.model_dump(), **values, **bare}), _run(folder, trial.number))
+        found = measure(_trial(recipe, values), _run(folder, trial.number))
         trial.set_user_attr("outcome", asdict(found))
         trial.set_user_attr("missed", goal.missed(found))
         return found.loss
