@@ -9,7 +9,8 @@ whether what was taken is memory in general or that of these records alone. All 
 with embeddings and head on the lattice too. A point is one run of the library's own `quantize`, with the short
 calibration of `privacy_curve.py`.
 
-One line a point is added to OUT/points.jsonl; points that are there are skipped.
+One line a point is added to OUT/points.jsonl; points that are there are skipped. What an aimed anchor measures lies in
+OUT/taught-KEY.safetensors, for all points of one model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from pathlib import Path
 import torch
 
 import privacy_curve as curve
-from geoquant import protecting
 from geoquant.cli.screen import Lines
 from geoquant.data.records import write_records
 from geoquant.data.synthetic import synthetic_records
@@ -33,7 +33,7 @@ from geoquant.privacy.audit import audit
 from geoquant.privacy.delong import delong_interval
 from geoquant.privacy.statistics import auc
 from geoquant.report.control import control_sentences, moved_rows
-from geoquant.runs import read_json, read_tensors, write_tensors
+from geoquant.runs import read_json
 
 DOMAIN = {"n": 300, "seed": 1001}  # of which every member of its own split is taken, 120 at most
 POINTS: dict[str, dict] = {
@@ -42,7 +42,6 @@ POINTS: dict[str, dict] = {
     **{f"aimed {strength:g}": {"anchor": strength, "aim": "memory"} for strength in (0.5, 0.7, 0.85, 1.0)},
 }
 SHOWN = ("reference", "loss")
-measured = protecting.taught
 
 
 def records(out: Path) -> dict[str, str]:
@@ -54,22 +53,6 @@ def records(out: Path) -> dict[str, str]:
     for name, side in sides.items():
         write_records(out / f"{name}.jsonl", side)
     return {name: str(out / f"{name}.jsonl") for name in sides}
-
-
-def remembering(path: Path):
-    """`taught` of one model, base and set of records, which all points of a regime share: measured once."""
-
-    def taught(*args: object, **kwargs: object) -> dict[str, dict[str, torch.Tensor]]:
-        if not path.exists():
-            found = measured(*args, **kwargs)
-            write_tensors(path, {f"{text}/{name}": own for text, many in found.items() for name, own in many.items()})
-        kept: dict[str, dict[str, torch.Tensor]] = {}
-        for key, values in read_tensors(path)[0].items():
-            text, _, name = key.partition("/")
-            kept.setdefault(text, {})[name] = values
-        return kept
-
-    return taught
 
 
 def point(place: Path, out: Path, regime: str, rate: float, name: str, progress) -> dict:
@@ -86,8 +69,7 @@ def point(place: Path, out: Path, regime: str, rate: float, name: str, progress)
         if overrides["aim"] == "memory":
             overrides |= records(out)
     run = out / "runs" / f"{regime}-{rate:g}-{name.replace(' ', '-')}"
-    protecting.taught = remembering(out / f"taught-{regime}.safetensors")
-    loaded, size = curve.compressed(run, model, overrides, progress)
+    loaded, size = curve.compressed(run, model, overrides, progress, shared=out)
     if POINTS[name]:
         protection = read_json(run / "report.json", protection=dict)["protection"]
     seconds = read_json(run / "report.json")["timings"]

@@ -240,8 +240,10 @@ def secrets(now: Audit, found: Measured, split: Split) -> dict | None:
     return {**row, "estimator": planted.estimator}
 
 
-def compressed(run: Path, model: Path, overrides: dict, progress: Progress) -> tuple[Loaded, dict]:
-    """The model through the library's own `quantize`, as ordinary weights, and its sizes."""
+def compressed(
+    run: Path, model: Path, overrides: dict, progress: Progress, shared: Path | None = None
+) -> tuple[Loaded, dict]:
+    """The model through the library's own `quantize`, as ordinary weights, and its sizes. shared: as there."""
     recipe = checked(
         {
             "model": str(model),
@@ -253,7 +255,12 @@ def compressed(run: Path, model: Path, overrides: dict, progress: Progress) -> t
         }
     )
     report = pipeline.quantize(
-        recipe, run, resume=(run / "manifest.json").exists(), progress=progress, command="benchmarks/privacy_curve.py"
+        recipe,
+        run,
+        resume=(run / "manifest.json").exists(),
+        shared=shared,
+        progress=progress,
+        command="benchmarks/privacy_curve.py",
     )
     return load(str(run / "dense")), report["size"]
 

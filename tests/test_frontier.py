@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from geoquant import charting, operating
+from geoquant import charting, operating, protecting
 from geoquant.aiming import aimed
 from geoquant.charting import frontier
 from geoquant.cli import run
@@ -205,6 +205,27 @@ def test_an_interrupted_point_goes_on(place, tmp_path, monkeypatch):
     found = frontier(folder / "tuned", tmp_path / "F", points=points, **told)
     assert seen == before  # no site was solved twice
     assert len(found["rows"]) == 2
+
+
+def test_aimed_points_share_what_was_measured_of_the_weights(place, tmp_path, monkeypatch):
+    folder, told = place
+    calls, taught = [], protecting.taught
+    monkeypatch.setattr(protecting, "taught", lambda *given, **more: calls.append(given) or taught(*given, **more))
+    for name, seed in (("seen", 21), ("fresh", 22)):
+        write_records(tmp_path / f"{name}.jsonl", make_records(10, seed))
+    given = {"private": tmp_path / "seen.jsonl", "domain": tmp_path / "fresh.jsonl"}
+    needs = ("base", "private", "domain")
+    aimed_ = {**BOX, "bits": 8, "aim": "memory"}
+    points = [Point(f"aimed {share:g}", "anchor", {**aimed_, "anchor": share}, needs=needs) for share in (0.5, 0.8)]
+    more = Point("aimed, other text", "anchor", {**aimed_, "anchor": 0.5, "calibration": None}, needs=needs)
+    found = frontier(folder / "tuned", tmp_path / "F", points=(POINTS[0], *points), **given, **told)
+    assert not found["failed"]
+    assert len(calls) == 1
+    again = frontier(folder / "tuned", tmp_path / "F", points=(POINTS[0], *points, more), **given, **told)
+    assert not again["failed"]
+    assert len(calls) == 2
+    assert len(list((tmp_path / "F" / "taught").iterdir())) == 2
+    assert not list((tmp_path / "F" / "points").rglob("taught*"))
 
 
 def test_several_processes_find_the_same(finished, place, tmp_path):

@@ -16,9 +16,12 @@ from geoquant import protecting
 from geoquant.data.private import make_records
 from geoquant.data.records import load_split, write_records
 from geoquant.errors import UserError
+from geoquant.measure import prepare_texts
+from geoquant.model.load import load
 from geoquant.pipeline import export, quantize
 from geoquant.privacy.aim import spread_over
 from geoquant.privacy.anchor import anchored
+from geoquant.progress import silent
 from geoquant.recipe import checked
 
 SHORT = {
@@ -206,6 +209,83 @@ def test_what_was_measured_is_not_measured_again(aimed_run, tmp_path, monkeypatc
     quantize(asked, cut, resume=True)
     ours, truth = tensors(cut / "coded"), tensors(whole / "coded")
     assert all(torch.equal(ours[name], truth[name]) for name in truth)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """How often it was measured, while it is."""
+    calls, taught = [], protecting.taught
+    monkeypatch.setattr(protecting, "taught", lambda *given, **more: calls.append(given) or taught(*given, **more))
+    return calls
+
+
+def test_runs_share_what_was_measured_of_the_same_weights_and_texts(
+    tuned, tiny_model_dir, sides, aimed_run, tmp_path, measured
+):
+    """Whoever comes second reads it. Another text, window, model or base is another measurement."""
+    shared, (asked, whole, _) = tmp_path / "shared", aimed_run
+    public = prepare_texts(load(asked.model).tokenizer, asked).calibration.tokens[: protecting.PUBLIC]
+
+    def seen(number: int, public=public, **changes):
+        own = asked.model_copy(update={"anchor": 0.1 * (number + 1), **changes})
+        models = load(own.model), load(own.base)
+        found, told = protecting._taught(tmp_path / str(number), own, *models, public, shared, silent)
+        assert len(measured) == len(list(shared.glob("taught-*.safetensors")))
+        assert len(list(shared.iterdir())) == len(measured)  # nothing half-written
+        return found, told
+
+    first, told = seen(0)
+    assert told["here"]
+    truth = load_file(whole / "taught.safetensors")
+    assert first.keys() == truth.keys()
+    assert all(torch.equal(first[name], own) for name, own in truth.items())
+    again, later = seen(1)
+    assert later == {"seconds": told["seconds"], "here": False}
+    assert all(torch.equal(again[name], own) for name, own in truth.items())
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(sides["domain"], copy)
+    assert not seen(2, domain=str(copy))[1]["here"]  # told by what it says
+    copy.write_text("".join(copy.read_text().splitlines(keepends=True)[1:]))
+    moved(tiny_model_dir, tmp_path / "other", seed=9)
+    others = [
+        {"domain": str(copy)},
+        {"private": sides["domain"], "domain": sides["private"]},
+        {"window": 16},
+        {"public": public[:2]},
+        {"model": str(tmp_path / "other")},
+        {"base": str(tmp_path / "other")},
+    ]
+    for number, changes in enumerate(others, start=3):
+        assert seen(number, **changes)[1]["here"]
+        assert len(measured) == number - 1
+    assert not list(tmp_path.glob("[0-9]*/taught*"))
+
+
+def test_of_two_that_measure_at_once_both_go_by_the_first_that_wrote(aimed_run, tmp_path, monkeypatch):
+    asked, shared = aimed_run[0], tmp_path / "shared"
+    models = load(asked.model), load(asked.base)
+    public, taught = prepare_texts(models[0].tokenizer, asked).calibration.tokens[:4], protecting.taught
+    told = []
+
+    def slower(*given, **more):
+        """While this one measures, another process does, in another order of summing."""
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                protecting,
+                "taught",
+                lambda *args, **options: {
+                    text: {name: 1.001 * own for name, own in many.items()}
+                    for text, many in taught(*args, **options).items()
+                },
+            )
+            told.append(protecting._taught(tmp_path, asked, *models, public, shared, silent)[0])
+        return taught(*given, **more)
+
+    monkeypatch.setattr(protecting, "taught", slower)
+    found, _ = protecting._taught(tmp_path, asked, *models, public, shared, silent)
+    assert found.keys() == told[0].keys()
+    assert all(torch.equal(found[name], own) for name, own in told[0].items())
+    assert len(list(shared.iterdir())) == 1
 
 
 def test_records_that_the_levers_saw_are_told_and_learned_ones_refused(tuned, tiny_model_dir, sides, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from geoquant import cli, tuning
+from geoquant import cli, pipeline, tuning
 from geoquant.data.records import Record, write_records
 from geoquant.errors import UserError
 from geoquant.plan import estimate
@@ -234,6 +234,20 @@ def test_the_space_holds_fields_of_a_recipe():
         checked({"model": "m", one.field: one.high})
         assert one.grid()[0] == one.low
         assert one.grid()[-1] == one.high
+
+
+def test_trials_share_what_is_measured_of_the_weights(recipe, tmp_path, monkeypatch):
+    seen = []
+
+    def quantized(recipe, folder, *, resume, shared):
+        seen.append(shared)
+        attacks = [{"subject": "quantized", "auc": 0.6}]
+        quality = {"quantized": {"nll": 2.0}}
+        return {"privacy": {"attacks": attacks}, "quality": quality, "size": {"total_bytes": 1}}
+
+    monkeypatch.setattr(pipeline, "quantize", quantized)
+    tune(recipe, tmp_path / "t", Goal(), trials=2)
+    assert seen == [tmp_path / "t" / "taught"] * 2
 
 
 def test_trials_on_a_model_are_whole_runs(tiny_model_dir, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ OUT/
   original/             measured once: what every point is compared with
   points/NAME/          the report of each point's run
   measured/NAME.json    what was measured of it; a point that is there is not made again
+  taught/               what aimed levers measured of the weights and records, for all points that need the same
   jobs/, logs/          what was asked for; what went wrong
   frontier.json, frontier.html
 """
@@ -29,7 +30,7 @@ from geoquant.evaluate.tasks import load_task
 from geoquant.folders import begin, claim, made
 from geoquant.manifest import versions
 from geoquant.model.load import identity, locate
-from geoquant.operating import Job, job_path, measured_path, operate
+from geoquant.operating import TAUGHT, Job, job_path, measured_path, operate
 from geoquant.pipeline import load_records
 from geoquant.plan.default_points import default_points
 from geoquant.plan.points import INPUTS, ORIGINAL, Point, check_names, fitting
@@ -40,7 +41,7 @@ from geoquant.runs import check_writable, file_hash, read_json, write_json
 
 __all__ = ["frontier"]
 
-OURS = ("manifest.json", "original", "points", "measured", "jobs", "logs", "frontier.json", "frontier.html")
+OURS = ("manifest.json", "original", "points", "measured", "jobs", "logs", TAUGHT, "frontier.json", "frontier.html")
 FILES = ("members", "nonmembers", "canaries", "private", "domain", "evaluation", "calibration")
 ELSEWHERE = {
     *FILES,

@@ -2,6 +2,7 @@
 
 OUT/original/             measurements of the original and of the base, which every point is compared with
 OUT/points/NAME/          the run of one point; once measured only its report and manifest are kept
+OUT/taught/               what levers measured of the weights: for all points that need the same
 OUT/measured/NAME.json    what the frontier reads: figures, and values by window and by record for paired errors
 OUT/jobs/NAME.json        what was asked for
 """
@@ -42,7 +43,9 @@ from geoquant.reporting import Clock, model_facts
 from geoquant.runs import PARTIAL, read_json, write_json
 from geoquant.variants import write_variant
 
-__all__ = ["Job", "job_path", "measured_path", "operate", "read_job"]
+__all__ = ["TAUGHT", "Job", "job_path", "measured_path", "operate", "read_job"]
+
+TAUGHT = "taught"
 
 KEPT = ("manifest.json", "report.json", "report.html", "released.json")
 
@@ -158,7 +161,8 @@ def _quantized(job: Job, recipe: Recipe, run: Path, progress: Progress) -> dict:
         {**recipe.model_dump(exclude_unset=True), "formats": ("dense",) if job.tasks else (), "verify": False}
     )
     again = (run / "manifest.json").exists()
-    report = quantize(recipe, run, resume=again, known=original, progress=progress, command=job.command)
+    told = {"known": original, "shared": Path(job.out) / TAUGHT, "progress": progress, "command": job.command}
+    report = quantize(recipe, run, resume=again, **told)
     split = load_records(recipe)
     base = scores = None
     if split:

@@ -72,6 +72,7 @@ def quantize(
     *,
     resume: bool = False,
     known: Path | None = None,
+    shared: Path | None = None,
     goal: dict | None = None,
     progress: Progress = silent,
     command: str = "",
@@ -79,6 +80,7 @@ def quantize(
     """Compress `recipe.model` into the run folder `out`; returns the report.
 
     known: a folder with what was measured of the same original on the same texts and records (measure.take_over).
+    shared: a folder for what levers measure of a model and its texts, where several runs may need the same.
     goal: why these options were chosen (aiming.aimed), for the report.
 
     Raises UserError for whatever the user can mend, before any work where that is possible. A run that was
@@ -150,7 +152,8 @@ def quantize(
     protection = None
     if protected(recipe):
         with clock("protect"):
-            protection = protect(run, recipe, loaded, texts.calibration.tokens[:PUBLIC], progress)
+            public = texts.calibration.tokens[:PUBLIC]
+            protection = protect(run, recipe, loaded, public, progress, shared=shared)
             loaded = None  # never two models in memory
             if released(recipe):  # nothing that was decided on the private model outlives it
                 loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))

@@ -5,6 +5,7 @@ one. Whatever follows (metric, scales, order, rates) is decided on the protected
 them back.
 
     RUN/taught.safetensors    what each group of weights taught the model of private, domain and public text
+    SHARED/taught-KEY.safetensors   the same where runs of one model share it, under a key of all that it depends on
     RUN/released.json         that private weights were released into this run, which must not happen twice
     RUN/protected/            an ordinary model folder: it can be evaluated and audited by itself
         protection.json       which levers made it, and how much they changed
@@ -13,13 +14,18 @@ them back.
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import math
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from geoquant import __version__
 from geoquant.data.records import Split, check_split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
@@ -28,8 +34,8 @@ from geoquant.measure import BUILTIN, prepare_texts
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import trim
-from geoquant.observe.texts import padded
-from geoquant.privacy.aim import TEXTS, goes_back, spread_over, taught
+from geoquant.observe.texts import Sequences, padded
+from geoquant.privacy.aim import GROUP, TEXTS, goes_back, spread_over, taught
 from geoquant.privacy.anchor import anchored
 from geoquant.privacy.guarantee.claim import Inherit
 from geoquant.privacy.scoring import encode
@@ -128,9 +134,17 @@ def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, .
     return ()
 
 
-def protect(run: Path, recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n length"], progress: Progress) -> dict:
+def protect(
+    run: Path,
+    recipe: Recipe,
+    loaded: Loaded,
+    public: Int[Tensor, "n length"],
+    progress: Progress,
+    *,
+    shared: Path | None = None,
+) -> dict:
     """Make RUN/protected of the given model, if it is not there; what the report says of the levers. public: windows of
-    public text.
+    public text. shared: a folder where runs find what others measured of the same weights and texts, and leave it.
 
     The model is changed in place, so that memory never holds it twice: the caller gives it up and goes on with
     `load_protected`.
@@ -142,7 +156,7 @@ def protect(run: Path, recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n le
         else:
             base, made = load(recipe.base, device=recipe.device), loaded
             check_same_weights(loaded, base)
-            facts = _anchor(run, recipe, loaded, base, public, progress)
+            facts = _anchor(run, recipe, loaded, base, public, shared, progress)
         dtype = chosen_dtype(made.model, None)
         if released(recipe):
             write_json(run / RELEASED, {"mechanism": facts["guarantee"]["mechanism"]})
@@ -201,13 +215,21 @@ def check_base(recipe: Recipe, loaded: Loaded) -> None:
             _long_enough(name, encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window))
 
 
-def _anchor(run: Path, recipe: Recipe, loaded: Loaded, base: Loaded, public: Tensor, progress: Progress) -> dict:
+def _anchor(
+    run: Path,
+    recipe: Recipe,
+    loaded: Loaded,
+    base: Loaded,
+    public: Tensor,
+    shared: Path | None,
+    progress: Progress,
+) -> dict:
     """Every weight, embeddings, norms and biases too, moved towards the base's in place."""
     theirs = dict(base.model.named_parameters())
     facts = {"lever": "anchor", "aim": recipe.aim, "anchor": recipe.anchor, "base_sha256": model_hash(base.model)}
     choice = None
     if recipe.aim == "memory":
-        choice = _taught(run, recipe, loaded, theirs, public, progress)
+        choice, facts["measuring"] = _taught(run, recipe, loaded, base, public, shared, progress)
     before = after = 0.0
     moved: dict[str, list[int]] = {}
     told = {text: [0.0, 0.0] for text in TEXTS}
@@ -242,21 +264,44 @@ def _part_of(name: str) -> str:
 
 
 def _taught(
-    run: Path, recipe: Recipe, loaded: Loaded, base: dict[str, Tensor], public: Tensor, progress: Progress
-) -> dict[str, Tensor]:
-    """By text and parameter, what the change of each group of weights taught; measured once per run."""
-    path = run / "taught.safetensors"
-    if path.exists():
-        return read_tensors(path)[0]
+    run: Path,
+    recipe: Recipe,
+    loaded: Loaded,
+    base: Loaded,
+    public: Tensor,
+    shared: Path | None,
+    progress: Progress,
+) -> tuple[dict[str, Tensor], dict]:
+    """By text and parameter, what the change of each group of weights taught, measured once: per run, or in a shared
+    folder per contents. And how long that took (None where nobody wrote it down), and whether it was here.
+    """
     filler = loaded.tokenizer.pad_token_id or 0
     texts = {"public": padded(public.tolist(), filler)}
     for name in ("private", "domain"):
         encoded = encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window)
         texts[name] = padded(_long_enough(name, encoded), filler)
-    found = taught(loaded.model, base.__getitem__, texts, progress=progress)
-    sums = {f"{text}/{name}": values for text, many in found.items() for name, values in many.items()}
-    write_tensors(path, sums)
-    return sums
+    path = run / "taught.safetensors"
+    if shared is not None:
+        path = shared / f"taught-{_key(loaded, base, texts)}.safetensors"
+    here = not path.exists()
+    if here:
+        started = time.perf_counter()
+        found = taught(loaded.model, dict(base.model.named_parameters()).__getitem__, texts, progress=progress)
+        sums = {f"{text}/{name}": values for text, many in found.items() for name, values in many.items()}
+        if not path.exists():  # or another process was first, and all go by what that one found
+            write_tensors(path, sums, {"seconds": f"{time.perf_counter() - started:.3f}"})
+    sums, told = read_tensors(path)
+    return sums, {"seconds": float(told["seconds"]) if "seconds" in told else None, "here": here}
+
+
+def _key(loaded: Loaded, base: Loaded, texts: Mapping[str, Sequences]) -> str:
+    """Names everything that the measurement depends on: both models' tensors, and the tokens of every text."""
+    cut = {
+        name: [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in (text.tokens, text.lengths)]
+        for name, text in texts.items()
+    }
+    told = [__version__, GROUP, model_hash(loaded.model), model_hash(base.model), cut]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _long_enough(name: str, encoded: list[tuple[list[int], list]]) -> list[list[int]]:

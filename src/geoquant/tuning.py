@@ -9,6 +9,7 @@ text, so that no later run can mix them. What was tuned against an attack is jud
     TUNE/journal.log        every trial, whoever ran it (Optuna's journal): the search goes on from it
          search/, final/    members.jsonl, nonmembers.jsonl of either side
          trials/0007/       the run folder of a trial
+         taught/            what an aimed anchor measured of the weights and records, for all trials
          tune.json          settings; and of a finished search the best trial
 """
 
@@ -133,11 +134,11 @@ def check_run(recipe: Recipe) -> None:
 
 
 def measure_run(recipe: Recipe, folder: Path) -> Outcome:
-    """Run the whole pipeline in `folder`, or read what it left there. leak: the largest `|2 AUC - 1|` of all attacks on
-    the compressed model."""
+    """Run the whole pipeline in `folder`, TUNE/trials/NUMBER, or read what it left there. leak: the largest
+    `|2 AUC - 1|` of all attacks on the compressed model."""
     from geoquant.pipeline import quantize
 
-    report = quantize(recipe, folder, resume=folder.exists())
+    report = quantize(recipe, folder, resume=folder.exists(), shared=folder.parents[1] / "taught")
     attacks = [one for one in report["privacy"]["attacks"] if one["subject"] == "quantized"]
     return Outcome(
         loss=report["quality"]["quantized"]["nll"],
