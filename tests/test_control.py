@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from geoquant.cli.frontier import cells
 from geoquant.control import AXES, Z, control_matrix, noise_of, strongest_alone
 from geoquant.plan.points import Change, Point
 from geoquant.report import curve
@@ -198,3 +199,19 @@ def test_a_lost_model_hides_no_other():
 def test_changes_have_words():
     assert Change("interpolate", 0.4).words == "0.4 of the change from the base, all tensors"
     assert "four-bit steps on linear layers" in Change("noise", 1.2).words
+
+
+def test_the_page_says_what_levers_cost():
+    timings = {"load": 2.0, "quantize": 20.0}
+    parts = [measured(1)] + [measured(seed) | {"timings": timings} for seed in (2, 3)]
+    parts[2]["timings"] = timings | {"protect": 11.0}
+    points = [Point("original", "original", quantize=False), Point("plain", "lattice", {"rate": 3.25})]
+    points.append(Point("anchored", "anchor", {"rate": 3.25, "anchor": 0.7}))
+    found = control_matrix(points, parts)
+    assert [row["cost"] and row["cost"]["extra"] for row in found["rows"]] == [None, 0.0, 11.0]
+    assert "anchor 11 s (50% of the plain run, 1 point)" in found["costs"]
+    assert cells(found["rows"][2])[-1] == "+11"
+    assert cells(found["rows"][0])[-1] == "–"
+    page = render(whole(*parts) | found)
+    assert found["costs"] in page
+    assert '+11.0 s <span class="se">anchor +11.0</span>' in page

@@ -221,6 +221,13 @@ def test_aimed_points_share_what_was_measured_of_the_weights(place, tmp_path, mo
     found = frontier(folder / "tuned", tmp_path / "F", points=(POINTS[0], *points), **given, **told)
     assert not found["failed"]
     assert len(calls) == 1
+    # What it took stands in both rows: alone the second would have had to measure too.
+    took = [json.loads((tmp_path / "F" / "measured" / f"{point.name}.json").read_text()) for point in points]
+    assert took[0]["borrowed"] is None
+    assert took[1]["borrowed"] > 0
+    for one, cost in zip(took, [row(found, point.name)["cost"] for point in points], strict=True):
+        assert cost["levers"] == {"anchor": pytest.approx(one["timings"]["protect"] + (one["borrowed"] or 0))}
+    assert not took[0]["resumed"]
     again = frontier(folder / "tuned", tmp_path / "F", points=(POINTS[0], *points, more), **given, **told)
     assert not again["failed"]
     assert len(calls) == 2
@@ -262,6 +269,7 @@ def test_the_command_and_its_page(place, tmp_path, capsys):
     page = (tmp_path / "F" / "frontier.html").read_text()
     assert page.count('class="point f-own') >= 3  # both pictures and the table
     assert "no formal guarantee" in page
+    assert "Over plain" in page
     assert "http" not in page.replace("http-equiv", "")
     assert run(["frontier", str(folder / "tuned"), *given, "--json"]) == 0
     told_again = json.loads(capsys.readouterr().out)

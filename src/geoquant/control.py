@@ -20,6 +20,7 @@ from dataclasses import asdict
 import numpy as np
 from scipy.stats import norm
 
+from geoquant.costs import cost_sentence, costs
 from geoquant.plan.goals import SAME as SIZE
 from geoquant.plan.pareto import beats, undominated
 from geoquant.plan.points import Point
@@ -46,7 +47,10 @@ def control_matrix(points: Sequence[Point], measured: Sequence[Mapping]) -> dict
     """
     first = measured[0]
     named = attack_names(first)
-    rows = [_row(point, one, first, named) for point, one in zip(points, measured, strict=True)]
+    rows = [
+        _row(point, one, first, named) | {"cost": cost}
+        for point, one, cost in zip(points, measured, costs(points, measured), strict=True)
+    ]
     values, noise = _values(rows), noise_of(measured, named["primary"])
     there = [axis for axis, name in enumerate(AXES) if np.isfinite(values[:, axis]).any() and name not in _void(first)]
     values, noise = values[:, there], noise[there]
@@ -56,7 +60,8 @@ def control_matrix(points: Sequence[Point], measured: Sequence[Mapping]) -> dict
         best = next((one for one in better if marked[one]), better[0] if len(better) else None)
         row["pareto"] = bool(marked[index])
         row["beaten_by"] = None if marked[index] or best is None else rows[best]["name"]
-    return {"rows": rows, "axes": [AXES[axis] for axis in there], "attacks": named, "rule": RULE}
+    axes = [AXES[axis] for axis in there]
+    return {"rows": rows, "axes": axes, "attacks": named, "rule": RULE, "costs": cost_sentence(rows)}
 
 
 def _void(first: Mapping) -> tuple[str, ...]:

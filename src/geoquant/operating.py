@@ -23,6 +23,7 @@ import numpy as np
 from torch import nn
 
 from geoquant.auditing import attack
+from geoquant.costs import CHANGE
 from geoquant.data.records import Split
 from geoquant.errors import UserError
 from geoquant.evaluate.tasks import answer, load_task
@@ -92,11 +93,13 @@ def operate(job: Job, progress: Progress = silent) -> dict:
     if point.name != ORIGINAL and run.exists() and (not old.exists() or read_json(old).get("key") != job.key):
         shutil.rmtree(run)  # of another point with this name
     write_json(old, asdict(job))
-    with clock("all"), _weights(job, progress) as model:
+    with clock("all"), _weights(job, clock, progress) as model:
         recipe = checked({**job.recipe, "model": model})
         found = (_quantized if point.quantize else _as_it_is)(job, recipe, run, progress)
         if point.statement:
             found["guarantee"] = _inherited(point, model)
+    if "timings" in found:
+        found["timings"] |= {name: seconds for name, seconds in clock.seconds.items() if name != "all"}
     found |= {"key": job.key, "name": point.name, "seconds": clock.seconds["all"]}
     write_json(measured_path(out, point.name), found)
     if point.quantize and not job.keep:
@@ -107,7 +110,7 @@ def operate(job: Job, progress: Progress = silent) -> dict:
 
 
 @contextmanager
-def _weights(job: Job, progress: Progress) -> Iterator[str]:
+def _weights(job: Job, clock: Clock, progress: Progress) -> Iterator[str]:
     """The model that the point starts from; a changed one lies in a folder that is gone afterwards."""
     model = job.point.model or job.recipe["model"]
     if job.point.change is None:
@@ -116,7 +119,8 @@ def _weights(job: Job, progress: Progress) -> Iterator[str]:
     folder = Path(job.out) / f"{PARTIAL}weights-{job.point.name}"
     try:
         progress("weights", 0, 1, job.point.change.words)
-        write_variant(folder, model, job.base, job.point.change, seed=job.recipe.get("seed", 0))
+        with clock(CHANGE):
+            write_variant(folder, model, job.base, job.point.change, seed=job.recipe.get("seed", 0))
         yield str(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -181,8 +185,16 @@ def _quantized(job: Job, recipe: Recipe, run: Path, progress: Progress) -> dict:
         "guarantee": (privacy or {}).get("guarantee"),
         "warnings": report["warnings"],
         "timings": report["timings"],
+        "borrowed": _borrowed(report),
+        "resumed": again,
     }
     return told | _of_records(split, base, scores, privacy)
+
+
+def _borrowed(report: dict) -> float | None:
+    """Seconds of a measurement that the run needed and found: another point of the frontier had made it."""
+    measuring = (report["protection"] or {}).get("measuring")
+    return None if measuring is None or measuring["here"] else measuring["seconds"]
 
 
 def _bits(report: dict) -> dict:

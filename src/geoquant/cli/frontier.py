@@ -110,7 +110,7 @@ def show(found: dict, out: Path) -> None:
 
     table = Table(title=f"{found['model']['name']}: * no other point beats it", title_justify="left")
     table.add_column("point")
-    heads = ("bits", "public", "unseen", "AUC", "TPR", "exposure", "extracted", "guarantee", "seconds")
+    heads = ("bits", "public", "unseen", "AUC", "TPR", "exposure", "extracted", "guarantee", "seconds", "over plain")
     for head in heads:
         table.add_column(head, justify="right")
     for row in found["rows"]:
@@ -118,6 +118,8 @@ def show(found: dict, out: Path) -> None:
     console = stdout_console()
     console.print(table)
     print("public, unseen: loss above the original's, nats per token (paired SE); bits: of all parameters")
+    if found.get("costs"):
+        console.print(found["costs"], soft_wrap=True)
     for row in found["rows"]:
         if row["guarantee"]:  # no epsilon without what it covers and what it does not
             console.print(f"{row['name']}: {escape(row['guarantee']['sentence'])}", soft_wrap=True)
@@ -140,6 +142,7 @@ def cells(row: dict) -> list[str]:
         "–" if not spans else f"{spans['extracted']} of {spans['spans']}",
         "none" if not sure else f"ε {sure['epsilon']:g}, δ {sure['delta']:g}: {sure['adjacency']}",
         f"{row['seconds']:.0f}",
+        "–" if not (cost := row.get("cost")) or cost["extra"] is None else f"{cost['extra']:+.0f}",
     ]
 
 
