@@ -94,4 +94,4 @@ def test_a_row_of_the_terminal_has_dashes_for_what_was_not_measured():
         **dict.fromkeys(("domain", "primary", "exposure", "extraction", "guarantee")),
         "seconds": 2.0,
     }
-    assert cells(row) == ["3.25", "+0.1000 (0.0100)", "–", "–", "–", "–", "–", "none", "2"]
+    assert cells(row) == ["3.25", "+0.1000 (0.0100)", "–", "–", "–", "–", "–", "none", "2", "–"]
