@@ -36,10 +36,22 @@ from geoquant.report.control import control_sentences, moved_rows
 from geoquant.runs import read_json, read_tensors, write_tensors
 
 DOMAIN = {"n": 300, "seed": 1001}  # of which every member of its own split is taken, 120 at most
+PASSES = 8  # of refinement
 POINTS: dict[str, dict] = {
     "plain": {},
     **{f"interpolation {share:g}": {"anchor": round(1 - share, 2), "aim": "everything"} for share in (0.8, 0.6)},
     **{f"aimed {strength:g}": {"anchor": strength, "aim": "memory"} for strength in (0.5, 0.7, 0.85, 1.0)},
+    **{f"refined, weight {weight:g}": {"refine": PASSES, "refine_privacy": weight} for weight in (1.0, 10.0)},
+    **{
+        f"aimed {strength:g}, refined, weight {weight:g}": {
+            "anchor": strength,
+            "aim": "memory",
+            "refine": PASSES,
+            "refine_privacy": weight,
+        }
+        for strength in (0.7, 1.0)
+        for weight in (1.0, 10.0)
+    },
 }
 SHOWN = ("reference", "loss")
 measured = protecting.taught
@@ -80,17 +92,14 @@ def point(place: Path, out: Path, regime: str, rate: float, name: str, progress)
     public = curve.remembered(kept / "medical-base", "medical", lambda: load(str(models / "base")), progress)
     first = curve.remembered(kept / f"{regime}-original", "medical", lambda: load(str(model)), progress)
     overrides = {"rate": rate}
-    protection = None
     if POINTS[name]:
         overrides |= POINTS[name] | {"base": str(models / "base")}
-        if overrides["aim"] == "memory":
+        if overrides.get("aim") == "memory" or "refine" in overrides:
             overrides |= records(out)
-    run = out / "runs" / f"{regime}-{rate:g}-{name.replace(' ', '-')}"
+    run = out / "runs" / f"{regime}-{rate:g}-{name.replace(',', '').replace(' ', '-')}"
     protecting.taught = remembering(out / f"taught-{regime}.safetensors")
     loaded, size = curve.compressed(run, model, overrides, progress)
-    if POINTS[name]:
-        protection = read_json(run / "report.json", protection=dict)["protection"]
-    seconds = read_json(run / "report.json")["timings"]
+    told = read_json(run / "report.json", timings=dict)
     found = curve.measure(loaded, "medical", progress)
     del loaded
     shutil.rmtree(run)
@@ -99,9 +108,10 @@ def point(place: Path, out: Path, regime: str, rate: float, name: str, progress)
         "rate": rate,
         "point": name,
         "bits_per_weight": size["bits_per_weight"],
-        "protection": protection,
+        "protection": told["protection"],
+        "refinement": told["refinement"],
         **figures(found, first, public),
-        "timings": seconds,
+        "timings": told["timings"],
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -157,9 +167,11 @@ def show(rows: list[dict]) -> None:
             told = row["exposure"]
             cells.append(f"{told['mean']:.1f} ± {told['se']:.1f}" if told else "–")
             print("| " + " | ".join(cells) + " |")
-        for row in (row for row in rows if (row["regime"], row["rate"]) == (regime, rate) and row["protection"]):
+        for row in (row for row in rows if (row["regime"], row["rate"]) == (regime, rate)):
+            if not (told := control_sentences({**row, "privacy": None})):
+                continue
             moved = ", ".join(f"{name} {share:.0%}" for name, share in moved_rows(row))
-            print(f"\n{row['point']}: {' '.join(control_sentences({**row, 'privacy': None}))} Moved: {moved}.")
+            print(f"\n{row['point']}: {' '.join(told)}{f' Moved: {moved}.' if moved else ''}")
 
 
 def main() -> None:
