@@ -54,13 +54,19 @@ def test_known_verdicts():
     assert large["worse_than_chosen"] == ["size", "leakage"]
     assert fewer["least"]["leakage"] > fewer["leakage"]
     assert fewer["any"] == {"public": None, "domain": None}
-    assert "None leaks as little as 'lever'" in fewer["verdict"]
-    assert "'lever' dominates 1 of 2 points. Not large (better on loss on public text and loss on" in fewer["verdict"]
+    level, least = fewer["leakage"], fewer["least"]
+    assert fewer["verdict"] == (
+        "Fewer bits: 1 of 2 points are dominated. Not 'large' (better on loss on public text and loss on unseen "
+        f"records). None leaks as little as the chosen point (|AUC - 0.5| {level:.3f}): the least is "
+        f"{least['leakage']:.3f} ({least['name']!r})."
+    )
     assert back["dominated"] == ["half"]
-    assert noise["verdict"].startswith("Isotropic noise: 'lever' dominates every one of 1 points.")
+    assert noise["verdict"].startswith("Isotropic noise: 1 of 1 points are dominated. None leaks")
+    assert [one["standing"] for one in told["families"]] == ["never", "dearer", "never"]
     assert told["sentence"] == (
         "'lever' dominates 1 of 2 points of fewer bits, 1 of 2 points of interpolation and 1 of 1 points of isotropic "
-        "noise. No baseline dominates it."
+        "noise. No baseline dominates it. At its leakage, at any size: more loss with interpolation; out of "
+        "reach of fewer bits and isotropic noise."
     )
 
 
@@ -103,8 +109,10 @@ def test_a_baseline_that_dominates_the_chosen_point_is_named():
     better = rated("better", "interpolation"), measured(9, bits=3.3, loss=0.0, shift=0.0)
     told = against_baselines(*made(LEVER, better))
     assert verdicts(told)["interpolation"]["dominating"] == ["better"]
-    assert "It is dominated by better." in verdicts(told)["interpolation"]["verdict"]
-    assert told["sentence"].endswith("Dominated by better.")
+    assert "The chosen point is dominated by 'better'." in verdicts(told)["interpolation"]["verdict"]
+    assert told["sentence"].endswith(
+        "Dominated by 'better'. At its leakage, at any size: less loss with interpolation."
+    )
 
 
 def test_exposure_and_extraction_are_measures_too():
@@ -127,9 +135,9 @@ def test_exposure_and_extraction_are_measures_too():
     others = {one["name"]: one for one in found["not_dominated"]}
     assert others["less"]["better_than_chosen"] == ["exposure"]
     assert others["unknown"]["missing"] == ["exposure", "extraction"]
-    assert "less (better on exposure)" in found["verdict"]
-    assert "near (not told apart)" in found["verdict"]
-    assert "unknown (exposure and extraction measured of one of the two alone)" in found["verdict"]
+    assert "'less' (better on exposure)" in found["verdict"]
+    assert "'near' (not told apart)" in found["verdict"]
+    assert "'unknown' (exposure and extraction measured of one of the two alone)" in found["verdict"]
 
 
 def test_one_canary_tells_nothing_apart():
@@ -186,10 +194,14 @@ def test_a_lever_that_no_goal_private_admits_is_taken_by_balance():
 # ---- the page
 
 
+def plain(found: dict) -> str:
+    return render(found).replace("&#39;", "'")
+
+
 def test_the_page_has_the_sentences_the_lines_and_the_mark(capsys, tmp_path):
     matrix, parts = made(LEVER, SMALL, LARGE, BACK, HALF, LOUD)
     found = page_of(matrix, parts)
-    page = " ".join(render(found).replace("&#39;", "'").split())
+    page = " ".join(plain(found).split())
     assert found["baselines"]["sentence"] in page
     for one in found["baselines"]["families"]:
         assert one["verdict"] in page
@@ -213,7 +225,7 @@ def test_the_page_has_the_sentences_the_lines_and_the_mark(capsys, tmp_path):
 def test_a_frontier_without_baselines_or_levers_has_a_page(points, said):
     found = page_of(*made(*points))
     assert said in found["baselines"]["sentence"]
-    page = render(found).replace("&#39;", "'")
+    page = plain(found)
     assert said in page
     assert 'class="family' not in page or points == (SMALL, BACK)
 
@@ -228,8 +240,8 @@ def test_without_attacks_nothing_is_chosen_but_what_is_asked_for():
     assert "the records give no figure of leakage to choose by" in render(found)
     asked = page_of(matrix, bare, "lever")
     assert asked["baselines"]["measures"] == ["size", "public"]
-    page = render(asked).replace("&#39;", "'")
-    assert "Fewer bits: 'lever' dominates 0 of 1 points. Not small (not told apart). Leakage was not compared." in page
+    page = plain(asked)
+    assert "Fewer bits: 0 of 1 points are dominated. Not 'small' (not told apart). Leakage was not compared." in page
     assert page.count("not measured") >= 7  # every counterpart of the published matrix
 
 

@@ -37,7 +37,13 @@ MEASURES = {
     "extraction": "extraction",
 }
 LOSSES = {"public": "public text", "domain": "unseen records"}
-REACH = {"any": "any size", "no_larger": "no larger than the chosen point"}
+REACH = ("any", "no_larger")  # points of any size; of those, the ones no larger than the chosen point
+STANDING = {  # of a family at the leakage of the chosen point
+    "cheaper": "less loss with",
+    "undecided": "neither clearly more nor less loss with",
+    "dearer": "more loss with",
+    "never": "out of reach of",
+}
 RULE = (
     "The chosen point dominates another that is worse by more than the noise on one measure and better by more than it "
     "on none. Along a family's line, its points with no other to their lower left are joined; between two points, loss "
@@ -104,7 +110,8 @@ def against_baselines(matrix: Mapping, measured: Sequence[Mapping], wanted: str 
         found = _dominance(rows, values, noise, names, chosen, others)
         if "leakage" in names:
             found |= _at_its_leakage(rows, measured, chosen, others)
-        families.append({"family": family, **found, "verdict": _verdict(family, found, rows[chosen])})
+            found["standing"] = _standing(found)
+        families.append({"family": family, **found, "verdict": _verdict(family, found)})
     return told | {"measures": names, "sentence": _sentence(name, families), "families": families}
 
 
@@ -235,29 +242,34 @@ def _series(one: Mapping, loss: str) -> list:
 
 
 def _sentence(name: str, families: Sequence[Mapping]) -> str:
-    parts = [
-        f"{len(one['dominated'])} of {one['points']} points of {one['family']}" for one in families if one["points"]
-    ]
-    against = [point for one in families for point in one["dominating"]]
-    end = f" Dominated by {_listed(against)}." if against else " No baseline dominates it." if parts else ""
-    return f"{name!r} dominates {_listed(parts)}.{end}" if parts else f"{name!r}: no baseline was measured."
+    there = [one for one in families if one["points"]]
+    if not there:
+        return f"{name!r}: no baseline was measured."
+    parts = [f"{len(one['dominated'])} of {one['points']} points of {one['family']}" for one in there]
+    told = [f"{name!r} dominates {_listed(parts)}."]
+    against = [point for one in there for point in one["dominating"]]
+    told.append(f"Dominated by {_quoted(against)}." if against else "No baseline dominates it.")
+    standing = {word: [one["family"] for one in there if one.get("standing") == word] for word in STANDING}
+    standings = [f"{STANDING[word]} {_listed(names)}" for word, names in standing.items() if names]
+    if standings:
+        told.append(f"At its leakage, at any size: {'; '.join(standings)}.")
+    return " ".join(told)
 
 
-def _verdict(family: str, found: Mapping, row: Mapping) -> str:
+def _verdict(family: str, found: Mapping) -> str:
     """What the numbers say of one family."""
-    name, start = row["name"], family.capitalize()
+    start = family.capitalize()
     if not found["points"]:
         return f"{start}: no point was measured."
-    count, of = len(found["dominated"]), found["points"]
-    told = [f"{start}: {name!r} dominates {'every one' if count == of else count} of {of} points."]
+    told = [f"{start}: {len(found['dominated'])} of {found['points']} points are dominated."]
     reasons: dict[str, list[str]] = {}
     for one in found["not_dominated"]:
         reasons.setdefault(_reason(one), []).append(one["name"])
     if reasons:
-        told.append(f"Not {'; '.join(f'{_listed(names)} ({why})' for why, names in reasons.items())}.")
+        told.append(f"Not {'; '.join(f'{_quoted(names)} ({why})' for why, names in reasons.items())}.")
     if found["dominating"]:
-        told.append(f"It is dominated by {_listed(found['dominating'])}.")
-    return " ".join([*told, *(_readings(found, name) if "least" in found else ["Leakage was not compared."])])
+        told.append(f"The chosen point is dominated by {_quoted(found['dominating'])}.")
+    return " ".join([*told, _reading(found) if "least" in found else "Leakage was not compared."])
 
 
 def _reason(one: Mapping) -> str:
@@ -269,25 +281,35 @@ def _reason(one: Mapping) -> str:
     return "not told apart"
 
 
-def _readings(found: Mapping, name: str) -> list[str]:
+def _standing(found: Mapping) -> str | None:
+    """How dear the family is where it leaks as much as the chosen point, at any size; None where nothing is known."""
+    if found["least"] is None:
+        return None
+    if found["least"]["leakage"] > found["leakage"]:
+        return "never"
+    above = [one["above_chosen"] for one in found["any"].values() if one]
+    if all(one["value"] > Z * one["se"] for one in above):
+        return "dearer"
+    return "cheaper" if all(-one["value"] > Z * one["se"] for one in above) else "undecided"
+
+
+def _reading(found: Mapping) -> str:
     """What the family costs at the leakage of the chosen point, at any size and at its size."""
-    level, least = found["leakage"], found["least"]
+    least, level = found["least"], f"|AUC - 0.5| {found['leakage']:.3f}"
     if least is None:
-        return ["Of none was the attack measured."]
-    if least["leakage"] > level:
-        return [
-            f"None leaks as little as {name!r} (|AUC - 0.5| {level:.3f}): the least is {least['leakage']:.3f} "
-            f"({least['name']})."
-        ]
-    told = (
-        f"Where it leaks as little as {name!r} (|AUC - 0.5| {level:.3f}), its perplexity beside that one's is "
-        f"{_costs(found['any'])}"
-    )
+        return "Of none was the attack measured."
+    if found["standing"] == "never":
+        return (
+            f"None leaks as little as the chosen point ({level}): the least is {least['leakage']:.3f} "
+            f"({least['name']!r})."
+        )
+    told = f"Where it leaks as little as the chosen point ({level}), its perplexity beside that one's is "
+    told += _costs(found["any"])
     if found["no_larger"] == found["any"]:
-        return [f"{told}, at no larger a size."]
+        return f"{told}, at no larger a size."
     if not any(found["no_larger"].values()):
-        return [f"{told}; no point that is no larger leaks as little."]
-    return [f"{told}; with points that are no larger, {_costs(found['no_larger'])}."]
+        return f"{told}; no point that is no larger leaks as little."
+    return f"{told}; with points that are no larger, {_costs(found['no_larger'])}."
 
 
 def _costs(by_loss: Mapping[str, Mapping | None]) -> str:
@@ -302,7 +324,13 @@ def _costs(by_loss: Mapping[str, Mapping | None]) -> str:
 
 
 def _percent(nats: float) -> str:
-    return f"{100 * math.expm1(min(nats, 20.0)):+,.1f}%"
+    """A rise of the loss as one of perplexity; beyond a doubling no decimals."""
+    rise = 100 * math.expm1(min(nats, 20.0))
+    return f"{rise:+,.0f}%" if rise >= 100 else f"{rise:+.1f}%"
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return _listed([repr(name) for name in names])
 
 
 def _listed(parts: Sequence[str]) -> str:
