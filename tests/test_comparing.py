@@ -12,9 +12,11 @@ from geoquant.cli.frontier import show
 from geoquant.comparing import Z, against_baselines, check_chosen, pick, share_noise
 from geoquant.control import control_matrix
 from geoquant.errors import UserError
+from geoquant.plan.dominance import BASELINES
 from geoquant.plan.points import Change, Point
 from geoquant.plan.published import PUBLISHED, radius
 from geoquant.privacy.guarantee.gaussian import gaussian_delta
+from geoquant.report import curve
 from geoquant.report.frontier import render
 
 ORIGINAL = Point("original", "original", quantize=False)
@@ -196,6 +198,27 @@ def test_a_lever_that_no_goal_private_admits_is_taken_by_balance():
 
 def plain(found: dict) -> str:
     return render(found).replace("&#39;", "'")
+
+
+def test_the_lines_of_the_picture_go_through_their_points_straight_in_nats():
+    wide = rated("wide", "interpolation", 8.0), measured(8, bits=8.0, loss=0.01, shift=0.6)
+    matrix, parts = made(LEVER, BACK, HALF, wide)
+    told = against_baselines(matrix, parts)["families"]
+    signs = {family: members[0] for family, members in BASELINES.items()}
+    rows = {row["name"]: row for row in matrix["rows"]}
+    dashed, solid = curve.family_lines(matrix["rows"], told, signs, "domain")
+    assert (dashed.dashed, solid.dashed) == (True, False)
+    assert {dashed.family, solid.family} == {"interpolation"}
+    for one, names in ((dashed, ["back", "wide"]), (solid, ["back", "half"])):
+        ends = [(rows[name]["domain"]["delta"]["value"], rows[name]["primary"]["two_sided"]) for name in names]
+        assert one.places[0] == pytest.approx((100 * math.expm1(ends[0][0]), ends[0][1]))
+        assert one.places[-1] == pytest.approx((100 * math.expm1(ends[1][0]), ends[1][1]))
+        nats, leaks = np.log1p(np.array(one.places)[:, 0] / 100), np.array(one.places)[:, 1]
+        assert np.polyval(np.polyfit(nats, leaks, 1), nats) == pytest.approx(leaks)
+    # Drawn once where all points are no larger than the chosen one.
+    matrix, parts = made(LEVER, BACK, HALF)
+    (line,) = curve.family_lines(matrix["rows"], against_baselines(matrix, parts)["families"], signs, "public")
+    assert not line.dashed
 
 
 def test_the_page_has_the_sentences_the_lines_and_the_mark(capsys, tmp_path):

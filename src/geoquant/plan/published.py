@@ -1,7 +1,8 @@
 """A published control matrix, and which points of a frontier are its counterparts.
 
-Published: epsilon, noise in steps of the grid, rise of perplexity, and success of a membership attack. No neighbours
-are stated, and epsilon without neighbours is no claim: noise of s steps on every weight gives epsilon
+Published: epsilon, noise in steps of the grid, rise of perplexity, and success of a membership attack (how it was
+counted is not stated). No neighbours are stated, and epsilon without neighbours is no claim: noise of s steps on every
+weight gives epsilon
 
     for any two weight vectors within  s mu(epsilon, delta)  steps of each other (L2, all weights together),
 
@@ -26,7 +27,7 @@ BITS = 4  # of the grid in whose steps noise is counted
 
 @dataclass(frozen=True)
 class Published:
-    """One setting as it was published. noise: in steps; rise: of perplexity; success: share of right guesses."""
+    """One setting as it was published. noise: in steps; rise: of perplexity; success: of the attack."""
 
     epsilon: float
     noise: float
@@ -99,7 +100,7 @@ def _measured(row: Mapping, first: Mapping, guessed: Mapping | None) -> dict:
         "epsilon": sure and sure["epsilon"],
         "delta": sure and sure["delta"],
         "adjacency": sure and sure["adjacency"],
-        "noise": change["amount"] if change else 0.0 if not sure else None,
+        "noise": change["amount"] if change else None if sure else 0.0,
         "noise_words": sure and sure.get("noise"),
         "rise": {
             "value": now["perplexity"] - first["public"]["perplexity"],
