@@ -79,9 +79,9 @@ def look_back(
     curvature, forecasts = curvature_of(run / "token_weights.safetensors", observe)
     if not lattice:
         return curvature, None
-    rates = None
-    if recipe.plan is not None:
-        rates = {stage.name: plan[stage.name].bits_per_weight for block in blocks for stage in block.stages}
+    if recipe.plan is None:
+        return curvature, rate_control(blocks, recipe.rate, forecasts)
+    rates = {stage.name: plan[stage.name].bits_per_weight for block in blocks for stage in block.stages}
     return curvature, rate_control(blocks, plan.bits_per_weight, forecasts, rates)
 
 
