@@ -19,6 +19,7 @@ __all__ = ["NEAR", "StageRates"]
 
 NEAR = 0.005  # share of its rate by which a stage may miss what it aims at, and by which it aims beside its rate
 TRIES = 4  # solutions of a stage at most
+FLATTEST, STEEPEST = 0.3, 1.5  # bits per octave of the step
 
 
 @dataclass
@@ -42,7 +43,7 @@ class StageRates(RateControl):
         return 2.0 ** log2_step_at(self.forecasts[name], self.aim(name) - self._correction(kind))
 
     def nearer(self, name: str, tried: Sequence[tuple[float, float]]) -> float | None:
-        """The next step to try for a stage, or None where one was near enough or no other is worth it.
+        """The next step to try for a stage, or None where one was near enough or there were enough.
 
         tried: the steps so far and the bits per weight that they cost.
         """
@@ -50,12 +51,11 @@ class StageRates(RateControl):
         best = min(tried, key=lambda one: abs(one[1] - aim))
         if abs(best[1] - aim) <= NEAR * aim or len(tried) == TRIES:
             return None
-        fine = min((one for one in tried if one[1] > aim), key=lambda one: one[1], default=None)
-        coarse = max((one for one in tried if one[1] <= aim), key=lambda one: one[1], default=None)
-        if fine and coarse:
-            share = (fine[1] - aim) / (fine[1] - coarse[1])
-            step = fine[0] * (coarse[0] / fine[0]) ** share
-        else:  # the forecast's curve, moved through the nearest
-            known = self.forecasts[name]
-            step = 2.0 ** log2_step_at(known, aim - best[1] + known.at(math.log2(best[0])))
-        return None if any(step == one for one, _ in tried) else step
+        # A bit an octave, as where codes are many; from two sizes on what these say, on either side if there are such.
+        rest = sorted((one for one in tried if one != best), key=lambda one: abs(one[1] - aim))
+        across = [one for one in rest if (one[1] > aim) != (best[1] > aim)]
+        slope = 1.0
+        if other := next(iter(across or rest), None):
+            octaves = math.log2(other[0] / best[0])
+            slope = min(max((best[1] - other[1]) / octaves, FLATTEST), STEEPEST)
+        return best[0] * 2.0 ** ((best[1] - aim) / slope)
