@@ -5,9 +5,10 @@
 
 CURVE is the folder of `privacy_curve.py`, whose models and records are used. The levers see every second member
 (`seen`) and 120 records of the same generator under another seed, which nobody else sees. The others (`unseen`) say
-whether what was taken is memory in general or that of these records alone. All points of a rate have the same size,
-with embeddings and head on the lattice too. A point is one run of the library's own `quantize`, with the short
-calibration of `privacy_curve.py`.
+whether what was taken is memory in general or that of these records alone. With `--given all` the levers see what the
+owner of the data has: all members and canaries. The attacked model's non-members are never seen. All points of a rate
+have the same size, with embeddings and head on the lattice too. A point is one run of the library's own `quantize`,
+with the short calibration of `privacy_curve.py`.
 
 One line a point is added to OUT/points.jsonl; points that are there are skipped.
 """
@@ -36,24 +37,39 @@ from geoquant.report.control import control_sentences, moved_rows
 from geoquant.runs import read_json, read_tensors, write_tensors
 
 DOMAIN = {"n": 300, "seed": 1001}  # of which every member of its own split is taken, 120 at most
+PASSES = 8  # of refinement
 POINTS: dict[str, dict] = {
     "plain": {},
     **{f"interpolation {share:g}": {"anchor": round(1 - share, 2), "aim": "everything"} for share in (0.8, 0.6)},
     **{f"aimed {strength:g}": {"anchor": strength, "aim": "memory"} for strength in (0.5, 0.7, 0.85, 1.0)},
+    **{f"refined, weight {weight:g}": {"refine": PASSES, "refine_privacy": weight} for weight in (1.0, 10.0)},
+    **{
+        f"aimed {strength:g}, refined, weight {weight:g}": {
+            "anchor": strength,
+            "aim": "memory",
+            "refine": PASSES,
+            "refine_privacy": weight,
+        }
+        for strength in (0.7, 1.0)
+        for weight in (1.0, 10.0)
+    },
 }
+WORDS = {"half": "the levers saw every second member", "all": "the levers saw all members and canaries"}
 SHOWN = ("reference", "loss")
 measured = protecting.taught
 
 
-def records(out: Path) -> dict[str, str]:
+def records(out: Path, given: str) -> dict[str, str]:
     """The files that the levers see."""
     made = curve.made("medical")
     known = {record.text for side in (made.members, made.nonmembers, made.holdout) for record in side}
     fresh = [one for one in synthetic_records("medical", **DOMAIN).members if one.text not in known][:120]
-    sides = {"private": made.split.members[::2], "domain": fresh}
+    half = made.split.members[::2]
+    sides = {"private": half if given == "half" else (*made.members, *made.split.canaries), "domain": fresh}
+    paths = {name: out / f"{name}{'' if given == 'half' else f'-{given}'}.jsonl" for name in sides}
     for name, side in sides.items():
-        write_records(out / f"{name}.jsonl", side)
-    return {name: str(out / f"{name}.jsonl") for name in sides}
+        write_records(paths[name], side)
+    return {name: str(path) for name, path in paths.items()}
 
 
 def remembering(path: Path):
@@ -72,7 +88,7 @@ def remembering(path: Path):
     return taught
 
 
-def point(place: Path, out: Path, regime: str, rate: float, name: str, progress) -> dict:
+def point(place: Path, out: Path, regime: str, rate: float, name: str, given: str, progress) -> dict:
     """Make and measure one point."""
     started = time.perf_counter()
     models, kept = place / "models", place / "measured"
@@ -80,17 +96,14 @@ def point(place: Path, out: Path, regime: str, rate: float, name: str, progress)
     public = curve.remembered(kept / "medical-base", "medical", lambda: load(str(models / "base")), progress)
     first = curve.remembered(kept / f"{regime}-original", "medical", lambda: load(str(model)), progress)
     overrides = {"rate": rate}
-    protection = None
     if POINTS[name]:
         overrides |= POINTS[name] | {"base": str(models / "base")}
-        if overrides["aim"] == "memory":
-            overrides |= records(out)
-    run = out / "runs" / f"{regime}-{rate:g}-{name.replace(' ', '-')}"
-    protecting.taught = remembering(out / f"taught-{regime}.safetensors")
+        if overrides.get("aim") == "memory" or "refine" in overrides:
+            overrides |= records(out, given)
+    run = out / "runs" / f"{regime}-{rate:g}-{given}-{name.replace(',', '').replace(' ', '-')}"
+    protecting.taught = remembering(out / f"taught-{regime}{'' if given == 'half' else f'-{given}'}.safetensors")
     loaded, size = curve.compressed(run, model, overrides, progress)
-    if POINTS[name]:
-        protection = read_json(run / "report.json", protection=dict)["protection"]
-    seconds = read_json(run / "report.json")["timings"]
+    told = read_json(run / "report.json", timings=dict)
     found = curve.measure(loaded, "medical", progress)
     del loaded
     shutil.rmtree(run)
@@ -98,22 +111,25 @@ def point(place: Path, out: Path, regime: str, rate: float, name: str, progress)
         "regime": regime,
         "rate": rate,
         "point": name,
+        "given": given,
         "bits_per_weight": size["bits_per_weight"],
-        "protection": protection,
-        **figures(found, first, public),
-        "timings": seconds,
+        "protection": told["protection"],
+        "refinement": told["refinement"],
+        **figures(found, first, public, given),
+        "timings": told["timings"],
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-def figures(found: curve.Measured, before: curve.Measured, public: curve.Measured) -> dict:
+def figures(found: curve.Measured, before: curve.Measured, public: curve.Measured, given: str) -> dict:
     """Losses, and every attack on the members that the levers saw and on the others."""
     split = curve.made("medical").split
     scores = curve.membership(split, found, public)
     attacks = {}
+    sides = {"seen": slice(0, None, 2), "unseen": slice(1, None, 2)} if given == "half" else {"seen": slice(None)}
     for name, (members, strangers) in scores.items():
         attacks[name] = {}
-        for side, part in (("seen", members[::2]), ("unseen", members[1::2])):
+        for side, part in ((side, members[own]) for side, own in sides.items()):
             attacks[name][side] = {
                 "auc": auc(part, strangers),
                 "ci": list(delong_interval(part, strangers)),
@@ -136,18 +152,21 @@ def figures(found: curve.Measured, before: curve.Measured, public: curve.Measure
 
 def show(rows: list[dict]) -> None:
     """Markdown, a table for each regime and rate."""
-    for regime, rate in dict.fromkeys((row["regime"], row["rate"]) for row in rows):
-        print(f"\n**{regime}**, {rate:g} bits:\n")
+    keys = ("regime", "rate", "given")
+    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
+        chosen = [row for row in rows if tuple(row[name] for name in keys) == key]
+        print(f"\n**{key[0]}**, {key[1]:g} bits, {WORDS[key[2]]}:\n")
         heads = ["point", "bits", "perplexity", "domain loss"]
-        heads += [f"{attack} AUC, {side}" for attack in SHOWN for side in ("seen", "unseen")]
+        sides = list(chosen[0]["attacks"]["loss"])
+        heads += [f"{attack} AUC, {side}" for attack in SHOWN for side in sides]
         heads += ["marked spans extracted", "records continued", "exposure, bits"]
         print("| " + " | ".join(heads) + " |")
         print("|" + "---|" * len(heads))
-        for row in (row for row in rows if (row["regime"], row["rate"]) == (regime, rate)):
+        for row in chosen:
             cells = [row["point"], f"{row['bits_per_weight']:.2f}", f"{row['perplexity']:.2f}"]
             cells.append(f"{row['domain_nll']:.3f} ± {row['domain_se']:.3f}")
             for attack in SHOWN:
-                for side in ("seen", "unseen"):
+                for side in sides:
                     one = row["attacks"][attack][side]
                     cells.append(f"{one['auc']:.3f} ({one['ci'][0]:.2f}–{one['ci'][1]:.2f})")
             spans = row["extraction"].get("all") or next(iter(row["extraction"].values()))
@@ -157,9 +176,16 @@ def show(rows: list[dict]) -> None:
             told = row["exposure"]
             cells.append(f"{told['mean']:.1f} ± {told['se']:.1f}" if told else "–")
             print("| " + " | ".join(cells) + " |")
-        for row in (row for row in rows if (row["regime"], row["rate"]) == (regime, rate) and row["protection"]):
+        for row in chosen:
+            if not (told := control_sentences({**row, "privacy": None})):
+                continue
             moved = ", ".join(f"{name} {share:.0%}" for name, share in moved_rows(row))
-            print(f"\n{row['point']}: {' '.join(control_sentences({**row, 'privacy': None}))} Moved: {moved}.")
+            print(f"\n{row['point']}: {' '.join(told)}{f' Moved: {moved}.' if moved else ''}")
+
+
+def rows_of(path: Path) -> list[dict]:
+    """The points that are there; the first ones were made before all records could be given."""
+    return [{"given": "half", **row} for row in curve.read_rows(path)]
 
 
 def main() -> None:
@@ -170,21 +196,23 @@ def main() -> None:
     parser.add_argument("--regimes", nargs="*", default=["mild", "strong", "extreme"])
     parser.add_argument("--rates", nargs="*", type=float, default=[3.25, 4.25])
     parser.add_argument("--points", nargs="*", default=list(POINTS), help=", ".join(POINTS))
+    parser.add_argument("--given", choices=tuple(WORDS), default="half", help="which records the levers see")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     path = arguments.out / "points.jsonl"
     if arguments.table:
-        show(curve.read_rows(path))
+        show(rows_of(path))
         return
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    done = {(row["regime"], row["rate"], row["point"]) for row in curve.read_rows(path)}
+    done = {(row["regime"], row["rate"], row["point"], row["given"]) for row in rows_of(path)}
     for regime in arguments.regimes:
         for rate in arguments.rates:
             for name in arguments.points:
-                if (regime, rate, name) not in done:
-                    row = point(arguments.curve, arguments.out, regime, rate, name, Lines(sys.stderr))
+                if (regime, rate, name, arguments.given) not in done:
+                    told = Lines(sys.stderr)
+                    row = point(arguments.curve, arguments.out, regime, rate, name, arguments.given, told)
                     curve.add_row(path, row)
                     print(regime, rate, name, f"perplexity {row['perplexity']:.2f}", f"{row['seconds']} s", flush=True)
 

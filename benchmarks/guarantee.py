@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from geoquant.plan.published import PUBLISHED
 from geoquant.privacy.guarantee.adjacency import WeightBall, euclidean
 from geoquant.privacy.guarantee.gaussian import gaussian_epsilon, gaussian_mu
 from geoquant.privacy.guarantee.noise import drawn, on_lattice, released
@@ -190,7 +191,7 @@ def one_run(model: str, canaries: int, seeds: int) -> None:
 
 def matrix(distance: float) -> None:
     """Epsilon depends on the distance of neighbours, which the published table does not state."""
-    rows = [(8.0, 0.5), (2.0, 1.2), (1.0, 2.0)]
+    rows = [(one.epsilon, one.noise) for one in PUBLISHED if one.noise]
     columns = ("published epsilon", "noise, steps", "4 bits leave", "holds for weight vectors within, steps")
     print(f"| {' | '.join(columns)} | epsilon at 1 step | at 10 steps | at a fine-tune |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")

@@ -49,6 +49,7 @@ def walks(count: int, seed: int) -> Tensor:
     return tokens
 
 
+@torch.enable_grad()  # whoever asks first may be without
 def _train(model: nn.Module, tokens: Tensor, steps: int, rate: float) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     generator = torch.Generator().manual_seed(1)

@@ -5,49 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from frontier_toy import RECORDS, measured, page_of
 from geoquant.control import AXES, Z, control_matrix, noise_of, strongest_alone
 from geoquant.plan.points import Change, Point
 from geoquant.report import curve
 from geoquant.report.frontier import goals_of, headline, render
-
-WINDOWS, RECORDS = 20, 60
-
-
-def measured(seed: int, *, bits=3.3, loss=0.0, shift=1.0, spread=0.01, guarantee=None, verdict=None) -> dict:
-    """A model: everything of it differs from the others by its own shift and a little noise of its own."""
-    common, own = np.random.default_rng(0), np.random.default_rng(seed)
-    windows = common.normal(3, 0.5, WINDOWS) + loss + spread * own.normal(size=WINDOWS)
-    domain = common.normal(2, 0.3, RECORDS) + loss + spread * own.normal(size=RECORDS)
-    outside, inside = common.normal(0, 1, RECORDS), common.normal(0, 1, RECORDS) + shift
-    attack = {"subject": "quantized", "ci": [0.6, 0.9], "tpr_at_fpr": {"0.1": {"tpr": 0.3, "ci": [0.2, 0.4]}}}
-    area = float((inside[:, None] > outside).mean())
-    return {
-        "bits": {"all_in": bits, "coded": bits, "share": 1.0, "embeddings": True, "kept": 0.0},
-        "public": {
-            "perplexity": float(np.exp(windows.mean())),
-            "nll": float(windows.mean()),
-            "se": 0.1,
-            "tokens": 640,
-            "windows": windows.tolist(),
-        },
-        "domain": domain.tolist(),
-        "scores": {"reference": [inside.tolist(), outside.tolist()]},
-        "privacy": {
-            "attacks": [
-                {**attack, "name": "reference", "auc": area},
-                {**attack, "name": "loss", "auc": 0.6},
-                {**attack, "name": "min-k", "auc": 0.35},
-            ],
-            "extraction": [],
-            "exposure": [],
-            "exposure_control": None,
-            "no_verdict": verdict,
-        },
-        "tasks": [],
-        "guarantee": guarantee,
-        "warnings": [],
-        "seconds": 1.0,
-    }
 
 
 def matrix(*parts: dict) -> dict:
@@ -125,21 +87,7 @@ def test_the_strongest_attack_alone_is_the_farthest_from_chance():
 
 
 def whole(*parts: dict) -> dict:
-    return {
-        **matrix(*parts),
-        "schema": 1,
-        "model": {"name": "toy", "source": "toy"},
-        "hashes": {"model": "0" * 64},
-        "settings": {"seed": 0},
-        "records": {"members": RECORDS, "nonmembers": RECORDS},
-        "no_verdict": None,
-        "text": {"text": "a text", "tokens": 640},
-        "left_out": ["left out: <b>one</b> (this version has no option spin)"],
-        "failed": [{"name": "bad", "error": "it broke"}],
-        "versions": {},
-        "command": "geoquant frontier",
-        "created": "2026-11-23T18:00:00+00:00",
-    }
+    return page_of(matrix(*parts), list(parts))
 
 
 def test_the_page_says_what_was_left_out_what_failed_and_what_is_not_promised():

@@ -156,6 +156,25 @@ def test_a_second_call_touches_nothing(finished, place, monkeypatch):
     assert again["rows"] == json.loads(json.dumps(found["rows"]))
 
 
+def test_another_point_is_compared_without_measuring_anything_again(finished, place, tmp_path, monkeypatch):
+    folder, told = place
+    shutil.copytree(finished[0], tmp_path / "F")
+    assert finished[1]["baselines"]["why"] == "no point with a lever was measured"
+    before = states(tmp_path / "F" / "measured")
+    monkeypatch.setattr(operating, "operate", None)
+    given = {"points": POINTS, "tasks": [folder / "task.jsonl"], **told}
+    found = frontier(folder / "tuned", tmp_path / "F", chosen="half", **given)
+    assert states(tmp_path / "F" / "measured") == before
+    assert found["baselines"]["chosen"] == "half"
+    fewer, back, noise = found["baselines"]["families"]
+    assert (fewer["points"], back["points"], noise["points"]) == (2, 0, 1)  # itself is none of its baselines
+    assert "extraction" in found["baselines"]["measures"]
+    assert json.loads((tmp_path / "F" / "frontier.json").read_text())["baselines"] == found["baselines"]
+    assert found["published"][1]["same_noise"]["name"] == "loud"
+    with pytest.raises(UserError, match=r"unknown point or goal 'halv'.*did you mean 'half'"):
+        frontier(folder / "tuned", tmp_path / "F", chosen="halv", **given)
+
+
 def test_points_that_are_added_cost_only_themselves_and_one_that_fails_stops_no_other(finished, place, tmp_path):
     folder, told = place
     out = tmp_path / "F"

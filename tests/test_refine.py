@@ -18,8 +18,9 @@ from geoquant.model.walk import read_weight
 from geoquant.observe.backward import backward
 from geoquant.privacy.refine import Material, RefineSettings, State, refine, texts_of
 from geoquant.privacy.refine.hinge import hinge, levels, two_sided
-from geoquant.privacy.refine.latent import begun, learned, moved, offsets_of, step_sizes
+from geoquant.privacy.refine.latent import begun, learned, moved, offsets_of, slope_squared, step_sizes
 from geoquant.privacy.refine.losses import Losses, Objective
+from geoquant.privacy.refine.reach import Reach
 from geoquant.privacy.refine.vocabulary import VocabularyGradient
 from refine_toy import RECORDS, rounded, toy
 
@@ -174,31 +175,66 @@ def test_on_a_quadratic_codes_move_to_where_their_weights_are_near():
     shifts = torch.randint(-1, 2, weight.shape, generator=torch.Generator().manual_seed(0))
     shifts[solution.codes.int().abs() > 125] = 0
     off = moved(solution, shifts.to(torch.int8))
-    latent = begun(off, weight)
+    latent, steps = begun(off, weight), step_sizes(off)
 
     def error() -> float:
-        return ((moved(off, offsets_of(latent)).dequantize() - weight) / step_sizes(off)).square().mean().item()
+        return ((moved(off, offsets_of(latent)).dequantize() - weight) / steps).square().mean().item()
 
     before = error()
     for turn in range(100):
-        learned(latent, off, moved(off, offsets_of(latent)).dequantize() - weight, 0.2 * (1 - turn / 100))
+        away = moved(off, offsets_of(latent)).dequantize() - weight
+        learned(latent, off, away / steps.square(), 0.3 * (1 - turn / 100))
     assert before > 0.5
     assert error() < 0.25
     assert (moved(off, offsets_of(latent)).codes == solution.codes).float().mean() > 0.65
 
 
-def test_an_update_goes_against_the_gradient_in_units_of_its_own_size():
+def test_an_update_goes_down_the_slope_in_steps():
     weight, solution = boxed(bits=8)
     latent = torch.zeros(weight.shape, dtype=torch.float32)
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    learned(latent, solution, gradient, 0.01)
     slope = gradient * step_sizes(solution)
-    expected = -0.01 * slope / slope.square().mean().sqrt()
+    assert slope_squared(solution, gradient) == pytest.approx(slope.square().sum().item())
+    length = 0.01 / slope.std().item()
+    learned(latent, solution, gradient, length)
     inside = solution.codes.int().abs() < 127
-    assert torch.allclose(latent[inside], expected[inside], rtol=1e-4)
+    assert torch.allclose(latent[inside], -length * slope[inside], rtol=1e-4)
     before = latent.clone()
-    learned(latent, solution, torch.zeros_like(weight), 0.01)
+    learned(latent, solution, torch.zeros_like(weight), length)
     assert torch.equal(latent, before)
+
+
+def test_codes_far_from_their_weights_start_anywhere_in_their_step():
+    """A solver leaves them there on purpose; at the edge of a step they would all move at the first push."""
+    weight, solution = boxed(bits=8)
+    far = moved(solution, torch.where(solution.codes.int().abs() < 125, 2, 0).to(torch.int8))
+    assert torch.allclose(begun(far, weight).float(), begun(solution, weight).float(), atol=2e-3)
+
+
+# ---- how far
+
+
+@given(st.floats(0.01, 0.9), st.floats(0.1, 100), st.floats(0.01, 100))
+@settings(max_examples=50, deadline=None)
+def test_along_a_parabola_the_reach_finds_the_length_of_its_lowest_point(gain, height, curvature):
+    """f(l) = height - l s + curvature l^2 / 2 with squared slope s: judged by what it won, the length ends within a
+    factor of the best, which wins half of what it promises."""
+    slope = 0.9 * (2 * height * curvature) ** 0.5  # so that f stays above zero
+    reach, best = Reach(gain), slope / curvature
+    for _ in range(40):
+        length = reach.length(height, slope)
+        reach = reach.judged(height, height - length * slope + curvature * length**2 / 2)
+    assert 0.2 < reach.length(height, slope) / best < 2.5
+
+
+def test_what_did_harm_is_taken_back_and_a_shorter_update_tried():
+    reach = Reach(0.4, slope=2.0, lengths={"a": 3.0})
+    assert reach.undone("a") == 0
+    harmed = reach.judged(1.0, 1.2)
+    assert harmed.back
+    assert harmed.gain < reach.gain
+    assert (harmed.undone("a"), harmed.undone("b")) == (3.0, 0.0)
+    assert Reach(0.2).length(1.0, 0.0) == 0
 
 
 # ---- the objective
@@ -250,7 +286,7 @@ def refined():
     """Every run that the tests below look at, made once: model, start, result."""
 
     @torch.no_grad()
-    def made(kind: str, privacy: float, passes: int = 10):
+    def made(kind: str, privacy: float, passes: int = 14):
         key = kind, privacy, passes
         if key not in known:
             model, blocks, start = rounded(kind)
@@ -290,9 +326,9 @@ def test_private_records_rise_to_their_level_and_not_beyond(refined, kind):
 
 def test_more_passes_do_not_forget_more_than_strangers(refined):
     """From the level on nothing pulls: twice the passes leave the attack as near to chance."""
-    model, *_ = refined("box", 1.0, 20)
+    model, *_ = refined("box", 1.0, 28)
     after = losses_of(model, toy().material)
-    assert after.attack < 0.15
+    assert after.attack < 0.22
     assert after.private_gap < after.domain_gap + 0.1
 
 
@@ -314,7 +350,7 @@ def test_the_start_is_among_the_candidates():
     """At an absurd rate every pass does harm: the codes that came are the codes that go."""
     model, blocks, start = rounded("box")
     before = [parameter.clone() for parameter in model.parameters()]
-    chosen = RefineSettings(passes=1, privacy=0.0, rate=50.0)
+    chosen = RefineSettings(passes=1, privacy=0.0, gain=1e6)
     result = refine(model, blocks, start, toy().material, chosen, wanted=wanted, head=head())
     assert result.best == 0
     assert result.history[1].total > result.history[0].total
@@ -344,7 +380,7 @@ def test_an_interrupted_refinement_goes_on_to_the_same_codes(tmp_path):
     assert len(state.read()[2]) == 3
     assert again.history == whole.history
     assert all(torch.equal(again[name].codes, whole[name].codes) for name in whole)
-    assert State(state.path, "another").read() == ({}, {}, [])
+    assert State(state.path, "another").read() is None
 
 
 # ---- what is refused
@@ -366,6 +402,6 @@ def test_too_few_records_are_refused(tiny_tokenizer):
 
 
 def test_settings_without_meaning_are_refused():
-    for changes in ({"passes": 0}, {"rate": 0.0}, {"privacy": -1.0}):
+    for changes in ({"passes": 0}, {"gain": 0.0}, {"privacy": -1.0}):
         with pytest.raises(ValueError, match="at least one pass"):
             RefineSettings(**changes)

@@ -14,6 +14,7 @@ from geoquant.privacy.statistics import (
     auc_interval,
     chance_p,
     clopper_pearson,
+    guessed_right,
     holm,
     needed,
     realised_fpr,
@@ -192,3 +193,32 @@ def test_roc_is_thinned_to_few_points():
     fpr, tpr = roc_points(rng.normal(0.2, 1, 2000), rng.normal(0, 1, 2000), points=50)
     assert len(fpr) <= 50
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+
+
+def test_right_guesses_are_those_of_the_other_half():
+    """Against every threshold and both directions tried one by one on each half."""
+    generator = np.random.default_rng(3)
+    for shift in (0.0, 0.8, -1.5):
+        inside, outside = generator.normal(shift, 1, 31).round(1), generator.normal(0, 1, 24).round(1)
+        right = np.zeros(2)
+        for half in (0, 1):
+            best = (-1.0, 0, 0.0)
+            for sign in (1, -1):
+                for at in sorted({*(sign * inside[half::2]), *(sign * outside[half::2])}):
+                    gain = (sign * inside[half::2] >= at).mean() + (sign * outside[half::2] < at).mean()
+                    best = (gain, sign, at) if gain > best[0] + 1e-12 else best
+            _, sign, at = best
+            right += (sign * inside[1 - half :: 2] >= at).sum(), (sign * outside[1 - half :: 2] < at).sum()
+        share, error = guessed_right(inside, outside)
+        assert share == pytest.approx((right / (31, 24)).mean())
+        rates = right / (31, 24)
+        assert error == pytest.approx(0.5 * np.sqrt((rates * (1 - rates) / (31, 24)).sum()))
+
+
+def test_right_guesses_at_chance_are_half():
+    """600 draws of scores that say nothing: a mean within 4 of its standard errors; where it was chosen it is above."""
+    generator = np.random.default_rng(0)
+    found = [guessed_right(*generator.normal(size=(2, 20)))[0] for _ in range(600)]
+    assert abs(np.mean(found) - 0.5) < 4 * np.std(found) / 600**0.5
+    assert guessed_right(np.ones(4), np.zeros(4)) == guessed_right(np.zeros(4), np.ones(4)) == (1.0, 0.0)
+    assert guessed_right(np.ones(1), np.zeros(4)) is None

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+from geoquant.comparing import against_baselines, beside_published, check_chosen
 from geoquant.control import control_matrix
 from geoquant.errors import UserError
 from geoquant.evaluate.tasks import load_task
@@ -40,6 +41,7 @@ from geoquant.runs import check_writable, file_hash, read_json, write_json
 
 __all__ = ["frontier"]
 
+CONTENTS = "2"  # of frontier.json: where it changes, one that is there is made again from what was measured
 OURS = ("manifest.json", "original", "points", "measured", "jobs", "logs", "frontier.json", "frontier.html")
 FILES = ("members", "nonmembers", "canaries", "private", "domain", "evaluation", "calibration")
 ELSEWHERE = {
@@ -64,6 +66,7 @@ def frontier(
     dp: Mapping[str, str] | None = None,
     jobs: int = 1,
     keep: bool = False,
+    chosen: str | None = None,
     options: Mapping[str, object] | None = None,
     progress: Progress = silent,
     command: str = "geoquant.frontier",
@@ -74,8 +77,9 @@ def frontier(
     that levers may look at, no records of the audit. points: plan/points.py; without them the default list, of which
     those that cannot be made are left out and named. tasks: files of questions (evaluate/tasks.py), of each the first
     `items`. dp: folders of models trained with DP-SGD, each with the trainer's statement. jobs: processes at a time.
-    keep: whole run folders, not only their reports. options: of the recipe that all points share (members, nonmembers,
-    canaries, windows, seed...).
+    keep: whole run folders, not only their reports. chosen: the point that is compared with the baselines, by its name
+    or by a goal (default: comparing.pick). options: of the recipe that all points share (members, nonmembers, canaries,
+    windows, seed...).
 
     A point that fails is named and the others go on. Raises UserError for what the user can mend.
     """
@@ -93,6 +97,7 @@ def frontier(
     kept, left = fitting(given, inputs)
     if points is not None and left:
         raise UserError(left[0])
+    check_chosen(chosen, [point.name for point in kept])
     recipes = {point.name: _recipe(point, shared, inputs) for point in kept}
     for point in kept:
         if point.quantize:
@@ -118,7 +123,8 @@ def frontier(
         )
         for point in kept
     ]
-    whole = hashlib.sha256("".join(job.key for job in asked).encode()).hexdigest()
+    parts = [CONTENTS, chosen or "", *(job.key for job in asked)]
+    whole = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     if (known := _finished(folder, asked, whole)) is not None:
         return known
     started = time.perf_counter()
@@ -134,6 +140,8 @@ def frontier(
         "model": measured[0]["model"],
         **facts,
         **matrix,
+        "baselines": against_baselines(matrix, measured, chosen),
+        "published": beside_published(matrix["rows"], measured, matrix["attacks"]["primary"]),
         "records": split
         and {"sha256": split.sha256, "members": len(split.members), "nonmembers": len(split.nonmembers)},
         "no_verdict": (measured[0]["privacy"] or {}).get("no_verdict"),

@@ -27,7 +27,18 @@ from geoquant.privacy.attacks import ATTACKS, JOINT
 from geoquant.privacy.delong import paired_difference
 from geoquant.privacy.statistics import auc
 
-__all__ = ["AXES", "RULE", "Z", "control_matrix", "exposure_row", "noise_of", "strongest_alone"]
+__all__ = [
+    "AXES",
+    "RULE",
+    "Z",
+    "control_matrix",
+    "exposure_row",
+    "noise_of",
+    "outward",
+    "paired",
+    "strongest_alone",
+    "values_of",
+]
 
 PRIMARY = "reference"
 Z = float(norm.ppf(0.975))
@@ -47,7 +58,7 @@ def control_matrix(points: Sequence[Point], measured: Sequence[Mapping]) -> dict
     first = measured[0]
     named = attack_names(first)
     rows = [_row(point, one, first, named) for point, one in zip(points, measured, strict=True)]
-    values, noise = _values(rows), noise_of(measured, named["primary"])
+    values, noise = values_of(rows), noise_of(measured, named["primary"])
     there = [axis for axis, name in enumerate(AXES) if np.isfinite(values[:, axis]).any() and name not in _void(first)]
     values, noise = values[:, there], noise[there]
     marked, wins = undominated(values, noise), beats(values, noise)
@@ -187,7 +198,7 @@ def exposure_row(bits: Sequence[float], limit: float, control: float | None) -> 
 # ---- what beats what
 
 
-def _values(rows: Sequence[Mapping]) -> np.ndarray:
+def values_of(rows: Sequence[Mapping]) -> np.ndarray:
     """(points, axes); NaN where nothing was measured."""
     read: tuple[Callable[[Mapping], float | None], ...] = (
         lambda row: row["bits"]["all_in"],
@@ -203,20 +214,20 @@ def noise_of(measured: Sequence[Mapping], attack: str | None) -> np.ndarray:
     count = len(measured)
     noise = np.zeros((len(AXES), count, count))
     noise[0] = SIZE
-    outward = [_outward(one["scores"].get(attack)) for one in measured]
+    sides = [outward(one["scores"].get(attack)) for one in measured]
     for i in range(count):
         for j in range(i):
             a, b = measured[i], measured[j]
             noise[1, i, j] = Z * paired(a["public"]["windows"], b["public"]["windows"])["se"]
             if a["domain"] and b["domain"]:
                 noise[2, i, j] = Z * paired(a["domain"], b["domain"])["se"]
-            if outward[i] is not None and outward[j] is not None:
-                change = paired_difference(outward[i], outward[j])
+            if sides[i] is not None and sides[j] is not None:
+                change = paired_difference(sides[i], sides[j])
                 noise[3, i, j] = max(change.value - change.ci[0], change.ci[1] - change.value)
     return np.maximum(noise, noise.transpose(0, 2, 1))
 
 
-def _outward(sides: Sequence[Sequence[float | None]] | None) -> tuple[np.ndarray, np.ndarray] | None:
+def outward(sides: Sequence[Sequence[float | None]] | None) -> tuple[np.ndarray, np.ndarray] | None:
     """Scores of both sides, turned so that their AUC is 0.5 or more: what a two-sided attacker would use."""
     if sides is None:
         return None

@@ -45,6 +45,10 @@ def frontier(
     window: Annotated[int | None, Parameter(help="Tokens per window (default 512)."), WHOLE] = None,
     evaluation_windows: Annotated[int | None, Parameter(help="Windows measured (default 20)."), WHOLE] = None,
     jobs: Annotated[int, Parameter(help="Points at a time, each a process; they share the threads."), WHOLE] = 1,
+    chosen: Annotated[
+        str | None,
+        Parameter(help="Point compared with the baselines, by name or goal (default: the best with a lever)."),
+    ] = None,
     keep: Annotated[bool, Parameter(help="Keep every point's whole run, not only its report.")] = False,
     seed: Annotated[int, Parameter(help="Seed of the audit's bootstrap and of noise."), WHOLE] = 0,
     device: Device = "cpu",
@@ -83,6 +87,7 @@ def frontier(
                 dp=trained,
                 jobs=jobs,
                 keep=keep,
+                chosen=chosen,
                 options={name: value for name, value in given.items() if value is not None},
                 progress=progress,
                 command=command_line(),
@@ -121,6 +126,8 @@ def show(found: dict, out: Path) -> None:
     for row in found["rows"]:
         if row["guarantee"]:  # no epsilon without what it covers and what it does not
             console.print(f"{row['name']}: {escape(row['guarantee']['sentence'])}", soft_wrap=True)
+    for line in (found["baselines"]["sentence"], *(one["verdict"] for one in found["baselines"]["families"])):
+        console.print(escape(line), soft_wrap=True, highlight=False)
     for line in (*found["left_out"], *(f"failed: {one['name']}: {one['error']}" for one in found["failed"])):
         console.print(f"[yellow]note:[/] {escape(line)}", soft_wrap=True)
     print(f"report: {out / 'frontier.html'}")

@@ -96,16 +96,18 @@ def default_choice(goal: str, given: Collection[str] = ()) -> Choice:
     return Choice(goal, recipe, needs, why)
 
 
-def choose(goal: str, rows: Sequence[Mapping], use: str = "general") -> Choice:
+def choose(goal: str, rows: Sequence[Mapping], use: str = "general", among: Collection[str] | None = None) -> Choice:
     """The point of a frontier that serves a goal. rows: of frontier.json, the first is the original.
 
-    use: what the model is for, a name in WEIGHTS; it weighs where a goal weighs. Raises UserError where no point does.
+    use: what the model is for, a name in WEIGHTS; it weighs where a goal weighs. among: names of the points that may be
+    taken (default: all). Raises UserError where no point does.
     """
     known = _known(goal)
     if use not in WEIGHTS:
         raise unknown_name("use", use, WEIGHTS)
     # Of others there is no recipe: noise on all weights, another model.
     able = [row for row in rows if row["quantized"] and row["change"] is None and row["model"] is None]
+    able = [row for row in able if among is None or row["name"] in among]
     if not able:
         raise UserError("the frontier has no point that quantize could make", fix="measure more points")
     if goal in ("private", "balanced") and any(row["primary"] is None for row in able):

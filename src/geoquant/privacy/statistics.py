@@ -17,6 +17,7 @@ __all__ = [
     "auc_interval",
     "chance_p",
     "clopper_pearson",
+    "guessed_right",
     "holm",
     "needed",
     "realised_fpr",
@@ -81,6 +82,37 @@ def clopper_pearson(successes: int, trials: int, level: float = 0.95) -> tuple[f
     low = 0.0 if successes == 0 else float(beta.ppf(tail, successes, trials - successes + 1))
     high = 1.0 if successes == trials else float(beta.ppf(1 - tail, successes + 1, trials - successes))
     return low, high
+
+
+def guessed_right(members: Float[np.ndarray, " n"], nonmembers: Float[np.ndarray, " m"]) -> tuple[float, float] | None:
+    """Share of right guesses about a record that is as likely a member as not, (TPR + TNR) / 2, and its standard error.
+
+    The threshold, and the side of it on which members lie, are those that are best on one half of the records (every
+    second one), judged on the other half, and the other way round. Judged where it was chosen, a threshold would be
+    right more often than not by chance alone. None with fewer than two records on a side.
+    """
+    if min(len(members), len(nonmembers)) < 2:
+        return None
+    right: tuple[list, list] = ([], [])
+    for half in (0, 1):
+        sign, threshold = _threshold(members[half::2], nonmembers[half::2])
+        right[0].append(sign * members[1 - half :: 2] >= threshold)
+        right[1].append(sign * nonmembers[1 - half :: 2] < threshold)
+    shares = [(np.concatenate(side).mean(), len(np.concatenate(side))) for side in right]
+    error = 0.5 * math.sqrt(sum(share * (1 - share) / count for share, count in shares))
+    return float(sum(share for share, _ in shares) / 2), float(error)
+
+
+def _threshold(members: Float[np.ndarray, " n"], nonmembers: Float[np.ndarray, " m"]) -> tuple[int, float]:
+    """(sign, t) so that calling `sign * score >= t` a member is right most often here."""
+    best = (-1.0, 1, 0.0)
+    for sign in (1, -1):
+        inside, outside = np.sort(sign * members), np.sort(sign * nonmembers)
+        at = np.unique(np.concatenate([inside, outside]))
+        gain = (1 - np.searchsorted(inside, at) / len(inside)) - (1 - np.searchsorted(outside, at) / len(outside))
+        place = int(gain.argmax())
+        best = max(best, (float(gain[place]), sign, float(at[place])), key=lambda one: one[0])
+    return best[1], best[2]
 
 
 def tpr_at_fpr(

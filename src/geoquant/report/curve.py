@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
 from geoquant.report.figures import TOP, number, path, percent, picture, plain_number, tag
 from geoquant.report.scatter import bent, round_ticks
 
-__all__ = ["SHAPES", "Dot", "curve_panel", "dots", "mark", "staircase"]
+__all__ = ["SHAPES", "Dot", "Line", "curve_panel", "dots", "family_lines", "mark", "staircase"]
 
 WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 440.0, 300.0, 44.0, 10.0, 38.0
 BEND = 2.0  # per cent of perplexity: linear up to it, logarithmic beyond, so that one lost model hides no other
@@ -41,6 +42,43 @@ class Dot:
     marked: bool
     tip: str
     here: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A family's line through its points, as places (per cent of perplexity, |AUC - 1/2|); its colour is of `family`.
+
+    dashed: through points of any size; else through those that are no larger than the chosen one.
+    """
+
+    places: tuple[tuple[float, float], ...]
+    family: str
+    dashed: bool
+
+
+def family_lines(
+    rows: Sequence[Mapping], families: Sequence[Mapping], signs: Mapping[str, str], loss: str
+) -> list[Line]:
+    """The lines of the baselines (of the part `baselines` of frontier.json), straight in nats. signs: whose colour."""
+    known = {row["name"]: row for row in rows}
+    drawn = []
+    for one in families:
+        lines = one.get("lines") or {}
+        for reach, names in ((reach, lines[reach][loss]) for reach in ("any", "no_larger") if reach in lines):
+            dashed = reach == "any"
+            if len(names) < 2 or (dashed and names == lines["no_larger"][loss]):
+                continue
+            ends = [(known[name][loss]["delta"]["value"], known[name]["primary"]["two_sided"]) for name in names]
+            drawn.append(Line(tuple((lost(nats), leak) for nats, leak in _between(ends)), signs[one["family"]], dashed))
+    return drawn
+
+
+def _between(ends: Sequence[tuple[float, float]], parts: int = 12) -> list[tuple[float, float]]:
+    """Places along straight lines, for an axis on which these are bent."""
+    found = [ends[0]]
+    for (a, b), (c, d) in pairwise(ends):
+        found += [(a + (c - a) * k / parts, b + (d - b) * k / parts) for k in range(1, parts + 1)]
+    return found
 
 
 def dots(rows: Sequence[dict], loss: str, here: str | None = None) -> list[Dot]:
@@ -93,8 +131,11 @@ def mark(family: str, marked: bool, x: float = 6.0, y: float = 6.0, tip: str = "
     return tag("polygon", *inside, points=drawn, class_=class_)
 
 
-def curve_panel(found: Sequence[Dot], across: str, *, small: bool = False) -> Markup:
-    """Leakage against loss with intervals; the line joins the points that have no other to their lower left."""
+def curve_panel(found: Sequence[Dot], across: str, *, small: bool = False, lines: Sequence[Line] = ()) -> Markup:
+    """Leakage against loss with intervals; the line joins the points that have no other to their lower left.
+
+    lines: of families, beneath the points.
+    """
     if not found:
         return Markup("")
     width, height = (320.0, 210.0) if small else (WIDTH, HEIGHT)
@@ -120,6 +161,9 @@ def curve_panel(found: Sequence[Dot], across: str, *, small: bool = False) -> Ma
             parts.append(tag("text", label, x=x(value), y=TOP + h + 13, class_="tick middle"))
     parts.append(tag("line", x1=LEFT, x2=LEFT + w, y1=y(0), y2=y(0), class_="axis"))
     line = staircase([(dot.x, dot.y) for dot in found])
+    for one in lines:
+        class_ = f"family f-{one.family}" + (" dashed" if one.dashed else "")
+        parts.append(path([(x(a), y(b)) for a, b in one.places], class_))
     parts.append(path([(x(a), y(b)) for a, b in line], "pareto"))
     for dot in sorted(found, key=lambda dot: dot.marked):
         ends, rise = [x(value) for value in dot.x_interval], [y(value) for value in dot.y_interval]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from geoquant.comparing import MEASURES
 from geoquant.errors import UserError
+from geoquant.plan.dominance import BASELINES
 from geoquant.plan.goals import GOALS, choose
 from geoquant.plan.points import FAMILIES
 from geoquant.report import curve
@@ -51,11 +53,14 @@ def render(found: dict) -> str:
     """The page of what `geoquant.frontier` returned."""
     fingerprinted, found = fingerprint(found), finite(found)
     rows = found["rows"]
+    beside = found["baselines"]
+    signs = {family: members[0] for family, members in BASELINES.items()}
+    lines = {loss: curve.family_lines(rows, beside["families"], signs, loss) for loss in ("public", "domain")}
     families = [family for family in FAMILIES if any(row["family"] == family for row in rows)]
     panels = [
         (name, drawn)
         for name, loss in (("perplexity on public text", "public"), ("perplexity on unseen records", "domain"))
-        if (drawn := curve.curve_panel(curve.dots(rows, loss), f"rise of {name}"))
+        if (drawn := curve.curve_panel(curve.dots(rows, loss, beside["chosen"]), f"rise of {name}", lines=lines[loss]))
     ]
     return rendered(
         "frontier.html.jinja",
@@ -64,6 +69,8 @@ def render(found: dict) -> str:
         headline=headline(found),
         panels=panels,
         legend=[(curve.mark(family, True), FAMILIES[family]) for family in families],
+        measures=[MEASURES[name] for name in beside["measures"]],
+        lines=[line for loss in lines for line in lines[loss]],
         mark=curve.mark,
         goals=goals_of(found),
         attack={key: name and attack_label(name)[0] for key, name in found["attacks"].items()},

@@ -1,17 +1,20 @@
-"""Rounding that can be learned: every code carries a number in [-1, 1], and moves where that rounds to something else.
+"""Rounding that can be learned: every code carries a number, and moves where that rounds to something else.
 
-The latent u of a code says where its weight would rather be, in steps from the code that it was given:
+The latent u of a code is in steps from the code that it was given:
 
-    z = z_0 + round(u),      u_0 = (w - q_0) / s   clipped to less than half a step
+    z = z_0 + round(u),      u_0 = d - round(d),  d = (w - q_0) / s
 
-so that refinement starts at the given codes exactly, and codes whose weights lie near a boundary move first. Rounding
-has no slope; straight through it (Bengio et al. 2013, arXiv:1308.3432) the gradient at u is that at the weight, times
-the step. Learned rounding began with Nagel et al. (AdaRound, 2020, arXiv:2004.10568).
+so that refinement starts at the given codes exactly. A solver that lets later columns make up for earlier ones leaves
+many codes more than half a step from their weights, on purpose: of these only the rest beyond whole steps is kept. It
+is spread evenly over a step, so an update of the latents moves codes by as much on average. Rounding has no slope;
+straight through it (Bengio et al. 2013, arXiv:1308.3432) the gradient at u is that at the weight, times the step.
+Learned rounding began with Nagel et al. (AdaRound, 2020, arXiv:2004.10568).
 
-    u <- u - r g s / rms(g s)
+    u <- u - length * g s
 
-with the root mean square over the stage. It stands for an optimizer: no moments are kept, the two bytes of the latent
-are all the state of a weight. No code leaves its start by more than one step, nor its box; kept columns have none.
+No moments are kept, the two bytes of the latent are all the state of a weight. Solvers choose steps so that one of
+them costs much the same anywhere; the same length for all weights is then near to Newton's direction. No code leaves
+its start by more than one step, nor its box; kept columns have none.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from torch import Tensor
 from geoquant.lattice.unboxed import narrow, steps_of
 from geoquant.methods.problem import LatticeSolution, Solution
 
-__all__ = ["LATENT", "begun", "learned", "moved", "offsets_of", "step_sizes"]
+__all__ = ["LATENT", "begun", "learned", "moved", "offsets_of", "slope_squared", "step_sizes"]
 
 LATENT = torch.float16
 INSIDE = 0.499  # of a step: rounds to the code itself
@@ -50,26 +53,33 @@ def begun(
         part = solution.rows(first, first + PART)
         steps = step_sizes(part)
         away = (weight[first : first + PART].to(steps) - part.dequantize()) / steps
-        latent[first : first + PART] = torch.where(steps == 0, 0.0, away).clamp_(-INSIDE, INSIDE)
+        away = torch.where(steps == 0, 0.0, away - away.round())
+        latent[first : first + PART] = away.clamp_(-INSIDE, INSIDE)
     return latent
+
+
+def slope_squared(solution: Solution | LatticeSolution, gradient: Float[Tensor, "out in"]) -> float:
+    """Squared length of the objective's slope in steps: of `g s` over a stage."""
+    return sum(
+        (gradient[own] * step_sizes(_part(solution, own))).double().square().sum().item() for own in _spans(gradient)
+    )
 
 
 def learned(
     latent: Float[Tensor, "out in"],
     solution: Solution | LatticeSolution,
     gradient: Float[Tensor, "out in"],
-    rate: float,
+    length: float,
 ) -> None:
-    """One update of a stage's latents, in place. A stage without gradient stays as it is."""
-    spans = [slice(first, first + PART) for first in range(0, len(latent), PART)]
-    squares = sum((gradient[own] * step_sizes(_part(solution, own))).double().square().sum().item() for own in spans)
-    size = (squares / latent.numel()) ** 0.5
-    if not 0 < size < float("inf"):
-        return
-    for own in spans:
+    """One update of a stage's latents, in place."""
+    for own in _spans(latent):
         part = _part(solution, own)
-        wanted = latent[own].float() - (rate / size) * gradient[own] * step_sizes(part)
+        wanted = latent[own].float() - length * gradient[own] * step_sizes(part)
         latent[own] = wanted.clamp_(*_room(part))
+
+
+def _spans(tensor: Tensor) -> list[slice]:
+    return [slice(first, first + PART) for first in range(0, len(tensor), PART)]
 
 
 def _part(solution: Solution | LatticeSolution, own: slice) -> Solution | LatticeSolution:

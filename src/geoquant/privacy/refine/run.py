@@ -9,7 +9,7 @@ and head too, where these are coded). There is no randomness: the same start giv
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -20,37 +20,32 @@ from geoquant.model.install import install
 from geoquant.model.vocabulary import ends, repeated
 from geoquant.model.walk import Block, Stage
 from geoquant.observe.backward import backward
-from geoquant.privacy.refine.latent import begun, learned, moved, offsets_of
+from geoquant.privacy.refine.latent import begun, learned, moved, offsets_of, slope_squared
 from geoquant.privacy.refine.losses import Losses, Objective
 from geoquant.privacy.refine.material import Material
+from geoquant.privacy.refine.reach import Reach
 from geoquant.privacy.refine.state import State
 from geoquant.privacy.refine.vocabulary import VocabularyGradient
 from geoquant.progress import Progress, silent
 
 __all__ = ["RefineSettings", "Refined", "refine"]
 
-SLOWEST = 0.2  # of the rate in the last pass
-
 
 @dataclass(frozen=True)
 class RefineSettings:
     """passes: over all texts. accuracy, privacy: the lambdas of the objective (losses.py).
 
-    rate: root mean square of what latents move in the first pass, in steps; it falls linearly to a fifth.
+    gain: what share of the objective the first update would win if it were linear.
     """
 
     passes: int = 8
     accuracy: float = 1.0
     privacy: float = 1.0
-    rate: float = 0.03
+    gain: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.passes < 1 or self.rate <= 0 or min(self.accuracy, self.privacy) < 0:
-            raise ValueError(f"at least one pass, a positive rate and no negative weights, but got {self}")
-
-    def rate_of(self, number: int) -> float:
-        """The rate of pass 0, 1, ..."""
-        return self.rate * (1 - (1 - SLOWEST) * number / max(1, self.passes - 1))
+        if self.passes < 1 or self.gain <= 0 or min(self.accuracy, self.privacy) < 0:
+            raise ValueError(f"at least one pass, a positive gain and no negative weights, but got {self}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,14 +96,26 @@ def refine(
     """
     stages = [stage for block in blocks for stage in block.stages]
     inner, outer = repeated(blocks), ends(blocks)
-    latents, best, history = state.read() if state else ({}, {}, [])
+    latents, best, history, reach = (state and state.read()) or ({}, {}, [], Reach(settings.gain))
+    weights = {stage.name: stage.rows * stage.columns for stage in stages}
     lowest = min(range(len(history)), key=lambda index: history[index].total, default=0)
     for stage in stages:
         if stage.name not in latents:
             latents[stage.name] = begun(solutions[stage.name], wanted and wanted(stage))
     if history:
-        for stage in stages:
-            install(model, stage, moved(solutions[stage.name], offsets_of(latents[stage.name])))
+        _place(model, stages, solutions, best if reach.back else latents)
+
+    def better(losses: Losses) -> bool:
+        return not history or losses.total < history[lowest].total
+
+    def judge(found: Losses) -> None:
+        nonlocal lowest, best, reach
+        if history and not reach.back:
+            reach = reach.judged(history[lowest].total, found.total)
+        if better(found):
+            lowest = len(history)
+            best = {name: offsets_of(latent) for name, latent in latents.items()}
+        history.append(found)
 
     for number in range(len(history), settings.passes + 1):
         last = number == settings.passes
@@ -118,28 +125,28 @@ def refine(
             material,
             settings.accuracy,
             settings.privacy,
-            accept=lambda losses, last=last: not last,
+            accept=lambda losses, on=not last, again=reach.back: on and (again or better(losses)),
             compute=compute,
             head=head,
             head_gradient=vocabulary and vocabulary.head,
         )
         gradients: dict[str, Tensor] = {}
+        slopes: dict[str, float] = {}
+        lengths: dict[str, float] = {}
 
         def see(text: str, batch: int, site: str, x: Tensor, g: Tensor, gradients=gradients) -> None:
             product = g.T @ x
             gradients[site] = gradients[site].add_(product) if site in gradients else product
 
-        def judge(found: Losses) -> None:
-            nonlocal lowest, best
-            if not history or found.total < history[lowest].total:
-                lowest = len(history)
-                best = {name: offsets_of(latent) for name, latent in latents.items()}
-            history.append(found)
-
-        def learn(stage: Stage, gradient: Tensor, number=number) -> None:
-            solution = solutions[stage.name]
-            latent = latents[stage.name]
-            learned(latent, solution, gradient.to(latent.device), settings.rate_of(number))
+        def learn(stage: Stage, gradient: Tensor, reach: Reach, slopes=slopes, lengths=lengths) -> None:
+            solution, latent = solutions[stage.name], latents[stage.name]
+            gradient = gradient.to(latent.device)
+            slopes[stage.name] = slope_squared(solution, gradient)
+            known = sum(weights[name] for name in slopes)  # in the first pass the rest is guessed
+            slope = reach.slope or sum(slopes.values()) * sum(weights.values()) / known
+            lengths[stage.name] = reach.length(history[-1].total, slope)
+            # The gradient is the one of the update that is taken back: what that went too far goes out of the same sum.
+            learned(latent, solution, gradient, lengths[stage.name] - reach.undone(stage.name))
             install(model, stage, moved(solution, offsets_of(latent)))
 
         entered = vocabulary and vocabulary.entered
@@ -151,18 +158,24 @@ def refine(
             for stage in block.stages:
                 # An expert that no token reached has no gradient.
                 parts = [gradients.pop(site.name, torch.zeros(site.shape)) for site in stage.sites]
-                learn(stage, torch.cat([part.to(parts[0]) for part in parts]))
+                learn(stage, torch.cat([part.to(parts[0]) for part in parts]), reach)
             progress("refine", number * len(inner) + done, settings.passes * len(inner), _note(objective.found))
-        if last:
+        if len(history) == number:  # no way back: it was the last pass, or what it looked at had done harm
             judge(objective.found)
-            break
-        for stage in outer:
-            learn(stage, vocabulary.of(stage))
-        if state:
-            state.write(latents, best, history)
-    for stage in stages:
-        install(model, stage, moved(solutions[stage.name], best[stage.name]))
+            _place(model, stages, solutions, best)
+        else:
+            for stage in outer:
+                learn(stage, vocabulary.of(stage), reach)
+            reach = replace(reach, slope=sum(slopes.values()), lengths=lengths, back=False)
+        if state and not last:
+            state.write(latents, best, history, reach)
     return Refined(solutions, best, tuple(history), lowest)
+
+
+def _place(model: nn.Module, stages: list[Stage], solutions: Mapping, offsets: Mapping[str, Tensor]) -> None:
+    """Install every stage with its codes moved by offsets, or by what latents round to."""
+    for stage in stages:
+        install(model, stage, moved(solutions[stage.name], offsets_of(offsets[stage.name])))
 
 
 def _note(losses: Losses) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from geoquant.privacy.refine.losses import Losses
+from geoquant.privacy.refine.reach import Reach
 from geoquant.runs import read_tensors, write_tensors
 
 __all__ = ["State"]
@@ -21,19 +22,21 @@ class State:
     path: Path
     key: str
 
-    def write(self, latents: dict[str, Tensor], best: dict[str, Tensor], history: list[Losses]) -> None:
+    def write(self, latents: dict[str, Tensor], best: dict[str, Tensor], history: list[Losses], reach: Reach) -> None:
         tensors = {f"latent {name}": latent for name, latent in latents.items()}
         tensors |= {f"best {name}": offsets for name, offsets in best.items()}
         metadata = {"key": self.key, "history": json.dumps([losses.to_dict() for losses in history])}
+        metadata["reach"] = json.dumps(asdict(reach))
         write_tensors(self.path, tensors, metadata)
 
-    def read(self) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Losses]]:
-        """Latents, best offsets and losses so far; empty where there is nothing of this key."""
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Tensor], list[Losses], Reach] | None:
+        """Latents, best offsets, losses so far, and how far the next update goes; None where nothing is of this key."""
         tensors, metadata = read_tensors(self.path) if self.path.exists() else ({}, {})
         if metadata.get("key") != self.key:
-            return {}, {}, []
+            return None
         kinds: dict[str, dict[str, Tensor]] = {"latent": {}, "best": {}}
         for name, tensor in tensors.items():
             kind, _, stage = name.partition(" ")
             kinds[kind][stage] = tensor
-        return kinds["latent"], kinds["best"], [Losses(**one) for one in json.loads(metadata["history"])]
+        history = [Losses(**one) for one in json.loads(metadata["history"])]
+        return kinds["latent"], kinds["best"], history, Reach(**json.loads(metadata["reach"]))
