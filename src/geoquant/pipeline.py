@@ -311,11 +311,8 @@ def solve(
                 options["ties"] = fold.index
         return method, options
 
-    settle = None
-    if isinstance(control, StageRates):
-        settle = partial(settled, control)
     kept = {
-        "settle": settle,
+        "settle": partial(settled, control) if isinstance(control, StageRates) else None,
         "finished": lambda stage: load_stage(run, stage),
         "done": lambda result: save_stage(run, result, plans),
     }
