@@ -40,6 +40,33 @@ def test_interpolation_and_refinement():
     assert told[2] == "No formal guarantee."
 
 
+PLANNED = {
+    "looked": True,
+    "anchors": True,
+    "stages": [{"name": "a", "planned": 4.0, "got": 3.99}, {"name": "b", "planned": 2.5, "got": 2.5}],
+    "bytes": {"planned": 60e6, "got": 59.8e6},
+}
+SHARES = {"lever": "plan", "weights": [[0.0, 0.5], [0.25, 0.2], [1.0, 0.3]], "distance": {"before": 2.0, "after": 1.2}}
+
+
+def test_a_plan_is_told_with_its_rates_its_shares_and_without_a_promise():
+    told = control_sentences({"plan": PLANNED, "protection": SHARES, "privacy": None})
+    assert told[0] == ("A plan chose the rate of each of 2 stages, 2.5 to 4 bits per weight: 59.8 MB, planned 60 MB.")
+    assert "keep, as planned: 30.0% of the weights all, 20.0% of the weights 25%, 50.0% of the weights none." in told[1]
+    assert "fell from 2 to 1.2" in told[1]
+    assert told[2] == (
+        "No formal guarantee: rates and shares were computed from private data and show in the file, and whoever has "
+        "the base sees which weights went back."
+    )
+    rates = control_sentences({"plan": PLANNED | {"anchors": False}, "protection": None, "privacy": None})
+    assert rates[1:] == [
+        "It put no weight back to the public base.",
+        "No formal guarantee: rates were computed from private data and show in the file.",
+    ]
+    public = control_sentences({"plan": PLANNED | {"looked": False}, "protection": SHARES, "privacy": None})
+    assert public[-1] == "No formal guarantee."
+
+
 def test_a_guarantee_speaks_for_itself():
     report = {"protection": {"lever": "guarantee"}, "privacy": {"guarantee": {"epsilon": 1.0}}}
     assert control_sentences(report) == []

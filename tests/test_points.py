@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 from pydantic.fields import FieldInfo
 
+from geoquant.charting import _key
 from geoquant.errors import UserError
 from geoquant.plan.default_points import default_points
 from geoquant.plan.points import FAMILIES, NAME, Change, Point, check_names, fitting, read_points
@@ -116,3 +117,17 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_names_that_would_share_a_folder_are_refused():
     with pytest.raises(UserError, match="two points are called 'a'"):
         check_names([Point("A", "own"), Point("a", "own")])
+
+
+def test_a_point_may_follow_a_plan_whose_content_decides(tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text("{}")
+    (point,) = read_points(written(tmp_path, f'["as planned"]\nplan = "{plan}"\n'))[1:]
+    assert point.needs == ("base",)
+    before = _key("frontier", point, {})
+    assert _key("frontier", point, {}) == before
+    plan.write_text('{"schema": 1}')
+    assert _key("frontier", point, {}) != before
+    plan.unlink()
+    with pytest.raises(UserError, match=r"no file .*plan\.json"):
+        _key("frontier", point, {})

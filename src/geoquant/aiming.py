@@ -25,6 +25,10 @@ def aimed(
     frontier: folder of a finished one of the same model; without it the goal's defaults. given: options that were asked
     for by name. Raises UserError where one of these is what the goal decides, and where the choice lacks an input.
     """
+    if recipe.plan is not None:
+        raise UserError(
+            f"--goal {goal} chooses options, and a plan has chosen", got=f"--plan {recipe.plan}", fix="leave out one"
+        )
     found = {"rows": [], "settings": {}} if frontier is None else _read(frontier, recipe, goal)
     rows, there = found["rows"], [name for name in INPUTS if getattr(recipe, name)]
     choice = choose(goal, rows, use) if rows else default_choice(goal, there)

@@ -219,16 +219,16 @@ def _facts(shared: Mapping, inputs: Mapping, tasks: Sequence, items: int | None)
     }
 
 
-def _there(path: str) -> Path:
+def _there(path: str, wanted: str = ".txt or .jsonl") -> Path:
     if not Path(path).is_file():
-        raise UserError(f"no file {path}", wanted=".txt or .jsonl")
+        raise UserError(f"no file {path}", wanted=wanted)
     return Path(path)
 
 
 def _key(key: str, point: Point, shared: Mapping) -> str:
     """What the point's numbers depend on: the frontier, what it changes, and of another model its weights."""
     told = [key, asdict(point), *([identity(*locate(point.model)[:2])] if point.model else [])]
-    told += [file_hash(Path(point.statement))] if point.statement else []
+    told += [file_hash(_there(path, "a file")) for path in (point.statement, point.recipe.get("plan")) if path]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy
 DECISIVE = ("geoquant", "torch", "transformers")
 # What is written of the solved model and whether it is reloaded: no number depends on it.
 FREE = ("formats", "verify")
+# Files that are the same wherever they lie.
+BY_CONTENT = ("plan",)
 
 
 def versions() -> dict[str, str]:
@@ -57,7 +60,7 @@ def write_manifest(
     kept = read_json(path, hashes=dict)
     for name, value in facts["hashes"].items():
         if kept["hashes"].get(name, value) != value:
-            raise UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
+            raise _changed(name, run)
     # What was once solved under other versions stays so, whatever the next attempt runs under.
     notes = tuple(dict.fromkeys([*kept.get("notes", ()), *other_versions(kept)]))
     again = kept | {"recipe": facts["recipe"], "status": "running"} | ({"notes": list(notes)} if notes else {})
@@ -72,12 +75,20 @@ def check_same_recipe(run: Path, recipe: Recipe) -> None:
     started = located(checked(recorded_recipe(run)))
     for name in Recipe.model_fields:
         before, now = getattr(started, name), getattr(recipe, name)
-        if before != now and name not in FREE:
+        if name in BY_CONTENT and None not in (before, now):
+            kept = read_json(run / "manifest.json", hashes=dict)["hashes"].get(name)
+            if os.path.isfile(now) and file_hash(Path(now)) != kept:  # of one that is gone, who reads it says so
+                raise _changed(name, run)
+        elif before != now and name not in FREE:
             raise UserError(
                 f"the run in {run} was started with {name} = {before!r}",
                 got=repr(now),
                 fix="resume with the same options, or choose a new folder",
             )
+
+
+def _changed(name: str, run: Path) -> UserError:
+    return UserError(f"the {name} changed since the run in {run} was started", fix="choose a new folder")
 
 
 def other_versions(kept: dict) -> tuple[str, ...]:
@@ -111,7 +122,7 @@ def hashes(recipe: Recipe, loaded: Loaded, texts: Texts, split: Split | None) ->
         if spec := getattr(recipe, name):
             where, extra, _ = locate(spec)
             found[name] = identity(where, extra)
-    for name in ("private", "domain", "inherited"):
+    for name in ("private", "domain", "inherited", "plan"):
         if path := getattr(recipe, name):
             found[name] = file_hash(Path(path))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,8 +39,11 @@ from geoquant.model.walk import Block, Stage, untouched_parameters, walk
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.gradient import check_head
 from geoquant.observe.stream import Stream, open_stream, spread
+from geoquant.plan.chosen import Chosen
 from geoquant.plan.estimate import Cost, cost
+from geoquant.plan.stage_rates import StageRates
 from geoquant.plan.uniform import Plan, check_choices, uniform_plan
+from geoquant.planned import check_planned, missed, plan_entry, planned, with_rates
 from geoquant.privacy.scores import SplitScores
 from geoquant.privacy.scoring import check_same_tokens
 from geoquant.privacy.validity import check_sides
@@ -61,7 +65,7 @@ from geoquant.report.build import write_report
 from geoquant.results import REFINED, load_stage, save_stage, stage_path
 from geoquant.runs import claim_output, read_json, recorded_recipe, remove_empty, write_json
 from geoquant.solve import install, restore, solve_model, solve_vocabulary
-from geoquant.steps import look_back, rows_of, step_of
+from geoquant.steps import look_back, rows_of, settled, step_of
 
 __all__ = ["export", "make_plan", "prepare", "quantize"]
 
@@ -97,16 +101,16 @@ def quantize(
     reporting.forget_peak_memory()
     try:
         with clock("load"):
-            split = load_records(recipe)
+            split, chosen = load_records(recipe), planned(recipe)
             check_refinement(recipe, split)
-            looked = check_protection(recipe, split)
+            looked = check_protection(recipe, split, chosen)
             # Before hours of work: whether the records will allow a verdict.
             check = check_sides(split, seed=recipe.seed) if split else None
             if check and check.refusal:
                 progress("records", 0, 1, "they allow no verdict on leakage")
-            loaded, blocks, texts, plan, notes = prepare(recipe)
+            loaded, blocks, texts, plan, notes = prepare(recipe, chosen=chosen)
             material = material_of(recipe, loaded.tokenizer, texts) if recipe.refine else None
-            check_base(recipe, loaded)
+            check_base(recipe, loaded, chosen)
             price, guarantee = announced(recipe, loaded, texts)
             if price:
                 progress("guarantee", 0, 1, price)
@@ -147,13 +151,14 @@ def quantize(
             (run / name).unlink(missing_ok=True)
     facts = reporting.model_facts(loaded)
     # A view of the weights file, not a copy: the original's logits are made of it once more.
-    changed = ends(blocks) or protected(recipe)
+    moves = protected(recipe, chosen)
+    changed = ends(blocks) or moves
     head = loaded.model.get_output_embeddings().weight.detach() if changed else None
     protection = None
-    if protected(recipe):
+    if moves:
         with clock("protect"):
             public = texts.calibration.tokens[:PUBLIC]
-            protection = protect(run, recipe, loaded, public, progress, shared=shared)
+            protection = protect(run, recipe, loaded, public, progress, chosen, shared=shared)
             loaded = None  # never two models in memory
             if released(recipe):  # nothing that was decided on the private model outlives it
                 loaded, blocks, texts, plan, _ = prepare(recipe, protected_folder(run))
@@ -188,8 +193,12 @@ def quantize(
         with clock("verify"):
             exports = [entry if entry["verified"] else verified(run, entry, progress) for entry in exports]
     report = reporting.assemble(
-        run, recipe, facts, blocks, texts, split, before, after, privacy, exports, notes, solver, clock, command
+        run, recipe, facts, blocks, plan, texts, split, before, after, privacy, exports, notes, solver, clock, command
     )
+    report["plan"] = None
+    if chosen is not None:
+        report["plan"] = plan_entry(chosen, report["hashes"]["plan"], blocks, report["sites"])
+        report["warnings"] += missed(report["plan"]["stages"])
     report["protection"] = protection
     report["refinement"] = refinement
     entry = protection["guarantee"] if protection else guarantee
@@ -201,13 +210,17 @@ def quantize(
     return report
 
 
-def prepare(recipe: Recipe, model: str | None = None) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
+def prepare(
+    recipe: Recipe, model: str | None = None, *, chosen: Chosen | None = None
+) -> tuple[Loaded, tuple[Block, ...], Texts, Plan, tuple[str, ...]]:
     """Everything that is decided, and everything that can be refused, before the first long step.
 
-    model: of which; left out, the recipe's.
+    model: of which; left out, the recipe's. chosen: the plan that the recipe names.
     """
     check_choices(recipe)
     loaded = load(model or recipe.model, device=recipe.device)
+    if chosen is not None:
+        check_planned(chosen, loaded)
     texts = prepare_texts(loaded.tokenizer, recipe)
     check_context(loaded, recipe.window)
     pages = map_weights(loaded.model)
@@ -219,6 +232,8 @@ def prepare(recipe: Recipe, model: str | None = None) -> tuple[Loaded, tuple[Blo
         else:
             alone += ("embeddings or head are of an unusual kind and stay at full precision",)
     plan = uniform_plan(blocks, recipe)
+    if chosen is not None:
+        plan = with_rates(plan, blocks, chosen)
     if recipe.metric == "gradient":
         check_head(loaded.model, texts.calibration.tokens[:1, :8], pages)
     streamed = {site.name for block in repeated(blocks) for site in block.sites}
@@ -299,7 +314,11 @@ def solve(
                 options["ties"] = fold.index
         return method, options
 
-    kept = {"finished": lambda stage: load_stage(run, stage), "done": lambda result: save_stage(run, result, plans)}
+    kept = {
+        "settle": partial(settled, control) if isinstance(control, StageRates) else None,
+        "finished": lambda stage: load_stage(run, stage),
+        "done": lambda result: save_stage(run, result, plans),
+    }
 
     solve_model(
         model,
@@ -335,10 +354,11 @@ def export(run: str | Path, to: str, *, verify: bool = True, progress: Progress 
     recipe = checked(recorded_recipe(run))
     report = read_json(run / "report.json", exports=list, warnings=list)
     given = protected_folder(run) if released(recipe) else None  # then the model it was made of is not needed
-    loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,)}), given)
+    # Nor the plan: what it decided is done.
+    loaded, blocks, *_ = prepare(recipe.model_copy(update={"formats": (to,), "plan": None}), given)
     if given is None:
         check_same_model(run, loaded)
-    if protected(recipe) and given is None:
+    if report.get("protection") and given is None:
         loaded = None
         loaded = load_protected(run, recipe.device)
     for stage in (stage for block in blocks for stage in block.stages):
@@ -365,10 +385,10 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
 
     Raises UserError for whatever `quantize` would refuse before its first long step.
     """
-    split = load_records(recipe)
+    split, chosen = load_records(recipe), planned(recipe)
     check_refinement(recipe, split)
-    looked = check_protection(recipe, split)
-    loaded, blocks, texts, plan, notes = prepare(recipe)
+    looked = check_protection(recipe, split, chosen)
+    loaded, blocks, texts, plan, notes = prepare(recipe, chosen=chosen)
     if recipe.refine:
         material_of(recipe, loaded.tokenizer, texts)
     check_base(recipe, loaded)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from geoquant.data.records import Record, known_among, read_records
+from geoquant.data.records import Record, check_split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.examine import check_context
 from geoquant.inputs import check_same_weights
@@ -121,6 +122,7 @@ def plan_within(
         "quadrature_error": {text: table.missed(text) for text in table.losses},
         "effects_sha256": table.sha256,
         "plan": None if out is None else str(out),
+        "next": None if out is None else _next(recipe, out, chosen.anchors),
     }
 
 
@@ -134,6 +136,8 @@ def _sides(recipe: Recipe) -> dict[str, tuple[Record, ...]]:
         for name, path in ((PRIVATE, recipe.private), (DOMAIN, recipe.domain))
         if path is not None
     }
+    if len(sides) == 2:
+        check_split(*sides.values(), minimum=LEAST)
     files = (recipe.members, recipe.nonmembers, recipe.canaries)
     audited = [read_records(path) for path in files if path is not None]
     for name, records in sides.items():
@@ -151,6 +155,8 @@ def _check(recipe: Recipe, budgets: Budgets, minimise: str, sides: Mapping[str, 
         raise UserError(f"--minimise {minimise}", wanted=f"one of {', '.join(OBJECTIVES)}")
     if recipe.grid != "lattice":
         raise UserError("budgets choose rates, and a box has bits", got="--grid box", fix="use --grid lattice")
+    if recipe.plan is not None:
+        raise UserError("budgets make a plan", got=f"--plan {recipe.plan}", fix="leave it out, and give --out")
     if recipe.anchor:
         raise UserError(f"--anchor {recipe.anchor:g} beside budgets", fix="leave it out: the plan chooses how far")
     if (budgets.leak is not None or minimise == "leak") and len(sides) < 2:
@@ -291,6 +297,14 @@ def _digest(text: Sequences) -> str:
 
 
 # ---- words
+
+
+def _next(recipe: Recipe, out: Path, anchors: bool) -> str:
+    """The command that does what the plan says."""
+    words = ["geoquant", "quantize", recipe.model, "--plan", str(out)]
+    words += ["--base", recipe.base] if anchors else []
+    words += [] if recipe.embeddings else ["--no-embeddings"]
+    return shlex.join([*words, "--out", "RUN"])
 
 
 def _told(table: Effects, allocation: Allocation) -> list[dict]:

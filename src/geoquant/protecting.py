@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,6 +35,8 @@ from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import trim
 from geoquant.observe.texts import Sequences, padded
+from geoquant.plan.chosen import Chosen
+from geoquant.planned import check_options, check_planned_base
 from geoquant.privacy.aim import GROUP, TEXTS, goes_back, spread_over, taught
 from geoquant.privacy.anchor import anchored
 from geoquant.privacy.guarantee.claim import Inherit
@@ -44,7 +46,16 @@ from geoquant.recipe import Recipe
 from geoquant.releasing import check_claim, claimed, entry_of, foretold, public_base, release_model
 from geoquant.runs import atomic_directory, read_json, read_tensors, write_json, write_tensors
 
-__all__ = ["check_base", "check_protection", "load_protected", "protect", "protected", "protected_folder", "released"]
+__all__ = [
+    "check_base",
+    "check_protection",
+    "load_protected",
+    "protect",
+    "protected",
+    "protected_folder",
+    "protected_there",
+    "released",
+]
 
 FOLDER, FACTS = "protected", "protection.json"
 RELEASED = "released.json"  # there from the moment at which released weights are, whatever else is lost
@@ -52,9 +63,14 @@ FEWEST = 8
 PUBLIC = 4  # windows of the calibration text that speak for public text
 
 
-def protected(recipe: Recipe) -> bool:
-    """Whether a lever on whole weights is asked for."""
-    return recipe.anchor > 0 or released(recipe)
+def protected(recipe: Recipe, chosen: Chosen | None = None) -> bool:
+    """Whether a lever on whole weights is asked for. chosen: the plan that the recipe names."""
+    return recipe.anchor > 0 or released(recipe) or (chosen is not None and chosen.anchors)
+
+
+def protected_there(run: Path) -> bool:
+    """Whether such a lever made the model that this run compresses."""
+    return (run / FOLDER / FACTS).exists()
 
 
 def released(recipe: Recipe) -> bool:
@@ -75,10 +91,10 @@ def protected_folder(run: Path) -> str:
     return str(folder)
 
 
-def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, ...]:
+def check_protection(recipe: Recipe, split: Split | None = None, chosen: Chosen | None = None) -> tuple[str, ...]:
     """Raise UserError where levers lack what they need, or what nobody asked for is given; before a model is read.
 
-    split: the records of the audit. Returns what the report should warn of.
+    split: the records of the audit. chosen: the plan that the recipe names. Returns what the report should warn of.
     """
     if recipe.anchor and recipe.base is None:
         raise UserError(
@@ -87,6 +103,8 @@ def check_protection(recipe: Recipe, split: Split | None = None) -> tuple[str, .
         )
     if check_claim(recipe) is not None:
         return ()
+    if chosen is not None:
+        return check_options(recipe, chosen, split)
     if recipe.aim == "memory" and not (recipe.anchor or (recipe.private and recipe.domain)):
         raise UserError("--aim memory says which weights --anchor moves", got="no --anchor", fix="add --anchor 0.5")
     if recipe.refine and recipe.base and not (recipe.anchor or recipe.private or recipe.domain):
@@ -140,11 +158,13 @@ def protect(
     loaded: Loaded,
     public: Int[Tensor, "n length"],
     progress: Progress,
+    chosen: Chosen | None = None,
     *,
     shared: Path | None = None,
 ) -> dict:
     """Make RUN/protected of the given model, if it is not there; what the report says of the levers. public: windows of
-    public text. shared: a folder where runs find what others measured of the same weights and texts, and leave it.
+    public text. chosen: the plan that the recipe names. shared: a folder where runs find what others measured of the
+    same weights and texts, and leave it.
 
     The model is changed in place, so that memory never holds it twice: the caller gives it up and goes on with
     `load_protected`.
@@ -156,7 +176,10 @@ def protect(
         else:
             base, made = load(recipe.base, device=recipe.device), loaded
             check_same_weights(loaded, base)
-            facts = _anchor(run, recipe, loaded, base, public, shared, progress)
+            if chosen is not None:
+                facts = _as_planned(loaded, base, chosen, progress)
+            else:
+                facts = _anchor(run, recipe, loaded, base, public, shared, progress)
         dtype = chosen_dtype(made.model, None)
         if released(recipe):
             write_json(run / RELEASED, {"mechanism": facts["guarantee"]["mechanism"]})
@@ -197,12 +220,15 @@ def _there(folder: Path) -> bool:
     return (folder / FACTS).exists() and any(folder.glob("model*.safetensors"))
 
 
-def check_base(recipe: Recipe, loaded: Loaded) -> None:
+def check_base(recipe: Recipe, loaded: Loaded, chosen: Chosen | None = None) -> None:
     """Raise UserError where an anchor cannot go back to the base that was given; before anything is measured."""
-    if not recipe.anchor or released(recipe):
+    if not protected(recipe, chosen) or released(recipe):
         return
     base = load(recipe.base, device=recipe.device)
     check_same_weights(loaded, base)
+    if chosen is not None:
+        check_planned_base(chosen, loaded, base)
+        return
     theirs = dict(base.model.named_parameters())
     moved = (not torch.equal(own.detach(), theirs[name].to(own.dtype)) for name, own in loaded.model.named_parameters())
     if not any(moved):
@@ -230,20 +256,51 @@ def _anchor(
     choice = None
     if recipe.aim == "memory":
         choice, facts["measuring"] = _taught(run, recipe, loaded, base, public, shared, progress)
+    told = {text: [0.0, 0.0] for text in TEXTS}
+
+    def share_of(name: str, shape: tuple[int, ...]) -> Tensor | float:
+        if choice is None:
+            return 1 - recipe.anchor
+        groups = {text: choice[f"{text}/{name}"] for text in TEXTS}
+        back = goes_back(groups, recipe.anchor)
+        for text, values in groups.items():
+            told[text][0] += values.sum().item()
+            told[text][1] += values[back].sum().item()
+        return spread_over((~back).float(), shape)
+
+    facts |= _move(loaded, theirs, share_of, progress)
+    if choice is not None:
+        facts["taught"] = {text: {"all": whole, "put_back": part} for text, (whole, part) in told.items()}
+    return facts | {"guarantee": None}
+
+
+def _as_planned(loaded: Loaded, base: Loaded, chosen: Chosen, progress: Progress) -> dict:
+    """Every parameter at its unit's share of its change from the base, in place."""
+    shares, sizes = chosen.shares, {name: own.numel() for name, own in loaded.model.named_parameters()}
+    weights = {
+        share: sum(size for name, size in sizes.items() if shares[name] == share)
+        for share in sorted({*shares.values()})
+    }
+    facts = {"lever": "plan", "anchor": None, "looked": chosen.looked, "base_sha256": chosen.sha256["base"]}
+    facts["weights"] = [[share, count / sum(sizes.values())] for share, count in weights.items()]
+    moved = _move(loaded, dict(base.model.named_parameters()), lambda name, _: shares[name], progress)
+    return facts | moved | {"guarantee": None}
+
+
+def _move(
+    loaded: Loaded,
+    theirs: dict[str, Tensor],
+    share_of: Callable[[str, tuple[int, ...]], Tensor | float],
+    progress: Progress,
+) -> dict:
+    """Every parameter at `share_of(name, shape)` of its change, in place: how long the change was and is, and the share
+    of each part of the model that was moved."""
     before = after = 0.0
     moved: dict[str, list[int]] = {}
-    told = {text: [0.0, 0.0] for text in TEXTS}
     mine = dict(loaded.model.named_parameters())
     for index, (name, own) in enumerate(mine.items()):
         original, its = own.detach(), theirs[name].detach()
-        share: Tensor | float = 1 - recipe.anchor
-        if choice is not None:
-            groups = {text: choice[f"{text}/{name}"] for text in TEXTS}
-            back = goes_back(groups, recipe.anchor)
-            for text, values in groups.items():
-                told[text][0] += values.sum().item()
-                told[text][1] += values[back].sum().item()
-            share = spread_over((~back).float(), tuple(own.shape))
+        share = share_of(name, tuple(own.shape))
         before += (original.float() - its.float()).square().sum().item()
         own.data = anchored(original, its, share)
         after += (own.detach().float() - its.float()).square().sum().item()
@@ -251,11 +308,10 @@ def _anchor(
         counts[0] += int((torch.as_tensor(share) < 1).expand(own.shape).sum())
         counts[1] += own.numel()
         progress("anchor", index + 1, len(mine), name)
-    facts["distance"] = {"before": math.sqrt(before), "after": math.sqrt(after)}
-    facts["moved"] = {part: moved_ / count for part, (moved_, count) in moved.items()}
-    if choice is not None:
-        facts["taught"] = {text: {"all": whole, "put_back": part} for text, (whole, part) in told.items()}
-    return facts | {"guarantee": None}
+    return {
+        "distance": {"before": math.sqrt(before), "after": math.sqrt(after)},
+        "moved": {part: moved_ / count for part, (moved_, count) in moved.items()},
+    }
 
 
 def _part_of(name: str) -> str:

@@ -23,6 +23,8 @@ Format = Literal["compressed-tensors", "dense", "geoquant", "gguf", "gptq", "int
 # What only a box has; whoever names one of these without a grid wants the box. And what only the lattice has.
 BOXED = {"bits", "group_size", "symmetric", "keep", "static_scales"}
 RATED = {"rate"}
+# What a plan file has decided (see planned.py).
+PLANNED = {"rate", "anchor", "aim"}
 PACKED = ("compressed-tensors", "gguf", "gptq")
 
 
@@ -54,6 +56,8 @@ class Recipe(BaseModel):
     reference_share: float = Field(default=1.0, gt=0.0, le=1.0)
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
     moments: Literal["float32", "float64"] = "float32"
+    # a plan file: rates of stages, and what happens to the weights before (see planned.py)
+    plan: str | None = None
     # what happens to the weights before anything is solved (see protecting.py)
     base: str | None = None
     private: str | None = None
@@ -103,8 +107,9 @@ class Recipe(BaseModel):
             return values  # pydantic says what is wrong with it
         grid = values["grid"] if "grid" in values else _grid_of(values)
         refuse_strangers({"grid": grid, **values})
+        refuse_beside_plan({"grid": grid, **values})
         own = {"method": "babai", "formats": ("compressed-tensors",)} if grid == "box" else {}
-        if values.get("private") and values.get("domain"):
+        if values.get("private") and values.get("domain") and not values.get("plan"):
             own["aim"] = "memory"
         if values.get("base") and values.get("members"):
             own["reference"] = values["base"]
@@ -195,6 +200,25 @@ def refuse_idle(recipe: Recipe, flags: Mapping) -> None:
             raise UserError(f"{flag} serves {what}", got=_said(recipe.model_dump(), *by), fix=f"leave {flag} out")
 
 
+def refuse_beside_plan(values: Mapping) -> None:
+    """Raise UserError where something is asked for that a plan file has decided, or a grid that it is not for."""
+    if values.get("plan") is None:
+        return
+    if clash := _asked(values, PLANNED):
+        raise UserError(
+            "a plan has decided what every stage's rate is and how far its weights go back",
+            got=_said(values, "plan", *clash),
+            fix=f"leave out {' and '.join(clash)}, or the plan",
+        )
+    if values["grid"] == "box":
+        reasons = _asked(values, BOXED) + (["formats"] if _packed(values) else [])
+        raise UserError(
+            "a plan has rates, and a box has bits",
+            got=_said(values, *(reasons or ["grid"])),
+            fix=f"leave out {' and '.join(reasons or ['grid'])}, or the plan",
+        )
+
+
 def _asked(values: Mapping, names: set[str]) -> list[str]:
     """Which of the options were asked for. A recipe that was written down whole names them all: there those that do not
     have their default.
@@ -224,7 +248,7 @@ def located(recipe: Recipe) -> Recipe:
 
     Hub ids, `demo` and files that are not there stay as they are.
     """
-    names = ("calibration", "evaluation", "members", "nonmembers", "canaries", "private", "domain", "inherited")
+    names = ("calibration", "evaluation", "members", "nonmembers", "canaries", "private", "domain", "inherited", "plan")
     texts = {name: getattr(recipe, name) for name in names}
     models = {name: value for name in ("model", "reference", "base") if (value := getattr(recipe, name)) != "demo"}
     # Not resolve(): a link may point into a store whose file names say nothing (no .gguf, for one).
@@ -290,6 +314,7 @@ def overruled(written: Mapping, flags: Mapping) -> Recipe:
     values = {**written, **flags}
     if "grid" in values:
         refuse_strangers({"grid": values["grid"], **flags})
+        refuse_beside_plan({"grid": values["grid"], "plan": values.get("plan"), **flags})
     return checked(values)
 
 

@@ -29,7 +29,7 @@ from geoquant.observe.compute import compute_dtype
 from geoquant.observe.stream import spread
 from geoquant.privacy.refine import Material, RefineSettings, State, observe_base, observe_original, refine, texts_of
 from geoquant.progress import Progress
-from geoquant.protecting import load_protected, protected
+from geoquant.protecting import load_protected, protected_there
 from geoquant.recipe import Recipe
 from geoquant.releasing import claimed
 from geoquant.results import REFINED, StageFiles, refined_bits, save_refined
@@ -124,7 +124,7 @@ def refine_run(
     if not refinement_pending(run, recipe):
         return read_json(run / REFINED / FACTS, losses=dict)
     started = time.process_time()
-    original = load_protected(run, recipe.device) if protected(recipe) else load(recipe.model, device=recipe.device)
+    original = load_protected(run, recipe.device) if protected_there(run) else load(recipe.model, device=recipe.device)
     pages = map_weights(original.model)
 
     def wanted(stage: Stage) -> Tensor:

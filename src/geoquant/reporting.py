@@ -187,6 +187,7 @@ def assemble(
     recipe: Recipe,
     facts: dict,
     blocks: tuple[Block, ...],
+    plan: Plan,
     texts: Texts,
     split: Split | None,
     before: Quality,
@@ -205,10 +206,10 @@ def assemble(
     # Of what each site got: the plan does not know which of them fell back to rounding.
     weights = [math.prod(site["shape"]) for site in sites]
     reached = sum(s["bits_per_weight"] * n for s, n in zip(sites, weights)) / sum(weights)
-    if recipe.grid == "lattice" and abs(reached / recipe.rate - 1) > 0.01:
+    if recipe.grid == "lattice" and abs(reached / plan.bits_per_weight - 1) > 0.01:
         warnings.append(
-            f"asked for {recipe.rate:g} bits per weight, got {reached:.3f}: a small or strange model, whose steps and "
-            "last sites weigh too much"
+            f"asked for {plan.bits_per_weight:.4g} bits per weight, got {reached:.3f}: a small or strange model, whose "
+            "steps and last sites weigh too much"
         )
     return {
         "schema": SCHEMA,

@@ -38,6 +38,7 @@ __all__ = [
     "site_reports",
     "solved_cost",
     "solved_sites",
+    "stage_bits",
     "stage_path",
 ]
 
@@ -160,6 +161,16 @@ def solved_cost(run: Path, stage: Stage) -> tuple[float, float] | None:
     return float(metadata["step"]), bits
 
 
+def stage_bits(stage: Stage, solution: LatticeSolution) -> list[float]:
+    """Coded bits of each of a stage's sites: codes, and the bytes beside them, those of columns shared out by rows."""
+    spread, found, start = spread_of(solution.codes), [], 0
+    for rows in (site.shape[0] for site in stage.sites):
+        part = slice(start, start + rows)
+        found.append(site_bits(solution.codes[part], spread.part(part.start, part.stop), rows / stage.rows))
+        start += rows
+    return found
+
+
 def solved_sites(run: Path) -> set[str]:
     """Names of the sites that have a result on disk."""
     files = sorted((run / "sites").glob("*.safetensors"))
@@ -216,11 +227,11 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
     aim = result.original if result.target is None else result.target.weight
     lattice = isinstance(solution, LatticeSolution)
     kept, why = ([], "") if lattice else _kept(solution)
-    spread = spread_of(solution.codes) if lattice else None
+    sizes = stage_bits(result.stage, solution) if lattice else []
     entries, start = [], 0
     if result.warning is not None:
         plans = {site.name: _rounded(plans[site.name], result) for site in result.stage.sites}
-    for site in result.stage.sites:
+    for place, site in enumerate(result.stage.sites):
         part = slice(start, start + site.shape[0])
         start += site.shape[0]
         plan, own = plans[site.name], solution.rows(part.start, part.stop)
@@ -233,10 +244,7 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
             own.squares,
             clipped,
         )
-        bits = plan.bits_per_weight
-        if lattice:
-            share = site.shape[0] / result.stage.rows
-            bits = site_bits(own.codes, spread.part(part.start, part.stop), share) / math.prod(site.shape)
+        bits = sizes[place] / math.prod(site.shape) if lattice else plan.bits_per_weight
         entries.append(
             {
                 "name": site.name,

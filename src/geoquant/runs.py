@@ -168,13 +168,14 @@ def no_file(path: Path) -> UserError:
     return UserError(f"no {path.name} in {path.parent}", fix=hint)
 
 
-def read_json(path: Path, **entries: type) -> dict:
-    """Read a JSON object that a run wrote. `entries`: what it must hold, and of which type.
+def read_json(path: Path, *, mend: str | None = None, **entries: type) -> dict:
+    """Read a JSON object that a run wrote. `entries`: what it must hold, and of which type; mend: what to do where it
+    is damaged.
 
     Raises UserError when it is missing, damaged, or lacks one of them.
     """
     # Without its manifest a folder is no run of ours: nothing could be resumed in it.
-    mend = (
+    mend = mend or (
         "choose a new folder"
         if path.name == "manifest.json"
         else "delete it and run the same command again (quantize: with --resume)"

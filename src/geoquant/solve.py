@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,20 @@ from geoquant.observe.stream import Stream
 from geoquant.observe.vocabulary import VocabularyMoments, vocabulary_metric
 from geoquant.progress import Progress, silent
 
-__all__ = ["StageResult", "install", "restore", "solve_model", "solve_vocabulary", "vocabulary_problem"]
+__all__ = [
+    "Attempt",
+    "Settle",
+    "StageResult",
+    "install",
+    "restore",
+    "solve_model",
+    "solve_vocabulary",
+    "vocabulary_problem",
+]
+
+# Solves a stage at a step D, with the warning if it could not; and who tries steps, the given one first, and takes one.
+Attempt = Callable[[float], "tuple[LatticeSolution, str | None]"]
+Settle = Callable[[Stage, float, Attempt], "tuple[LatticeSolution, str | None]"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ def solve_model(
     compute: torch.dtype,
     moments_dtype: torch.dtype = torch.float32,
     reference: dict[int, Float[Tensor, "b l h"]] | None = None,
+    settle: Settle | None = None,
     finished: Callable[[Stage], Solution | None] = lambda stage: None,
     pages: Pages = UNMAPPED,
     lean: bool = False,
@@ -75,6 +89,7 @@ def solve_model(
                 `off` (full-precision inputs throughout).
     reference:  what the full-precision model hands to the first block, by batch: its outputs become the target, as far
                 as some of the batches show them. None: its weights are.
+    settle:     who chooses among solutions at several steps, on the lattice; None: the step in `settings` is the one.
     finished:   a stage's solution from an interrupted run, or None.
     done:       called with each new result, before its weights are put into the model.
     pages:      the model's mapped weights, released as they are replaced.
@@ -116,7 +131,7 @@ def solve_model(
         problem = Problem(
             target.weight if target else original, moments.hessian, moments.heldout, tokens=count, **options
         )
-        solution, warning = _solve(name, problem, stage)
+        solution, warning = _settled(name, problem, stage, settle)
         seconds = {"observe": observed - started, "solve": time.process_time() - observed}
         return StageResult(stage, solution, moments, original, seconds, warning, target)
 
@@ -185,6 +200,7 @@ def solve_vocabulary(
     observed: VocabularyMoments,
     settings: Callable[[Stage], tuple[str, dict]],
     *,
+    settle: Settle | None = None,
     finished: Callable[[Stage], Solution | None] = lambda stage: None,
     done: Callable[[StageResult], None],
     progress: Progress = silent,
@@ -197,7 +213,7 @@ def solve_vocabulary(
             original = model.get_submodule(stage.name).weight.detach()  # in its own type: the largest matrix there is
             name, options = settings(stage)
             problem = vocabulary_problem(stage, original, observed, **options)
-            solution, warning = _solve(name, problem, stage)
+            solution, warning = _settled(name, problem, stage, settle)
             moments = Moments(problem.hessian, problem.heldout, *observed.counts.tolist(), MassiveTokens(0.0, 0.0))
             trim()
             seconds = {"solve": time.process_time() - started}
@@ -274,6 +290,15 @@ def _target(original: Float[Tensor, "out in"], moments: Moments, damping: float 
         return output_target(original, *known, damping)
     except NotPositiveDefinite:
         return Target(original, 0.0)
+
+
+def _settled(
+    name: str, problem: Problem, stage: Stage, settle: Settle | None
+) -> tuple[Solution | LatticeSolution, str | None]:
+    """The solution at the problem's step, or the one that `settle` takes."""
+    if settle is None:
+        return _solve(name, problem, stage)
+    return settle(stage, problem.step, lambda step: _solve(name, replace(problem, step=step), stage))
 
 
 def _solve(name: str, problem: Problem, stage: Stage) -> tuple[Solution | LatticeSolution, str | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from geoquant.lattice.order import ALONE, column_order
 from geoquant.lattice.rows import RowMetric, block_sizes, row_metric
+from geoquant.methods import LatticeSolution
 from geoquant.methods.babai import DEFAULT_DAMPING
 from geoquant.methods.lattice import choose_damping
 from geoquant.model.paging import UNMAPPED, Pages
@@ -21,14 +23,15 @@ from geoquant.observe.gradient import CHUNK, Curvature, token_energies
 from geoquant.observe.stream import Stream
 from geoquant.observe.vocabulary import VocabularyMoments
 from geoquant.plan.rate import Forecast, RateControl, forecast
+from geoquant.plan.stage_rates import StageRates
 from geoquant.plan.uniform import Plan
 from geoquant.progress import Progress, silent
 from geoquant.recipe import Recipe
-from geoquant.results import solved_cost
+from geoquant.results import solved_cost, stage_bits
 from geoquant.runs import read_tensors, write_tensors
-from geoquant.solve import vocabulary_problem
+from geoquant.solve import Attempt, vocabulary_problem
 
-__all__ = ["Forecaster", "curvature_of", "look_back", "rate_control", "rows_of", "step_of"]
+__all__ = ["Forecaster", "curvature_of", "look_back", "rate_control", "rows_of", "settled", "step_of"]
 
 # What is believed of a curvature seen on a few windows: a row that they hardly used is not free to take any value, and
 # of what two rows seem to have in common a part is chance.
@@ -74,7 +77,12 @@ def look_back(
         return found, forecaster.found if forecaster else {}
 
     curvature, forecasts = curvature_of(run / "token_weights.safetensors", observe)
-    return curvature, rate_control(blocks, recipe.rate, forecasts) if lattice else None
+    if not lattice:
+        return curvature, None
+    if recipe.plan is None:
+        return curvature, rate_control(blocks, recipe.rate, forecasts)
+    rates = {stage.name: plan[stage.name].bits_per_weight for block in blocks for stage in block.stages}
+    return curvature, rate_control(blocks, plan.bits_per_weight, forecasts, rates)
 
 
 def rows_of(stage: Stage, curvature: Float[Tensor, "blocks size size"]) -> RowMetric:
@@ -137,12 +145,15 @@ def curvature_of(
     return Curvature(stored["tokens"], stored["rows"], known), forecasts
 
 
-def rate_control(blocks: tuple[Block, ...], rate: float, forecasts: dict[str, Forecast]) -> RateControl:
+def rate_control(
+    blocks: tuple[Block, ...], rate: float, forecasts: dict[str, Forecast], rates: Mapping[str, float] | None = None
+) -> RateControl:
     """The controller of a run. Stages at the same place in their blocks are of one kind; embedding and head, whose
-    forecasts need no correction, of none.
+    forecasts need no correction, of none. rates: of the stages, where a plan has decided them.
     """
     stages = [(stage.name, str(place)) for block in repeated(blocks) for place, stage in enumerate(block.stages)]
-    return RateControl(rate, forecasts, [*stages, *((stage.name, None) for stage in ends(blocks))])
+    stages += [(stage.name, None) for stage in ends(blocks)]
+    return RateControl(rate, forecasts, stages) if rates is None else StageRates(rate, forecasts, stages, rates=rates)
 
 
 def step_of(control: RateControl, run: Path, blocks: tuple[Block, ...], stage: Stage) -> float:
@@ -153,3 +164,18 @@ def step_of(control: RateControl, run: Path, blocks: tuple[Block, ...], stage: S
         if other.name not in control.spent:
             control.record(other.name, *solved_cost(run, other))
     return control.step()
+
+
+def settled(control: StageRates, stage: Stage, step: float, attempt: Attempt) -> tuple[LatticeSolution, str | None]:
+    """The solution whose size is nearest to the stage's rate, of those at steps that its own sizes point to."""
+    aim, tried, best, nearest = control.aim(stage.name), [], None, math.inf
+    while step is not None:
+        solution, warning = attempt(step)
+        if warning is not None:  # rounded to nearest, whatever the step
+            return solution, warning
+        bits = sum(stage_bits(stage, solution)) / (stage.rows * stage.columns)
+        tried.append((step, bits))
+        if abs(bits - aim) < nearest:
+            best, nearest = solution, abs(bits - aim)
+        step = control.nearer(stage.name, tried)
+    return best, None

@@ -179,6 +179,8 @@ def tune(
         if given < 1:
             raise UserError(f"--{name} {given}", wanted="at least 1")
     check_space(space)
+    if recipe.plan is not None:
+        raise UserError("the search chooses what a plan has chosen", got=f"--plan {recipe.plan}", fix="leave it out")
     if recipe.base is None and any(one.field == "anchor" for one in space):
         raise UserError("the search moves the anchor", wanted="--base MODEL, the one it was fine-tuned from")
     if goal.size is not None and not recipe.formats:

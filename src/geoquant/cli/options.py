@@ -184,6 +184,12 @@ class RecipeFlags:
         ),
     ] = None
     evaluation_windows: Annotated[int | None, option("Windows measured (default 20).", group=TEXT), WHOLE] = None
+    plan: Annotated[
+        str | None,
+        option(
+            "Plan file of `geoquant plan MODEL --max-...`: bits of every layer, shares of its change.", group=CONTROL
+        ),
+    ] = None
     base: Annotated[str | None, option("Public model it was fine-tuned from.", group=CONTROL)] = None
     private: Annotated[
         str | None, option("Records the model was trained on that may be looked at, .jsonl.", group=CONTROL)

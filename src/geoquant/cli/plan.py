@@ -110,6 +110,8 @@ def show_choice(found: dict) -> None:
     for sentence in found["sentences"]:
         print(sentence)
     print("no formal guarantee" + (f"; plan: {found['plan']}" if found["plan"] else ""))
+    if found["next"] is not None:
+        print(f"next: {found['next']}")
 
 
 def chosen(unit: dict) -> str:

@@ -45,6 +45,7 @@ def quantize(
       geoquant quantize MODEL --out RUN --bits 3 --method dqc --keep 0.01
       geoquant quantize MODEL --out RUN --members in.jsonl --nonmembers out.jsonl
       geoquant quantize MODEL --out RUN --goal private --frontier DIR --base BASE
+      geoquant quantize MODEL --out RUN --plan PLAN.json --base BASE
       geoquant quantize --out RUN --resume
 
     The last one goes on after Ctrl-C, a crash or a full disk.

@@ -11,6 +11,7 @@ plan/effects.py.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from geoquant.runs import read_json, write_json
 __all__ = ["Chosen", "ChosenUnit", "choice", "read_plan"]
 
 SCHEMA = 1
+AGAIN = "run geoquant plan again"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Chosen:
     def bits(self) -> dict[str, float]:
         """By stage, bits per weight."""
         return {unit.stage: unit.bits for unit in self.units if unit.stage is not None and unit.bits is not None}
+
+    @property
+    def looked(self) -> bool:
+        """Whether private records had a say in it: in what was to be small, or in a budget."""
+        return any(name in ("leak", "domain") for name in (*self.objective, *self.budgets))
 
     @property
     def anchors(self) -> bool:
@@ -96,14 +103,19 @@ def choice(
 
 def read_plan(path: Path) -> Chosen:
     """What `Chosen.write` wrote. Raises UserError for anything else, and for shares and bits that cannot be."""
-    told = read_json(path, schema=int, sha256=dict, objective=dict, budgets=dict, totals=dict, prices=dict, units=list)
+    if not os.path.isfile(path):  # not Path.is_file(): it raises on a name that is too long
+        raise UserError(f"no plan file {path}", fix="make one: geoquant plan MODEL --max-size MB --out PLAN.json")
+    parts = dict.fromkeys(("sha256", "objective", "budgets", "totals", "prices"), dict)
+    told = read_json(path, mend=AGAIN, schema=int, units=list, **parts)
     if told["schema"] != SCHEMA:
-        raise UserError(f"{path} has schema {told['schema']}", wanted=f"{SCHEMA}", fix="run geoquant plan again")
+        raise UserError(f"{path} has schema {told['schema']}", wanted=f"{SCHEMA}", fix=AGAIN)
     units = []
     for number, one in enumerate(told["units"]):
         try:
             unit = ChosenUnit(**{**one, "parameters": tuple(one["parameters"])})
+            names = (unit.name, *unit.parameters, *([] if unit.stage is None else [unit.stage]))
             good = 0 <= unit.share <= 1 and (unit.bits is None or 0 < unit.bits <= 16)
+            good = good and all(isinstance(name, str) for name in names)
         except (TypeError, KeyError):
             good = False
         if not good:
@@ -112,7 +124,9 @@ def read_plan(path: Path) -> Chosen:
             )
         units.append(unit)
     seen = [name for unit in units for name in unit.parameters]
-    if len(set(seen)) < len(seen) or {"model", "base", "effects"} - told["sha256"].keys():
-        raise UserError(f"{path} is damaged: a parameter twice, or a hash missing", fix="run geoquant plan again")
+    stages = [unit.stage for unit in units if unit.stage is not None]
+    twice = len(set(seen)) < len(seen) or len(set(stages)) < len(stages)
+    if twice or {"model", "base", "effects"} - told["sha256"].keys():
+        raise UserError(f"{path} is damaged: a parameter twice, or a hash missing", fix=AGAIN)
     rest = {name: told[name] for name in ("sha256", "objective", "budgets", "totals", "prices")}
     return Chosen(units=tuple(units), **rest)

@@ -141,7 +141,7 @@ def _needs(options: Mapping, change: Change | None) -> list[str]:
     """Inputs that a point takes if it does not say which."""
     if options.get("aim") == "memory":
         return list(INPUTS)
-    base = options.get("anchor") or options.get("radius") or (change and change.kind == "interpolate")
+    base = any(options.get(name) for name in ("anchor", "radius", "plan")) or (change and change.kind == "interpolate")
     return ["base"] if base else []
 
 

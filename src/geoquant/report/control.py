@@ -10,21 +10,58 @@ PLACES = {"embed_tokens": "embeddings", "lm_head": "head", "norm": "final norm"}
 
 
 def control_sentences(report: Mapping) -> list[str]:
-    """Of the anchor and of refinement; nothing where no lever was used. A guarantee has words of its own."""
+    """Of a plan, of the anchor and of refinement; nothing where no lever was used. A guarantee has words of its own."""
     told = []
-    protection, refinement = report.get("protection"), report.get("refinement")
+    protection, refinement, plan = (report.get(name) for name in ("protection", "refinement", "plan"))
+    if plan:
+        told += _rates(plan)
+    if protection and protection["lever"] == "plan":
+        told += _shares(protection)
     if protection and protection["lever"] == "anchor":
         told += _anchor(protection)
     if refinement:
         told.append(f"Refinement moved {refinement['moved']:.1%} of the codes by one step.")
     if told and not (report["privacy"] or {}).get("guarantee"):
-        told.append(
+        told.append(_no_guarantee(protection or {}, plan or {}))
+    return told
+
+
+def _no_guarantee(protection: Mapping, plan: Mapping) -> str:
+    """And what of the result was computed from private records, and shows."""
+    if plan.get("looked"):
+        where = "rates" + (" and shares were" if plan["anchors"] else " were")
+        shown = ", and whoever has the base sees which weights went back" if plan["anchors"] else ""
+        return f"No formal guarantee: {where} computed from private data and show in the file{shown}."
+    if protection.get("taught"):
+        return (
             "No formal guarantee: which weights were changed was computed from private data, and whoever has the base "
             "sees which they are."
-            if protection and protection.get("taught")
-            else "No formal guarantee."
         )
+    return "No formal guarantee."
+
+
+def _rates(plan: Mapping) -> list[str]:
+    rates, size = sorted({stage["planned"] for stage in plan["stages"]}), plan["bytes"]
+    span = f"{rates[0]:g} to {rates[-1]:g}" if len(rates) > 1 else f"{rates[0]:g}"
+    told = [
+        f"A plan chose the rate of each of {len(plan['stages'])} stages, {span} bits per weight: "
+        f"{size['got'] / 1e6:,.4g} MB, planned {size['planned'] / 1e6:,.4g} MB."
+    ]
+    if not plan["anchors"]:
+        told.append("It put no weight back to the public base.")
     return told
+
+
+def _shares(protection: Mapping) -> list[str]:
+    before, after = protection["distance"]["before"], protection["distance"]["after"]
+    parts = [
+        f"{count:.1%} of the weights {'all' if share == 1 else 'none' if share == 0 else f'{share:.0%}'}"
+        for share, count in sorted(protection["weights"], reverse=True)
+    ]
+    return [
+        f"Of their change since the public base keep, as planned: {', '.join(parts)}. The length of the change fell "
+        f"from {before:.4g} to {after:.4g}."
+    ]
 
 
 def _anchor(protection: Mapping) -> list[str]:

@@ -75,6 +75,9 @@ _SCHEMA: dict = {
     # What levers did to the weights before anything was solved; None where there were none.
     "refinement?": {"passes": int, "kept_pass": int, "moved": NUMBER}
     | {name: {"before": kind, "after": kind} for name, kind in (("losses", dict), ("bits_per_weight", NUMBER))},
+    # What a plan file had decided, and what came of it; None without one.
+    "plan?": {"sha256": str, "effects_sha256": str, "looked": bool, "anchors": bool, "budgets": dict, "totals": dict}
+    | {"bytes": {"planned": NUMBER, "got": NUMBER}, "stages": [{"name": str, "planned": NUMBER, "got": NUMBER}]},
     "protection?": {"lever": str, "anchor": NUMBER, "distance": {"before": NUMBER, "after": NUMBER}},
     # Why these options: what was wanted, and the points of a frontier that it was chosen from, if there is one.
     "goal?": {**dict.fromkeys(("goal", "use", "point", "why", "frontier"), str), "rows": [dict]},
