@@ -53,6 +53,12 @@ POINTS: dict[str, dict] = {
         for strength in (0.7, 1.0)
         for weight in (1.0, 10.0)
     },
+    **{f"forgot {passes}": {"forget": passes} for passes in (2, 4)},
+    **{
+        f"aimed {strength:g}, forgot {passes}": {"anchor": strength, "aim": "memory", "forget": passes}
+        for strength in (0.5, 0.7)
+        for passes in (2, 4)
+    },
 }
 WORDS = {"half": "the levers saw every second member", "all": "the levers saw all members and canaries"}
 SHOWN = ("reference", "loss")
@@ -81,7 +87,7 @@ def point(place: Path, out: Path, regime: str, rate: float, name: str, given: st
     overrides = {"rate": rate}
     if POINTS[name]:
         overrides |= POINTS[name] | {"base": str(models / "base")}
-        if overrides.get("aim") == "memory" or "refine" in overrides:
+        if overrides.get("aim") == "memory" or {"refine", "forget"} & overrides.keys():
             overrides |= records(out, given)
     run = out / "runs" / f"{regime}-{rate:g}-{given}-{name.replace(',', '').replace(' ', '-')}"
     loaded, size = curve.compressed(run, model, overrides, progress, shared=out)

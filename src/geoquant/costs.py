@@ -24,7 +24,8 @@ __all__ = ["CHANGE", "cost_sentence", "costs"]
 CHANGE = "change the weights"  # the phase of a point's own, before its run
 SOLVING = ("load", "quantize")
 LEVERS = {
-    *("base", "private", "domain", "anchor", "aim", "refine", "refine_privacy", "keep"),
+    *("base", "private", "domain", "anchor", "aim", "forget", "forget_weight"),
+    *("refine", "refine_privacy", "keep"),
     *("epsilon", "delta", "radius", "ball", "shards", "clip", "inherited"),
 }
 SHAPED = {
@@ -60,7 +61,7 @@ def _spent(point: Point, one: Mapping) -> dict[str, float] | None:
 def _cost(point: Point, own: Mapping, points: Sequence[Point], spent: Sequence[Mapping], plain: int | None) -> dict:
     recipe = point.recipe
     levers = {
-        "release" if recipe.get("epsilon") else "anchor": own["protect"],
+        _protecting(recipe): own["protect"],
         "refine": own["refine"],
         point.change.kind if point.change else "change": own[CHANGE],
     }
@@ -75,6 +76,13 @@ def _cost(point: Point, own: Mapping, points: Sequence[Point], spent: Sequence[M
         levers[shape], rest = rest, 0.0
     before = sum(theirs.values())
     return told | {"plain": points[plain].name, "plain_seconds": before, "extra": total - before, "rest": rest}
+
+
+def _protecting(recipe: Mapping) -> str:
+    """What made another model of the given one."""
+    if recipe.get("epsilon"):
+        return "release"
+    return " and ".join(name for name in ("anchor", "forget") if recipe.get(name)) or "anchor"
 
 
 def _bare(recipe: Mapping) -> dict:

@@ -49,7 +49,6 @@ from geoquant.privacy.scoring import check_same_tokens
 from geoquant.privacy.validity import check_sides
 from geoquant.progress import Progress, silent
 from geoquant.protecting import (
-    PUBLIC,
     check_base,
     check_protection,
     load_protected,
@@ -157,7 +156,7 @@ def quantize(
     protection = None
     if moves:
         with clock("protect"):
-            public = texts.calibration.tokens[:PUBLIC]
+            public = texts.calibration.tokens
             protection = protect(run, recipe, loaded, public, progress, chosen, shared=shared)
             loaded = None  # never two models in memory
             if released(recipe):  # nothing that was decided on the private model outlives it

@@ -4,8 +4,6 @@ A lever on whole weights makes another model of the given one, in RUN/protected;
 one. Whatever follows (metric, scales, order, rates) is decided on the protected weights, and a run that goes on reads
 them back.
 
-    RUN/taught.safetensors    what each group of weights taught the model of private, domain and public text
-    SHARED/taught-KEY.safetensors   the same where runs of one model share it, under a key of all that it depends on
     RUN/released.json         that private weights were released into this run, which must not happen twice
     RUN/protected/            an ordinary model folder: it can be evaluated and audited by itself
         protection.json       which levers made it, and how much they changed
@@ -14,37 +12,29 @@ them back.
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-import math
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from geoquant import __version__
+from geoquant.anchoring import FEWEST, anchor_model, as_planned, long_enough
 from geoquant.data.records import Split, check_split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
+from geoquant.forgetting import check_forgetting, forget_records, seen
 from geoquant.inputs import check_same_weights
 from geoquant.measure import BUILTIN, prepare_texts
-from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import trim
-from geoquant.observe.texts import Sequences, padded
 from geoquant.plan.chosen import Chosen
 from geoquant.planned import check_options, check_planned_base
-from geoquant.privacy.aim import GROUP, TEXTS, goes_back, spread_over, taught
-from geoquant.privacy.anchor import anchored
 from geoquant.privacy.guarantee.claim import Inherit
 from geoquant.privacy.scoring import encode
 from geoquant.progress import Progress
 from geoquant.recipe import Recipe
 from geoquant.releasing import check_claim, claimed, entry_of, foretold, public_base, release_model
-from geoquant.runs import atomic_directory, read_json, read_tensors, write_json, write_tensors
+from geoquant.runs import atomic_directory, read_json, write_json
 
 __all__ = [
     "check_base",
@@ -59,13 +49,12 @@ __all__ = [
 
 FOLDER, FACTS = "protected", "protection.json"
 RELEASED = "released.json"  # there from the moment at which released weights are, whatever else is lost
-FEWEST = 8
 PUBLIC = 4  # windows of the calibration text that speak for public text
 
 
 def protected(recipe: Recipe, chosen: Chosen | None = None) -> bool:
     """Whether a lever on whole weights is asked for. chosen: the plan that the recipe names."""
-    return recipe.anchor > 0 or released(recipe) or (chosen is not None and chosen.anchors)
+    return recipe.anchor > 0 or recipe.forget > 0 or released(recipe) or (chosen is not None and chosen.anchors)
 
 
 def protected_there(run: Path) -> bool:
@@ -101,6 +90,7 @@ def check_protection(recipe: Recipe, split: Split | None = None, chosen: Chosen 
             f"--anchor {recipe.anchor:g} goes back towards a public base",
             wanted="--base MODEL, the one it was fine-tuned from",
         )
+    check_forgetting(recipe)
     if check_claim(recipe) is not None:
         return ()
     if chosen is not None:
@@ -110,15 +100,15 @@ def check_protection(recipe: Recipe, split: Split | None = None, chosen: Chosen 
     if recipe.refine and recipe.base and not (recipe.anchor or recipe.private or recipe.domain):
         fix = "leave it out, or for the audit: --reference"
         raise UserError("--base serves --anchor, and --refine with --private and --domain", got="neither", fix=fix)
-    if recipe.refine and (not protected(recipe) or recipe.aim == "everything"):
+    if recipe.refine and not recipe.forget and (not protected(recipe) or recipe.aim == "everything"):
         return ()  # what refinement needs of these, refining.py says
     if not protected(recipe):
         for name in ("base", "private", "domain"):
             if getattr(recipe, name) is not None:
-                fix = "add --anchor 0.5" + (", or for the audit: --reference" if name == "base" else "")
-                raise UserError(f"--{name} serves --anchor", got="no --anchor", fix=fix)
+                fix = "add --anchor 0.5 or --forget 4" + (", or for the audit: --reference" if name == "base" else "")
+                raise UserError(f"--{name} serves --anchor and --forget", got="neither", fix=fix)
         return ()
-    if recipe.aim == "everything":
+    if recipe.aim == "everything" and not recipe.forget:
         for name in ("private", "domain"):
             if getattr(recipe, name) is not None:
                 raise UserError(f"--{name} serves --aim memory", got="--aim everything", fix=f"leave out --{name}")
@@ -176,10 +166,13 @@ def protect(
         else:
             base, made = load(recipe.base, device=recipe.device), loaded
             check_same_weights(loaded, base)
+            facts = {}
             if chosen is not None:
-                facts = _as_planned(loaded, base, chosen, progress)
-            else:
-                facts = _anchor(run, recipe, loaded, base, public, shared, progress)
+                facts = as_planned(loaded, base, chosen, progress)
+            elif recipe.anchor:
+                facts = anchor_model(run, recipe, loaded, base, public[:PUBLIC], shared, progress)
+            if recipe.forget:
+                facts = forget_records(recipe, loaded, base, public, facts, progress)
         dtype = chosen_dtype(made.model, None)
         if released(recipe):
             write_json(run / RELEASED, {"mechanism": facts["guarantee"]["mechanism"]})
@@ -236,132 +229,8 @@ def check_base(recipe: Recipe, loaded: Loaded, chosen: Chosen | None = None) -> 
             f"the base {base.name} has the very weights of {loaded.name}: there is nothing to go back from",
             fix="give the model that it was fine-tuned from",
         )
-    if recipe.aim == "memory":
+    if recipe.forget:
+        seen(recipe, loaded.tokenizer, torch.zeros(1, 8, dtype=torch.int64))
+    if recipe.anchor and recipe.aim == "memory":
         for name in ("private", "domain"):
-            _long_enough(name, encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window))
-
-
-def _anchor(
-    run: Path,
-    recipe: Recipe,
-    loaded: Loaded,
-    base: Loaded,
-    public: Tensor,
-    shared: Path | None,
-    progress: Progress,
-) -> dict:
-    """Every weight, embeddings, norms and biases too, moved towards the base's in place."""
-    theirs = dict(base.model.named_parameters())
-    facts = {"lever": "anchor", "aim": recipe.aim, "anchor": recipe.anchor, "base_sha256": model_hash(base.model)}
-    choice = None
-    if recipe.aim == "memory":
-        choice, facts["measuring"] = _taught(run, recipe, loaded, base, public, shared, progress)
-    told = {text: [0.0, 0.0] for text in TEXTS}
-
-    def share_of(name: str, shape: tuple[int, ...]) -> Tensor | float:
-        if choice is None:
-            return 1 - recipe.anchor
-        groups = {text: choice[f"{text}/{name}"] for text in TEXTS}
-        back = goes_back(groups, recipe.anchor)
-        for text, values in groups.items():
-            told[text][0] += values.sum().item()
-            told[text][1] += values[back].sum().item()
-        return spread_over((~back).float(), shape)
-
-    facts |= _move(loaded, theirs, share_of, progress)
-    if choice is not None:
-        facts["taught"] = {text: {"all": whole, "put_back": part} for text, (whole, part) in told.items()}
-    return facts | {"guarantee": None}
-
-
-def _as_planned(loaded: Loaded, base: Loaded, chosen: Chosen, progress: Progress) -> dict:
-    """Every parameter at its unit's share of its change from the base, in place."""
-    shares, sizes = chosen.shares, {name: own.numel() for name, own in loaded.model.named_parameters()}
-    weights = {
-        share: sum(size for name, size in sizes.items() if shares[name] == share)
-        for share in sorted({*shares.values()})
-    }
-    facts = {"lever": "plan", "anchor": None, "looked": chosen.looked, "base_sha256": chosen.sha256["base"]}
-    facts["weights"] = [[share, count / sum(sizes.values())] for share, count in weights.items()]
-    moved = _move(loaded, dict(base.model.named_parameters()), lambda name, _: shares[name], progress)
-    return facts | moved | {"guarantee": None}
-
-
-def _move(
-    loaded: Loaded,
-    theirs: dict[str, Tensor],
-    share_of: Callable[[str, tuple[int, ...]], Tensor | float],
-    progress: Progress,
-) -> dict:
-    """Every parameter at `share_of(name, shape)` of its change, in place: how long the change was and is, and the share
-    of each part of the model that was moved."""
-    before = after = 0.0
-    moved: dict[str, list[int]] = {}
-    mine = dict(loaded.model.named_parameters())
-    for index, (name, own) in enumerate(mine.items()):
-        original, its = own.detach(), theirs[name].detach()
-        share = share_of(name, tuple(own.shape))
-        before += (original.float() - its.float()).square().sum().item()
-        own.data = anchored(original, its, share)
-        after += (own.detach().float() - its.float()).square().sum().item()
-        counts = moved.setdefault(_part_of(name), [0, 0])
-        counts[0] += int((torch.as_tensor(share) < 1).expand(own.shape).sum())
-        counts[1] += own.numel()
-        progress("anchor", index + 1, len(mine), name)
-    return {
-        "distance": {"before": math.sqrt(before), "after": math.sqrt(after)},
-        "moved": {part: moved_ / count for part, (moved_, count) in moved.items()},
-    }
-
-
-def _part_of(name: str) -> str:
-    """A parameter's place in the model, without the number of its block."""
-    return name.rpartition(".")[0].rpartition(".")[2] or name
-
-
-def _taught(
-    run: Path,
-    recipe: Recipe,
-    loaded: Loaded,
-    base: Loaded,
-    public: Tensor,
-    shared: Path | None,
-    progress: Progress,
-) -> tuple[dict[str, Tensor], dict]:
-    """By text and parameter, what the change of each group of weights taught, measured once: per run, or in a shared
-    folder per contents. And how long that took (None where nobody wrote it down), and whether it was here.
-    """
-    filler = loaded.tokenizer.pad_token_id or 0
-    texts = {"public": padded(public.tolist(), filler)}
-    for name in ("private", "domain"):
-        encoded = encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window)
-        texts[name] = padded(_long_enough(name, encoded), filler)
-    path = run / "taught.safetensors"
-    if shared is not None:
-        path = shared / f"taught-{_key(loaded, base, texts)}.safetensors"
-    here = not path.exists()
-    if here:
-        started = time.perf_counter()
-        found = taught(loaded.model, dict(base.model.named_parameters()).__getitem__, texts, progress=progress)
-        sums = {f"{text}/{name}": values for text, many in found.items() for name, values in many.items()}
-        if not path.exists():  # or another process was first, and all go by what that one found
-            write_tensors(path, sums, {"seconds": f"{time.perf_counter() - started:.3f}"})
-    sums, told = read_tensors(path)
-    return sums, {"seconds": float(told["seconds"]) if "seconds" in told else None, "here": here}
-
-
-def _key(loaded: Loaded, base: Loaded, texts: Mapping[str, Sequences]) -> str:
-    """Names everything that the measurement depends on: both models' tensors, and the tokens of every text."""
-    cut = {
-        name: [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in (text.tokens, text.lengths)]
-        for name, text in texts.items()
-    }
-    told = [__version__, GROUP, model_hash(loaded.model), model_hash(base.model), cut]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _long_enough(name: str, encoded: list[tuple[list[int], list]]) -> list[list[int]]:
-    found = [ids for ids, _ in encoded if len(ids) > 1]
-    if len(found) < FEWEST:
-        raise UserError(f"too few {name} records of two tokens or more: {len(found)}", wanted=f"at least {FEWEST}")
-    return found
+            long_enough(name, encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window))

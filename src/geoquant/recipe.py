@@ -24,7 +24,7 @@ Format = Literal["compressed-tensors", "dense", "geoquant", "gguf", "gptq", "int
 BOXED = {"bits", "group_size", "symmetric", "keep", "static_scales"}
 RATED = {"rate"}
 # What a plan file has decided (see planned.py).
-PLANNED = {"rate", "anchor", "aim"}
+PLANNED = {"rate", "anchor", "aim", "forget"}
 PACKED = ("compressed-tensors", "gguf", "gptq")
 
 
@@ -64,6 +64,8 @@ class Recipe(BaseModel):
     domain: str | None = None
     anchor: float = Field(default=0.0, ge=0.0, le=1.0)
     aim: Literal["everything", "memory"] = "everything"
+    forget: int = Field(default=0, ge=0, le=1000)
+    forget_weight: float = Field(default=10.0, gt=0.0, le=1e6)
     # a guarantee: parts of one claim (see privacy/guarantee/claim.py)
     epsilon: float | None = Field(default=None, gt=0.0)
     delta: float | None = Field(default=None, gt=0.0, lt=1.0)

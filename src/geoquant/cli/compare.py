@@ -16,7 +16,7 @@ __all__ = ["compare"]
 
 BOX_ONLY, LATTICE_ONLY = ("bits", "group_size", "symmetric", "keep"), ("rate", "embeddings")
 ALWAYS = ("metric", "order", "target", "sequential", "calibration", "windows")
-CONTROL = ("plan", "anchor", "aim", "refine", "epsilon", "delta", "radius", "shards", "clip", "inherited")
+CONTROL = ("plan", "anchor", "aim", "forget", "refine", "epsilon", "delta", "radius", "shards", "clip", "inherited")
 SETTINGS = ("grid", *LATTICE_ONLY, "method", *BOX_ONLY, *ALWAYS, *CONTROL)
 
 

@@ -209,6 +209,14 @@ class RecipeFlags:
             group=CONTROL,
         ),
     ] = None
+    forget: Annotated[
+        int | None,
+        option("Passes that make --private no better known than --domain, before solving (default 0).", group=CONTROL),
+    ] = None
+    forget_weight: Annotated[
+        float | None,
+        option("Weight of private records against divergence in --forget (default 10.0).", group=CONTROL),
+    ] = None
     epsilon: Annotated[
         float | None,
         option("Release all weights with noise that guarantees this, for --radius or --shards.", group=CONTROL),

@@ -1,13 +1,16 @@
-"""A look at a model in evaluation mode that leaves every module in the mode that it had."""
+"""Modes that a model is in for a while and leaves as it was: evaluation, and blocks that are computed twice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["evaluating"]
+from geoquant.model.walk import find_blocks
+
+__all__ = ["evaluating", "recomputed"]
 
 
 @contextmanager
@@ -20,3 +23,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Inside, blocks keep only what enters them and are computed again on the way back."""
+    _, blocks = find_blocks(model)
+    try:
+        for block in blocks:
+            forward = block.forward
+
+            def again(*args: object, _forward: Callable = forward, **kwargs: object) -> object:
+                return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
+
+            block.forward = again
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["Sequences", "padded"]
+__all__ = ["TOGETHER", "Sequences", "padded"]
 
 TOGETHER = 1024  # tokens that go through a block at once, or two sequences
 

@@ -20,11 +20,9 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from geoquant.errors import UserError
-from geoquant.model.modes import evaluating
-from geoquant.model.walk import find_blocks
+from geoquant.model.modes import evaluating, recomputed
 from geoquant.observe.texts import Sequences
 from geoquant.progress import Progress, silent
 
@@ -78,7 +76,7 @@ def slopes(
     losses = {name: torch.zeros(len(points), len(own_), dtype=torch.float64) for name, own_ in batches.items()}
     parts = {name: {moved_: torch.zeros_like(losses[name]) for moved_ in moved} for name in texts}
     steps, done = len(points) * sum(map(len, batches.values())), 0
-    with _placed(model, own) as place, evaluating(model), _recomputed(model):
+    with _placed(model, own) as place, evaluating(model), recomputed(model):
         for index, t in enumerate(points):
             place(lambda name, weight, t=t: torch.lerp(base(name).to(weight.device).float(), weight.float(), t))
             for text, own_ in batches.items():
@@ -116,24 +114,6 @@ def _placed(model: nn.Module, own: dict[str, Tensor]) -> Iterator[Callable[[Call
             parameter.grad = None
             parameter.data = own[name]
             parameter.requires_grad_(flags[name])
-
-
-@contextmanager
-def _recomputed(model: nn.Module) -> Iterator[None]:
-    """Inside, blocks keep only what enters them and are computed again on the way back."""
-    _, blocks = find_blocks(model)
-    try:
-        for block in blocks:
-            forward = block.forward
-
-            def again(*args: object, _forward: Callable = forward, **kwargs: object) -> object:
-                return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
-
-            block.forward = again
-        yield
-    finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
 
 
 def _slope(

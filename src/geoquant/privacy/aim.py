@@ -18,12 +18,13 @@ learned from a little. No guarantee follows, and whoever has the base sees which
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from geoquant.observe.texts import Sequences
+from geoquant.observe.texts import TOGETHER, Sequences
 from geoquant.observe.way import slopes
 from geoquant.progress import Progress, silent
 
@@ -59,7 +60,9 @@ def taught(
     def see(text: str, point: int, name: str, values: Tensor) -> None:
         sums[text][name] -= gathered(values, size).cpu() * (WAY[point][1] / scored[text])
 
-    slopes(model, base, dict(texts), tuple(t for t, _ in WAY), see=see, progress=progress)
+    # Every batch costs a gradient of all weights, however few its tokens are.
+    filled = {name: replace(text, batch=max(1, TOGETHER // text.tokens.shape[1])) for name, text in texts.items()}
+    slopes(model, base, filled, tuple(t for t, _ in WAY), see=see, progress=progress)
     return sums
 
 

@@ -10,7 +10,7 @@ PLACES = {"embed_tokens": "embeddings", "lm_head": "head", "norm": "final norm"}
 
 
 def control_sentences(report: Mapping) -> list[str]:
-    """Of a plan, of the anchor and of refinement; nothing where no lever was used. A guarantee has words of its own."""
+    """Of a plan, the anchor, forgetting and refinement; nothing where no lever was used. A guarantee has own words."""
     told = []
     protection, refinement, plan = (report.get(name) for name in ("protection", "refinement", "plan"))
     if plan:
@@ -19,6 +19,8 @@ def control_sentences(report: Mapping) -> list[str]:
         told += _shares(protection)
     if protection and protection["lever"] == "anchor":
         told += _anchor(protection)
+    if protection and protection.get("forgot"):
+        told += _forgot(protection["forgot"])
     if refinement:
         told.append(f"Refinement moved {refinement['moved']:.1%} of the codes by one step.")
     if told and not (report["privacy"] or {}).get("guarantee"):
@@ -37,7 +39,21 @@ def _no_guarantee(protection: Mapping, plan: Mapping) -> str:
             "No formal guarantee: which weights were changed was computed from private data, and whoever has the base "
             "sees which they are."
         )
+    if protection.get("forgot"):
+        return "No formal guarantee: how the weights moved was computed from private data."
     return "No formal guarantee."
+
+
+def _forgot(forgot: Mapping) -> list[str]:
+    before, after = forgot["before"], forgot["after"]
+    gaps = [known["level_gap"] - known["private_gap"] for known in (before, after)]
+    return [
+        f"{forgot['passes']} passes over {forgot['sequences']['private']} private records pulled those that the model "
+        "knew better than others of their kind to the level of these: their loss, less the base's, was "
+        f"{gaps[0]:.2f} nats per token lower than the others' and is {gaps[1]:.2f}; the reference attack between the "
+        f"two, on the records looked at and before rounding, was {before['attack']:.2f} from chance and is "
+        f"{after['attack']:.2f}. What it says of others changed by {forgot['divergence']:.3f} nats per token."
+    ]
 
 
 def _rates(plan: Mapping) -> list[str]:

@@ -78,7 +78,8 @@ _SCHEMA: dict = {
     # What a plan file had decided, and what came of it; None without one.
     "plan?": {"sha256": str, "effects_sha256": str, "looked": bool, "anchors": bool, "budgets": dict, "totals": dict}
     | {"bytes": {"planned": NUMBER, "got": NUMBER}, "stages": [{"name": str, "planned": NUMBER, "got": NUMBER}]},
-    "protection?": {"lever": str, "anchor": NUMBER, "distance": {"before": NUMBER, "after": NUMBER}},
+    "protection?": {"lever": str, "anchor": NUMBER, "distance": {"before": NUMBER, "after": NUMBER}}
+    | {"forgot?": {"passes": int, "sequences": dict, "before": dict, "after": dict, "divergence": NUMBER}},
     # Why these options: what was wanted, and the points of a frontier that it was chosen from, if there is one.
     "goal?": {**dict.fromkeys(("goal", "use", "point", "why", "frontier"), str), "rows": [dict]},
     "sites": [

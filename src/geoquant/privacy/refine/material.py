@@ -25,6 +25,7 @@ from geoquant.progress import Progress, silent
 
 __all__ = [
     "DOMAIN",
+    "LEAST",
     "PRIVATE",
     "PUBLIC",
     "TAUGHT",
@@ -63,7 +64,7 @@ def texts_of(tokenizer, public: Windows, domain: Sequence[Record] = (), private:
         sequences = [ids for ids, _ in encode(tokenizer, records, LIMIT) if len(ids) > 1] if records else []
         if len(sequences) < LEAST:
             raise UserError(
-                f"refinement compares private records with others of their domain, and has too few of {name}",
+                f"private records are compared with others of their domain, and there are too few of {name}",
                 got=f"{len(sequences)} with two tokens or more",
                 wanted=f"at least {LEAST} of each",
             )

@@ -1,0 +1,105 @@
+"""Private records that a model forgets before anything is solved: what a run looks at, and what it says of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from geoquant.data.records import read_records
+from geoquant.data.text import Windows
+from geoquant.errors import UserError
+from geoquant.model.identity import model_hash
+from geoquant.model.load import Loaded
+from geoquant.privacy.forget import LEVEL, ForgetSettings, forget
+from geoquant.privacy.refine.material import (
+    DOMAIN,
+    LEAST,
+    PUBLIC,
+    Material,
+    observe_original,
+    record_losses,
+    texts_of,
+)
+from geoquant.progress import Progress
+from geoquant.recipe import Recipe
+from geoquant.releasing import claimed
+
+__all__ = ["check_forgetting", "forget_records", "seen"]
+
+WINDOWS = 16  # of public text
+
+
+def check_forgetting(recipe: Recipe) -> None:
+    """Raise UserError where forgetting lacks what it needs, and for its option without it."""
+    if not recipe.forget:
+        if recipe.forget_weight != Recipe.model_fields["forget_weight"].default:
+            raise UserError(
+                f"--forget-weight {recipe.forget_weight:g} weighs private records against function in forgetting",
+                got="no --forget",
+                fix="leave it out, or add --forget N",
+            )
+        return
+    if claimed(recipe) is not None:
+        raise UserError(
+            "forgetting looks at private records: it is no part of any guarantee, and would end it",
+            got="--forget beside a guarantee",
+            fix="leave out --forget, or give up the guarantee",
+        )
+    words = {
+        "base": "--base MODEL, the public one it was fine-tuned from",
+        "private": "--private FILE, records it was trained on",
+        "domain": "--domain FILE, records of the same kind that it never saw",
+    }
+    for name, wanted in words.items():
+        if getattr(recipe, name) is None:
+            raise UserError(
+                f"--forget makes private records no better known than others of their kind; --{name} is missing",
+                wanted=wanted,
+            )
+
+
+def seen(recipe: Recipe, tokenizer: object, public: Int[Tensor, "n length"]) -> Material:
+    """The texts alone. Every second record of the domain serves the levels, and no other lever sees these. Raises
+    UserError where records are too few."""
+    windows = Windows(public[:WINDOWS], "calibration", "")
+    private, domain = read_records(recipe.private), read_records(recipe.domain)
+    if len(domain) < 2 * LEAST:
+        raise UserError(
+            f"--forget divides {recipe.domain} in two, and {len(domain)} records are too few",
+            wanted=f"at least {2 * LEAST}",
+        )
+    material = texts_of(tokenizer, windows, domain[::2], private)
+    level = texts_of(tokenizer, windows, domain[1::2], private).texts[DOMAIN]
+    return replace(material, texts={**material.texts, LEVEL: level})
+
+
+def forget_records(
+    recipe: Recipe, loaded: Loaded, base: Loaded, public: Int[Tensor, "n length"], facts: dict, progress: Progress
+) -> dict:
+    """Change the model in place; `facts` of the lever before it, with what the report says of this one."""
+    material = observe_original(loaded.model, seen(recipe, loaded.tokenizer, public), progress)
+    known = {name: text for name, text in material.texts.items() if name != PUBLIC}
+    material = replace(material, base={name: record_losses(base.model, text) for name, text in known.items()})
+    if not facts:
+        length = _change(loaded, base)
+        facts = {"lever": "forget", "anchor": None, "distance": {"before": length, "after": length}, "guarantee": None}
+        facts["base_sha256"] = model_hash(base.model)
+    settings = ForgetSettings(recipe.forget, recipe.forget_weight, seed=recipe.seed)
+    found = forget(loaded.model, material, settings, progress=progress)
+    sequences = {name: len(text.tokens) for name, text in material.texts.items()}
+    told = {**asdict(settings), "sequences": sequences, **found.to_dict()}
+    return {**facts, "forgot": told, "distance": {**facts["distance"], "after": _change(loaded, base)}}
+
+
+def _change(loaded: Loaded, base: Loaded) -> float:
+    """Length of the change since the base."""
+    theirs = dict(base.model.named_parameters())
+    squares = (
+        (own.detach().float() - theirs[name].detach().float()).square().sum(dtype=torch.float64).item()
+        for name, own in loaded.model.named_parameters()
+    )
+    return math.sqrt(sum(squares))
