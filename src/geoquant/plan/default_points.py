@@ -15,7 +15,7 @@ __all__ = ["default_points"]
 
 RADIUS = 0.003  # of the weight ball that is guaranteed: the noise for a longer one leaves little of a small model
 BASE = ("base",)
-PASSES = 8  # of refinement
+PASSES = {"forget": 4, "refine": 8}
 STRENGTHS = (
     (0.5, 3.25),
     (0.7, 3.25),
@@ -68,20 +68,19 @@ def _everywhere() -> list[Point]:
 
 
 def _levers(fields: Mapping) -> list[Point]:
-    """What this version can aim and refine: alone, at several strengths, and together at two sizes."""
+    """What this version can aim, forget and refine: alone, at several strengths, and together at two sizes."""
     aims = [aim for aim in get_args(fields["aim"].annotation) if aim != "everything"] if "aim" in fields else []
-    refines = "refine" in fields
     points = [_aimed(aim, strength, rate) for aim in aims for strength, rate in STRENGTHS]
-    if refines:
-        points.append(Point("refine, lattice 3.25", "shape", {"rate": 3.25, "refine": PASSES}, needs=INPUTS))
-        points += [_aimed(aim, 0.7, rate, refine=True) for aim in aims for rate in (3.25, 4.25)]
+    for lever in (name for name in PASSES if name in fields):
+        points.append(Point(f"{lever}, lattice 3.25", "shape", {"rate": 3.25, lever: PASSES[lever]}, needs=INPUTS))
+        points += [_aimed(aim, 0.7, rate, lever) for aim in aims for rate in (3.25, 4.25)]
     return points
 
 
-def _aimed(aim: str, strength: float, rate: float, *, refine: bool = False) -> Point:
-    options = {"rate": rate, "anchor": strength, "aim": aim} | ({"refine": PASSES} if refine else {})
-    name = f"anchor {strength:g} by {aim}{', refine' if refine else ''}, lattice {rate:g}"
-    return Point(name, "together" if refine else "anchor", options, needs=INPUTS)
+def _aimed(aim: str, strength: float, rate: float, lever: str | None = None) -> Point:
+    options = {"rate": rate, "anchor": strength, "aim": aim} | ({lever: PASSES[lever]} if lever else {})
+    name = f"anchor {strength:g} by {aim}{f', {lever}' if lever else ''}, lattice {rate:g}"
+    return Point(name, "together" if lever else "anchor", options, needs=INPUTS)
 
 
 def _guarantees() -> list[Point]:
