@@ -93,8 +93,7 @@ def forget(
     material: all three texts and LEVEL, with the states of this very model and the base's losses. Raises UserError
     where a loss is not finite.
     """
-    given = {name: parameter.data for name, parameter in model.named_parameters()}
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    given = {name: (own.dtype, own.requires_grad) for name, own in model.named_parameters()}
     head = model.get_output_embeddings().weight.detach().clone()
     gaps = _gaps(model, material)
     start, before = gaps[DOMAIN].clone(), _known(gaps)
@@ -135,9 +134,10 @@ def forget(
             handle.remove()
         generator = torch.Generator().manual_seed(settings.seed)
         for name, parameter in model.named_parameters():
+            dtype, flag = given[name]
             parameter.grad = None
-            parameter.data = rounded_randomly(parameter.data, given[name].dtype, generator)
-            parameter.requires_grad_(flags[name])
+            parameter.data = rounded_randomly(parameter.data, dtype, generator)
+            parameter.requires_grad_(flag)
     return Forgot(before, _known(_gaps(model, material)), sum(divergences) / max(1, len(divergences)))
 
 
