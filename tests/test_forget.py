@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import head_logits
 from geoquant.privacy.forget import LEVEL, ForgetSettings, forget, rounded_randomly
-from geoquant.privacy.refine.material import record_losses
+from geoquant.privacy.refine.material import observe_original, record_losses
 from refine_toy import toy
 
 CHOSEN = ForgetSettings(passes=8, rate=1e-2)
@@ -105,7 +105,7 @@ def test_a_model_that_knows_its_records_no_better_stays_as_it_is():
     material = toy().material
     far = record_losses(model, material.texts["private"]) - 5.0  # the base knew them all far better
     said = forget(model, replace(material, base={**material.base, "private": far}), CHOSEN)
-    assert said.before.privacy == said.divergence == 0
+    assert said.before.privacy == said.divergence == said.made == 0
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), toy().tuned.parameters(), strict=True))
 
 
@@ -121,6 +121,26 @@ def test_the_same_seed_gives_the_same_weights_and_the_types_stay():
     assert not all(torch.equal(a, b.bfloat16()) for a, b in zip(first, toy().tuned.parameters(), strict=True))
     head, embedding = models[0].get_output_embeddings(), models[0].get_input_embeddings()
     assert head.weight is embedding.weight
+
+
+def test_a_head_with_a_bias_keeps_it():
+    """The given model's logits are made with it too: it must not move under them."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64}
+    model = PhiForCausalLM(PhiConfig(**size, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64))
+    model.lm_head.bias.data.normal_()
+    model = model.bfloat16().eval()
+    before = [model.lm_head.bias.detach().clone(), model.lm_head.weight.detach().clone()]
+    material = observe_original(model, replace(toy().material, states={}))
+    base = {name: own + 1.0 for name, own in material.base.items() if name == "private"} | {
+        "domain": -toy().material.base["domain"]
+    }
+    said = forget(model, replace(material, base=base), replace(CHOSEN, passes=1))
+    assert said.made == 1
+    assert torch.equal(model.lm_head.bias, before[0])
+    assert not torch.equal(model.lm_head.weight, before[1])
 
 
 def test_losses_without_a_value_are_told():

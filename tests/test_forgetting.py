@@ -130,7 +130,8 @@ def test_an_anchor_goes_first_and_looks_at_no_record_of_the_levels(tuned, tiny_m
     report = quantize(asked, tmp_path / "run")
     told = report["protection"]
     assert told["lever"] == "anchor"
-    assert told["forgot"]["passes"] == 1
+    assert told["forgot"]["made"] == 1
+    assert told["forgot"]["distance"]["before"] == pytest.approx(told["distance"]["after"], rel=1e-5)
     alone = recipe(tuned, tiny_model_dir, sides, anchor=0.5)
     write_records(tmp_path / "half.jsonl", read_records(sides["domain"])[::2])
     quantize(alone.model_copy(update={"domain": str(tmp_path / "half.jsonl")}), tmp_path / "alone")
@@ -138,7 +139,7 @@ def test_an_anchor_goes_first_and_looks_at_no_record_of_the_levels(tuned, tiny_m
     assert all(torch.allclose(ours[name], truth[name], atol=1e-6) for name in truth)
     sentences = control_sentences(report)
     assert "went back to the public base" in sentences[0]
-    assert any("passes over 12 private records" in one for one in sentences)
+    assert any("1 pass over 12 private records" in one for one in sentences)
 
 
 def test_a_model_can_be_used_as_any_other_afterwards(forgot):
@@ -169,6 +170,6 @@ def test_too_few_records_are_told_before_anything_is_measured(tuned, tiny_model_
     asked = recipe(tuned, tiny_model_dir, {**sides, "domain": str(tmp_path / "few.jsonl")}, forget=1)
     quantize(asked, tmp_path / "enough")
     write_records(tmp_path / "few.jsonl", read_records(sides["domain"])[:7])
-    with pytest.raises(UserError, match=r"7 records; wanted at least 8"):
+    with pytest.raises(UserError, match=r"too few records in --domain: 7; wanted at least 8"):
         quantize(asked, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from geoquant import charting, operating, protecting
+from geoquant import anchoring, charting, operating
 from geoquant.aiming import aimed
 from geoquant.charting import frontier
 from geoquant.cli import run
@@ -228,8 +228,8 @@ def test_an_interrupted_point_goes_on(place, tmp_path, monkeypatch):
 
 def test_aimed_points_share_what_was_measured_of_the_weights(place, tmp_path, monkeypatch):
     folder, told = place
-    calls, taught = [], protecting.taught
-    monkeypatch.setattr(protecting, "taught", lambda *given, **more: calls.append(given) or taught(*given, **more))
+    calls, taught = [], anchoring.taught
+    monkeypatch.setattr(anchoring, "taught", lambda *given, **more: calls.append(given) or taught(*given, **more))
     for name, seed in (("seen", 21), ("fresh", 22)):
         write_records(tmp_path / f"{name}.jsonl", make_records(10, seed))
     given = {"private": tmp_path / "seen.jsonl", "domain": tmp_path / "fresh.jsonl"}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import make_tokenizer
-from geoquant import protecting
+from geoquant import anchoring, protecting
 from geoquant.data.private import make_records
 from geoquant.data.records import load_split, write_records
 from geoquant.errors import UserError
@@ -205,7 +205,7 @@ def test_what_was_measured_is_not_measured_again(aimed_run, tmp_path, monkeypatc
     shutil.copytree(whole, cut)
     for name in ("report.json", "coded", "protected", "sites"):
         shutil.rmtree(cut / name) if (cut / name).is_dir() else (cut / name).unlink()
-    monkeypatch.setattr(protecting, "taught", None)
+    monkeypatch.setattr(anchoring, "taught", None)
     quantize(asked, cut, resume=True)
     ours, truth = tensors(cut / "coded"), tensors(whole / "coded")
     assert all(torch.equal(ours[name], truth[name]) for name in truth)
@@ -214,8 +214,8 @@ def test_what_was_measured_is_not_measured_again(aimed_run, tmp_path, monkeypatc
 @pytest.fixture
 def measured(monkeypatch):
     """How often it was measured, while it is."""
-    calls, taught = [], protecting.taught
-    monkeypatch.setattr(protecting, "taught", lambda *given, **more: calls.append(given) or taught(*given, **more))
+    calls, taught = [], anchoring.taught
+    monkeypatch.setattr(anchoring, "taught", lambda *given, **more: calls.append(given) or taught(*given, **more))
     return calls
 
 
@@ -229,7 +229,7 @@ def test_runs_share_what_was_measured_of_the_same_weights_and_texts(
     def seen(number: int, public=public, **changes):
         own = asked.model_copy(update={"anchor": 0.1 * (number + 1), **changes})
         models = load(own.model), load(own.base)
-        found, told = protecting._taught(tmp_path / str(number), own, *models, public, shared, silent)
+        found, told = anchoring._taught(tmp_path / str(number), own, *models, public, shared, silent)
         assert len(measured) == len(list(shared.glob("taught-*.safetensors")))
         assert len(list(shared.iterdir())) == len(measured)  # nothing half-written
         return found, told
@@ -264,25 +264,25 @@ def test_runs_share_what_was_measured_of_the_same_weights_and_texts(
 def test_of_two_that_measure_at_once_both_go_by_the_first_that_wrote(aimed_run, tmp_path, monkeypatch):
     asked, shared = aimed_run[0], tmp_path / "shared"
     models = load(asked.model), load(asked.base)
-    public, taught = prepare_texts(models[0].tokenizer, asked).calibration.tokens[:4], protecting.taught
+    public, taught = prepare_texts(models[0].tokenizer, asked).calibration.tokens[:4], anchoring.taught
     told = []
 
     def slower(*given, **more):
         """While this one measures, another process does, in another order of summing."""
         with monkeypatch.context() as patch:
             patch.setattr(
-                protecting,
+                anchoring,
                 "taught",
                 lambda *args, **options: {
                     text: {name: 1.001 * own for name, own in many.items()}
                     for text, many in taught(*args, **options).items()
                 },
             )
-            told.append(protecting._taught(tmp_path, asked, *models, public, shared, silent)[0])
+            told.append(anchoring._taught(tmp_path, asked, *models, public, shared, silent)[0])
         return taught(*given, **more)
 
-    monkeypatch.setattr(protecting, "taught", slower)
-    found, _ = protecting._taught(tmp_path, asked, *models, public, shared, silent)
+    monkeypatch.setattr(anchoring, "taught", slower)
+    found, _ = anchoring._taught(tmp_path, asked, *models, public, shared, silent)
     assert found.keys() == told[0].keys()
     assert all(torch.equal(found[name], own) for name, own in told[0].items())
     assert len(list(shared.iterdir())) == 1
@@ -300,7 +300,7 @@ def test_records_that_the_levers_saw_are_told_and_learned_ones_refused(tuned, ti
     with pytest.raises(UserError, match=r"48 records of --private, .*, are in --nonmembers"):
         quantize(never, tmp_path / "run")
     both = recipe(tuned, tiny_model_dir, anchor=0.5, **(sides | {"domain": sides["private"]}))
-    with pytest.raises(UserError, match="are the same 12 records"):
+    with pytest.raises(UserError, match=r"12 of 12 records of --private, .*, are in --domain"):
         quantize(both, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -123,13 +123,13 @@ def boxed(seed: int = 0, bits: int = 3, symmetric: bool = True) -> tuple[torch.T
 def test_latents_start_at_the_given_codes(symmetric):
     weight, solution = boxed(symmetric=symmetric)
     latent = begun(solution, weight)
-    assert not offsets_of(latent).any()
+    assert not offsets_of(latent, solution).any()
     # And tell on which side of the code the weight lies.
     away = (weight - solution.dequantize()) / step_sizes(solution)
     inside = away.abs() < 0.49
     assert inside.float().mean() > 0.8
     assert torch.allclose(latent.float()[inside], away[inside], atol=1e-3)
-    assert not offsets_of(begun(solution)).any()
+    assert not offsets_of(begun(solution), solution).any()
 
 
 @given(st.integers(0, 99), st.sampled_from([2, 3, 8]), st.booleans(), st.floats(0.01, 5))
@@ -140,7 +140,7 @@ def test_no_code_leaves_its_box_or_goes_further_than_one_step(seed, bits, symmet
     generator = torch.Generator().manual_seed(seed + 1)
     for _ in range(4):
         learned(latent, solution, torch.randn(weight.shape, generator=generator) ** 3, rate)
-    codes = moved(solution, offsets_of(latent)).codes.int()
+    codes = moved(solution, offsets_of(latent, solution)).codes.int()
     assert (codes - solution.codes.int()).abs().max() <= 1
     assert codes.min() >= solution.grid.lowest
     assert codes.max() <= solution.grid.highest
@@ -151,7 +151,7 @@ def test_what_latents_say_is_what_the_weights_become():
     weight, solution = boxed(3)
     latent = begun(solution, weight)
     learned(latent, solution, torch.ones_like(weight), 0.2)
-    offsets = offsets_of(latent)
+    offsets = offsets_of(latent, solution)
     assert offsets.any()
     found = moved(solution, offsets).dequantize() - solution.dequantize()
     assert torch.allclose(found, offsets * step_sizes(solution), atol=1e-6)
@@ -164,8 +164,8 @@ def test_kept_columns_do_not_move():
     )
     latent = begun(kept, weight)
     learned(latent, kept, torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), 1.0)
-    assert not offsets_of(latent)[:, [2, 7]].any()
-    assert offsets_of(latent).any()
+    assert not offsets_of(latent, kept)[:, [2, 7]].any()
+    assert offsets_of(latent, kept).any()
 
 
 def test_on_a_quadratic_codes_move_to_where_their_weights_are_near():
@@ -178,15 +178,15 @@ def test_on_a_quadratic_codes_move_to_where_their_weights_are_near():
     latent, steps = begun(off, weight), step_sizes(off)
 
     def error() -> float:
-        return ((moved(off, offsets_of(latent)).dequantize() - weight) / steps).square().mean().item()
+        return ((moved(off, offsets_of(latent, off)).dequantize() - weight) / steps).square().mean().item()
 
     before = error()
     for turn in range(100):
-        away = moved(off, offsets_of(latent)).dequantize() - weight
+        away = moved(off, offsets_of(latent, off)).dequantize() - weight
         learned(latent, off, away / steps.square(), 0.3 * (1 - turn / 100))
     assert before > 0.5
     assert error() < 0.25
-    assert (moved(off, offsets_of(latent)).codes == solution.codes).float().mean() > 0.65
+    assert (moved(off, offsets_of(latent, off)).codes == solution.codes).float().mean() > 0.65
 
 
 def test_an_update_goes_down_the_slope_in_steps():
@@ -225,6 +225,27 @@ def test_along_a_parabola_the_reach_finds_the_length_of_its_lowest_point(gain, h
         length = reach.length(height, slope)
         reach = reach.judged(height, height - length * slope + curvature * length**2 / 2)
     assert 0.2 < reach.length(height, slope) / best < 2.5
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_update_that_is_taken_back_leaves_what_a_shorter_one_would(seed):
+    """Also of latents that had gone beyond a step, and of codes at the edge of their box."""
+    weight, solution = boxed(seed, bits=2)
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)) ** 3
+    back, short = begun(solution, weight), begun(solution, weight)
+    learned(back, solution, gradient, 10.0)
+    assert (back.float().abs() > 1.5).any()
+    learned(back, solution, gradient, 4.0 - 10.0)
+    learned(short, solution, gradient, 4.0)
+    near = (back.float() - short.float()).abs() <= 2e-3 * (1 + 10 * (gradient * step_sizes(solution)).abs())
+    assert near.all()
+    same = offsets_of(back, solution) == offsets_of(short, solution)
+    assert same.float().mean() > 0.97  # but for latents at the very edge, in half precision
+
+
+def test_an_objective_of_nothing_or_of_no_number_is_no_gain():
+    for before, now in ((0.0, 0.0), (1.0, float("nan"))):
+        assert Reach(0.4).judged(before, now).back
 
 
 def test_what_did_harm_is_taken_back_and_a_shorter_update_tried():

@@ -125,7 +125,7 @@ def _taught(
     """By text and parameter, what the change of each group of weights taught, measured once: per run, or in a shared
     folder per contents. And how long that took (None where nobody wrote it down), and whether it was here.
     """
-    filler = loaded.tokenizer.pad_token_id or 0
+    filler = 0  # any token does: nothing real sees it
     texts = {"public": padded(public.tolist(), filler)}
     for name in ("private", "domain"):
         records = read_records(getattr(recipe, name))

@@ -20,6 +20,7 @@ from geoquant.privacy.refine.material import (
     LEAST,
     PUBLIC,
     Material,
+    context_of,
     observe_original,
     record_losses,
     texts_of,
@@ -62,7 +63,7 @@ def check_forgetting(recipe: Recipe) -> None:
             )
 
 
-def seen(recipe: Recipe, tokenizer: object, public: Int[Tensor, "n length"]) -> Material:
+def seen(recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n length"]) -> Material:
     """The texts alone. Every second record of the domain serves the levels, and no other lever sees these. Raises
     UserError where records are too few."""
     windows = Windows(public[:WINDOWS], "calibration", "")
@@ -72,8 +73,9 @@ def seen(recipe: Recipe, tokenizer: object, public: Int[Tensor, "n length"]) -> 
             f"--forget divides {recipe.domain} in two, and {len(domain)} records are too few",
             wanted=f"at least {2 * LEAST}",
         )
-    material = texts_of(tokenizer, windows, domain[::2], private)
-    level = texts_of(tokenizer, windows, domain[1::2], private).texts[DOMAIN]
+    limit = context_of(loaded.model)
+    material = texts_of(loaded.tokenizer, windows, domain[::2], private, limit=limit)
+    level = texts_of(loaded.tokenizer, windows, domain[1::2], private, limit=limit).texts[DOMAIN]
     return replace(material, texts={**material.texts, LEVEL: level})
 
 
@@ -81,18 +83,17 @@ def forget_records(
     recipe: Recipe, loaded: Loaded, base: Loaded, public: Int[Tensor, "n length"], facts: dict, progress: Progress
 ) -> dict:
     """Change the model in place; `facts` of the lever before it, with what the report says of this one."""
-    material = observe_original(loaded.model, seen(recipe, loaded.tokenizer, public), progress)
+    material = observe_original(loaded.model, seen(recipe, loaded, public), progress)
     known = {name: text for name, text in material.texts.items() if name != PUBLIC}
     material = replace(material, base={name: record_losses(base.model, text) for name, text in known.items()})
-    if not facts:
-        length = _change(loaded, base)
-        facts = {"lever": "forget", "anchor": None, "distance": {"before": length, "after": length}, "guarantee": None}
-        facts["base_sha256"] = model_hash(base.model)
+    before = _change(loaded, base)
     settings = ForgetSettings(recipe.forget, recipe.forget_weight, seed=recipe.seed)
     found = forget(loaded.model, material, settings, progress=progress)
     sequences = {name: len(text.tokens) for name, text in material.texts.items()}
-    told = {**asdict(settings), "sequences": sequences, **found.to_dict()}
-    return {**facts, "forgot": told, "distance": {**facts["distance"], "after": _change(loaded, base)}}
+    distance = {"before": before, "after": _change(loaded, base)}
+    told = {**asdict(settings), "sequences": sequences, **found.to_dict(), "distance": distance}
+    alone = {"lever": "forget", "anchor": None, "distance": distance, "guarantee": None}
+    return (facts or alone | {"base_sha256": model_hash(base.model)}) | {"forgot": told}
 
 
 def _change(loaded: Loaded, base: Loaded) -> float:

@@ -108,7 +108,7 @@ def quantize(
             if check and check.refusal:
                 progress("records", 0, 1, "they allow no verdict on leakage")
             loaded, blocks, texts, plan, notes = prepare(recipe, chosen=chosen)
-            material = material_of(recipe, loaded.tokenizer, texts) if recipe.refine else None
+            material = material_of(recipe, loaded, texts) if recipe.refine else None
             check_base(recipe, loaded, chosen)
             price, guarantee = announced(recipe, loaded, texts)
             if price:
@@ -389,7 +389,7 @@ def make_plan(recipe: Recipe, progress: Progress = silent) -> dict:
     looked = check_protection(recipe, split, chosen)
     loaded, blocks, texts, plan, notes = prepare(recipe, chosen=chosen)
     if recipe.refine:
-        material_of(recipe, loaded.tokenizer, texts)
+        material_of(recipe, loaded, texts)
     check_base(recipe, loaded)
     if split and recipe.reference:
         check_same_tokens(recipe.model, loaded.tokenizer, recipe.reference, load_tokenizer(recipe.reference), split)

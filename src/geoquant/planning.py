@@ -242,8 +242,7 @@ def _texts(loaded: Loaded, recipe: Recipe, sides: Mapping[str, tuple[Record, ...
             raise UserError(
                 f"too few records in --{name}: {len(encoded)}", wanted=f"at least {LEAST}, better {RECORDS}"
             )
-        filler = loaded.tokenizer.pad_token_id or 0
-        found[name] = padded(encoded[: len(encoded) // LEAST * LEAST], filler, parts=LEAST)
+        found[name] = padded(encoded[: len(encoded) // LEAST * LEAST], 0, parts=LEAST)
     return found, cut.calibration.source
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from geoquant.anchoring import FEWEST, anchor_model, as_planned, long_enough
-from geoquant.data.records import Split, check_split, known_among, read_records
+from geoquant.data.records import Split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
 from geoquant.forgetting import check_forgetting, forget_records, seen
@@ -120,7 +120,15 @@ def check_protection(recipe: Recipe, split: Split | None = None, chosen: Chosen 
             fix="give both, or --aim everything to move every weight alike",
         )
     private, domain = (read_records(getattr(recipe, name)) for name in ("private", "domain"))
-    check_split(private, domain, minimum=FEWEST)
+    for name, records in (("private", private), ("domain", domain)):
+        if len(records) < FEWEST:
+            raise UserError(f"too few records in --{name}: {len(records)}", wanted=f"at least {FEWEST}")
+    if known := known_among(private, domain):
+        raise UserError(
+            f"{known} of {len(private)} records of --private, which the model was trained on, are in --domain, whose "
+            "records it is not to have seen",
+            fix="remove them from one of the files",
+        )
     if split is None:
         return ()
     members, strangers = (*split.members, *split.canaries), (*split.nonmembers, *split.withheld)
@@ -230,7 +238,7 @@ def check_base(recipe: Recipe, loaded: Loaded, chosen: Chosen | None = None) -> 
             fix="give the model that it was fine-tuned from",
         )
     if recipe.forget:
-        seen(recipe, loaded.tokenizer, torch.zeros(1, 8, dtype=torch.int64))
+        seen(recipe, loaded, torch.zeros(1, 8, dtype=torch.int64))
     if recipe.anchor and recipe.aim == "memory":
         for name in ("private", "domain"):
             long_enough(name, encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window))

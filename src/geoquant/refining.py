@@ -27,7 +27,16 @@ from geoquant.model.paging import map_weights
 from geoquant.model.walk import Block, Stage, read_weight
 from geoquant.observe.compute import compute_dtype
 from geoquant.observe.stream import spread
-from geoquant.privacy.refine import Material, RefineSettings, State, observe_base, observe_original, refine, texts_of
+from geoquant.privacy.refine import (
+    Material,
+    RefineSettings,
+    State,
+    context_of,
+    observe_base,
+    observe_original,
+    refine,
+    texts_of,
+)
 from geoquant.progress import Progress
 from geoquant.protecting import load_protected, protected_there
 from geoquant.recipe import Recipe
@@ -90,13 +99,14 @@ def refinement_pending(run: Path, recipe: Recipe) -> bool:
     return bool(recipe.refine) and not (run / REFINED / FACTS).exists()
 
 
-def material_of(recipe: Recipe, tokenizer: object, texts: Texts) -> Material:
+def material_of(recipe: Recipe, loaded: Loaded, texts: Texts) -> Material:
     """The texts that refinement looks at: some windows of the calibration text, and the records. Raises UserError where
     records are too few."""
     windows = texts.calibration
     chosen = spread(len(windows), min(1.0, WINDOWS / len(windows)))
     records = [read_records(path) if path else () for path in (recipe.domain, recipe.private)]
-    return texts_of(tokenizer, replace(windows, tokens=windows.tokens[chosen]), *records)
+    windows = replace(windows, tokens=windows.tokens[chosen])
+    return texts_of(loaded.tokenizer, windows, *records, limit=context_of(loaded.model))
 
 
 def look_before(run: Path, recipe: Recipe, loaded: Loaded, material: Material) -> Material:

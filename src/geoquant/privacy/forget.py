@@ -48,7 +48,7 @@ class ForgetSettings:
 
     passes: int = 4
     weight: float = 10.0
-    rate: float = 1e-4
+    rate: float = 5e-4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,10 +71,13 @@ class Known:
 
 @dataclass(frozen=True)
 class Forgot:
-    """before, after: of all records. divergence: mean of L_acc over the steps of the last pass."""
+    """before, after: of all records. made: passes, which end where nothing is left to forget. divergence: mean of L_acc
+    over the steps of the last pass, before each.
+    """
 
     before: Known
     after: Known
+    made: int
     divergence: float
 
     def to_dict(self) -> dict:
@@ -94,14 +97,15 @@ def forget(
     where a loss is not finite.
     """
     given = {name: (own.dtype, own.requires_grad) for name, own in model.named_parameters()}
-    head = model.get_output_embeddings().weight.detach().clone()
+    output = model.get_output_embeddings()
+    head, fixed = output.weight.detach().float().clone(), getattr(output, "bias", None)
     gaps = _gaps(model, material)
     start, before = gaps[DOMAIN].clone(), _known(gaps)
     rng = random.Random(settings.seed)
     count = len(material.texts[PRIVATE].tokens)
     steps = -(-count // TOGETHER)
     optimizers: dict[nn.Parameter, torch.optim.Optimizer] = {}
-    handles, divergences = [], []
+    handles, divergences, made = [], [], 0
 
     def step(parameter: nn.Parameter) -> None:
         optimizers[parameter].step()
@@ -110,7 +114,9 @@ def forget(
     try:
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(parameter is not fixed)  # the given model's logits are made with it too
+            if parameter is fixed:
+                continue
             optimizers[parameter] = torch.optim.Adafactor([parameter], lr=settings.rate)
             handles.append(parameter.register_post_accumulate_grad_hook(step))
         with evaluating(model), recomputed(model), torch.enable_grad():
@@ -119,7 +125,7 @@ def forget(
                     gaps[LEVEL] = _gap(model, material, LEVEL)
                 if _known(gaps).privacy == 0:  # nothing is left to forget
                     break
-                divergences = []
+                divergences, made = [], made + 1
                 for turn, chosen in enumerate(_batches(material, steps, rng)):
                     done = number * steps + turn
                     rate = settings.rate * (1 - (1 - SLOWEST) * done / max(1, settings.passes * steps - 1))
@@ -138,7 +144,7 @@ def forget(
             parameter.grad = None
             parameter.data = rounded_randomly(parameter.data, dtype, generator)
             parameter.requires_grad_(flag)
-    return Forgot(before, _known(_gaps(model, material)), sum(divergences) / max(1, len(divergences)))
+    return Forgot(before, _known(_gaps(model, material)), made, sum(divergences) / max(1, len(divergences)))
 
 
 def rounded_randomly(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 __all__ = ["control_sentences", "moved_rows"]
 
+UNLIKE = 0.2  # of |AUC - 1/2|: beyond what few records show by chance
 PLACES = {"embed_tokens": "embeddings", "lm_head": "head", "norm": "final norm"}
 
 
@@ -45,15 +46,25 @@ def _no_guarantee(protection: Mapping, plan: Mapping) -> str:
 
 
 def _forgot(forgot: Mapping) -> list[str]:
-    before, after = forgot["before"], forgot["after"]
+    before, after, count = forgot["before"], forgot["after"], forgot["sequences"]["private"]
     gaps = [known["level_gap"] - known["private_gap"] for known in (before, after)]
+    if not forgot["made"]:
+        less = gaps[0] < 0 and before["attack"] > UNLIKE
+        asked = " They are even less known than others: are --private and --domain exchanged?" if less else ""
+        return [f"None of {count} private records was better known than others of its kind: nothing moved.{asked}"]
+    passes = "1 pass" if forgot["made"] == 1 else f"{forgot['made']} passes"
     return [
-        f"{forgot['passes']} passes over {forgot['sequences']['private']} private records pulled those that the model "
-        "knew better than others of their kind to the level of these: their loss, less the base's, was "
-        f"{gaps[0]:.2f} nats per token lower than the others' and is {gaps[1]:.2f}; the reference attack between the "
-        f"two, on the records looked at and before rounding, was {before['attack']:.2f} from chance and is "
-        f"{after['attack']:.2f}. What it says of others changed by {forgot['divergence']:.3f} nats per token."
+        f"{passes} over {count} private records pulled those that the model knew better than others of their kind "
+        f"towards the level of these: their mean loss, less the base's, {_below(gaps[0])} the others' before and "
+        f"{_below(gaps[1])} it after; the reference attack between the two, on these very records and before rounding, "
+        f"was {before['attack']:.2f} from chance and is {after['attack']:.2f}. On the text and the records that it was "
+        f"held to, the model diverged by {forgot['divergence']:.3f} nats per token in the last pass; the length of the "
+        f"change since the base went from {forgot['distance']['before']:.4g} to {forgot['distance']['after']:.4g}."
     ]
+
+
+def _below(gap: float) -> str:
+    return f"was {abs(gap):.2f} nats per token {'below' if gap >= 0 else 'above'}"
 
 
 def _rates(plan: Mapping) -> list[str]:

@@ -12,6 +12,7 @@ __all__ = ["check_schema"]
 
 NUMBER = (int, float)
 _QUALITY = {"perplexity": NUMBER, "nll": NUMBER, "se": NUMBER, "tokens": int}
+_FORGOT = ("sequences", "before", "after", "distance")
 _DELTA = {"value": NUMBER, "se": NUMBER}
 # A dict lists keys, those with a "?" came later and may be absent, a one-element list describes each entry, a tuple or
 # type is a leaf. None is a missing measurement and passes everywhere but at the places in _NEVER_NULL.
@@ -79,7 +80,7 @@ _SCHEMA: dict = {
     "plan?": {"sha256": str, "effects_sha256": str, "looked": bool, "anchors": bool, "budgets": dict, "totals": dict}
     | {"bytes": {"planned": NUMBER, "got": NUMBER}, "stages": [{"name": str, "planned": NUMBER, "got": NUMBER}]},
     "protection?": {"lever": str, "anchor": NUMBER, "distance": {"before": NUMBER, "after": NUMBER}}
-    | {"forgot?": {"passes": int, "sequences": dict, "before": dict, "after": dict, "divergence": NUMBER}},
+    | {"forgot?": {"made": int, "divergence": NUMBER} | dict.fromkeys(_FORGOT, dict)},
     # Why these options: what was wanted, and the points of a frontier that it was chosen from, if there is one.
     "goal?": {**dict.fromkeys(("goal", "use", "point", "why", "frontier"), str), "rows": [dict]},
     "sites": [

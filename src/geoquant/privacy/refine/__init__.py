@@ -1,7 +1,7 @@
 """Learned rounding: which of the nearest lattice points keeps the function and not the records."""
 
 from geoquant.privacy.refine.losses import Losses
-from geoquant.privacy.refine.material import Material, observe_base, observe_original, texts_of
+from geoquant.privacy.refine.material import Material, context_of, observe_base, observe_original, texts_of
 from geoquant.privacy.refine.run import Refined, RefineSettings, refine
 from geoquant.privacy.refine.state import State
 
@@ -11,6 +11,7 @@ __all__ = [
     "RefineSettings",
     "Refined",
     "State",
+    "context_of",
     "observe_base",
     "observe_original",
     "refine",

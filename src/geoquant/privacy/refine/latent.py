@@ -14,7 +14,8 @@ Learned rounding began with Nagel et al. (AdaRound, 2020, arXiv:2004.10568).
 
 No moments are kept, the two bytes of the latent are all the state of a weight. Solvers choose steps so that one of
 them costs much the same anywhere; the same length for all weights is then near to Newton's direction. No code leaves
-its start by more than one step, nor its box; kept columns have none.
+its start by more than one step, nor its box: that bounds what a latent rounds to, not the latent, so that an update can
+be taken back. Kept columns have none.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from geoquant.methods.problem import LatticeSolution, Solution
 __all__ = ["LATENT", "begun", "learned", "moved", "offsets_of", "slope_squared", "step_sizes"]
 
 LATENT = torch.float16
+FARTHEST = 6e4  # what the type of the latents holds
 INSIDE = 0.499  # of a step: rounds to the code itself
 PART = 1 << 13  # rows at a time
 
@@ -75,7 +77,7 @@ def learned(
     for own in _spans(latent):
         part = _part(solution, own)
         wanted = latent[own].float() - length * gradient[own] * step_sizes(part)
-        latent[own] = wanted.clamp_(*_room(part))
+        latent[own] = wanted.clamp_(-FARTHEST, FARTHEST)
 
 
 def _spans(tensor: Tensor) -> list[slice]:
@@ -94,9 +96,12 @@ def _room(solution: Solution | LatticeSolution) -> tuple[Tensor, Tensor]:
     return (solution.grid.lowest - codes).clamp_min(-1.0), (solution.grid.highest - codes).clamp_max(1.0)
 
 
-def offsets_of(latent: Float[Tensor, "out in"]) -> Int[Tensor, "out in"]:
-    """Steps of every code from its start, int8."""
-    return latent.round().to(torch.int8)
+def offsets_of(latent: Float[Tensor, "out in"], solution: Solution | LatticeSolution) -> Int[Tensor, "out in"]:
+    """Steps of every code from its start, int8: one at most, and none out of its box."""
+    offsets = torch.empty(latent.shape, dtype=torch.int8, device=latent.device)
+    for own in _spans(latent):
+        offsets[own] = latent[own].float().round().clamp_(*_room(_part(solution, own))).to(torch.int8)
+    return offsets
 
 
 def moved(solution: Solution | LatticeSolution, offsets: Int[Tensor, "out in"]) -> Solution | LatticeSolution:

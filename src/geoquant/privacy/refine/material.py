@@ -30,6 +30,7 @@ __all__ = [
     "PUBLIC",
     "TAUGHT",
     "Material",
+    "context_of",
     "observe_base",
     "observe_original",
     "record_losses",
@@ -39,6 +40,7 @@ __all__ = [
 PUBLIC, DOMAIN, PRIVATE = "public", "domain", "private"
 TAUGHT = (PUBLIC, DOMAIN)  # where the original's distribution is kept
 LIMIT = 256  # tokens of a record
+FILLER = 0  # any token does: nothing real sees it
 LEAST = 4  # records on a side, below which quantiles say nothing
 
 
@@ -55,21 +57,33 @@ class Material:
     base: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)
 
 
-def texts_of(tokenizer, public: Windows, domain: Sequence[Record] = (), private: Sequence[Record] = ()) -> Material:
-    """The texts alone. Raises UserError where one of the two kinds of records is missing or has too few."""
+def context_of(model: nn.Module) -> int:
+    """How many tokens of a record are looked at."""
+    return min(LIMIT, getattr(model.config.get_text_config(), "max_position_embeddings", None) or LIMIT)
+
+
+def texts_of(
+    tokenizer,
+    public: Windows,
+    domain: Sequence[Record] = (),
+    private: Sequence[Record] = (),
+    *,
+    limit: int = LIMIT,
+) -> Material:
+    """The texts alone. limit: tokens of a record. Raises UserError where one of the two kinds of records is missing or
+    has too few."""
     count, length = public.tokens.shape
     texts = {PUBLIC: Sequences(public.tokens, torch.full((count,), length))}
     given = {DOMAIN: domain, PRIVATE: private} if domain or private else {}
     for name, records in given.items():
-        sequences = [ids for ids, _ in encode(tokenizer, records, LIMIT) if len(ids) > 1] if records else []
+        sequences = [ids for ids, _ in encode(tokenizer, records, limit) if len(ids) > 1] if records else []
         if len(sequences) < LEAST:
             raise UserError(
                 f"private records are compared with others of their domain, and there are too few of {name}",
                 got=f"{len(sequences)} with two tokens or more",
                 wanted=f"at least {LEAST} of each",
             )
-        filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        texts[name] = padded(sequences, filler)
+        texts[name] = padded(sequences, FILLER)
     return Material(texts)
 
 

@@ -31,8 +31,8 @@ class Reach:
 
     def judged(self, before: float, now: float) -> Reach:
         """The reach of the next update, after one that brought the objective from `before` to `now`."""
-        won = (before - now) / before
-        if won <= 0:
+        won = (before - now) / before if before > 0 else 0.0
+        if not won > 0:  # or no number
             return replace(self, gain=self.gain * HARM, back=True)
         return replace(self, gain=self.gain * (FURTHER if won >= self.gain / 2 else NEARER), back=False)
 

@@ -114,7 +114,7 @@ def refine(
             reach = reach.judged(history[lowest].total, found.total)
         if better(found):
             lowest = len(history)
-            best = {name: offsets_of(latent) for name, latent in latents.items()}
+            best = {name: offsets_of(latent, solutions[name]) for name, latent in latents.items()}
         history.append(found)
 
     for number in range(len(history), settings.passes + 1):
@@ -147,7 +147,7 @@ def refine(
             lengths[stage.name] = reach.length(history[-1].total, slope)
             # The gradient is the one of the update that is taken back: what that went too far goes out of the same sum.
             learned(latent, solution, gradient, lengths[stage.name] - reach.undone(stage.name))
-            install(model, stage, moved(solution, offsets_of(latent)))
+            install(model, stage, moved(solution, offsets_of(latent, solution)))
 
         entered = vocabulary and vocabulary.entered
         for done, block in enumerate(
@@ -175,7 +175,8 @@ def refine(
 def _place(model: nn.Module, stages: list[Stage], solutions: Mapping, offsets: Mapping[str, Tensor]) -> None:
     """Install every stage with its codes moved by offsets, or by what latents round to."""
     for stage in stages:
-        install(model, stage, moved(solutions[stage.name], offsets_of(offsets[stage.name])))
+        solution = solutions[stage.name]
+        install(model, stage, moved(solution, offsets_of(offsets[stage.name], solution)))
 
 
 def _note(losses: Losses) -> str:
