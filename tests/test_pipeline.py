@@ -742,7 +742,7 @@ def test_audit_refuses_a_negative_seed(workplace):
 
 
 def test_a_bug_before_the_first_result_leaves_no_trace(workplace, tmp_path, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(pipeline, "prepare", broken)

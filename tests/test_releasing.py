@@ -76,8 +76,8 @@ def poisoning(patch, place, tuned):
     shutil.copytree(place / "tuned", tuned)
     release = pipeline.protect
 
-    def poisoned(run, recipe, loaded, public, progress, **options):
-        facts = release(run, recipe, loaded, public, progress, **options)
+    def poisoned(run, recipe, loaded, public, progress, *more, **options):
+        facts = release(run, recipe, loaded, public, progress, *more, **options)
         generator = torch.Generator().manual_seed(0)
         for own in loaded.model.parameters():
             own.data = torch.randn(own.shape, generator=generator)
