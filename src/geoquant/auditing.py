@@ -31,14 +31,25 @@ from geoquant.privacy.shadows import Shadows, ShadowSettings
 from geoquant.privacy.shadows import train_shadows as train
 from geoquant.privacy.validity import SplitCheck, check_sides
 from geoquant.progress import Progress, silent
-from geoquant.recipe import checked
+from geoquant.recipe import Recipe, checked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["attack", "audit"]
+__all__ = ["attack", "audit", "load_records"]
 
 OURS = ("audit.json", "audit.html", "scores", "shadows")  # what the folder of an audit may hold
+
+
+def load_records(recipe: Recipe) -> Split | None:
+    """The private records to attack with, if any were given."""
+    if recipe.members is None and recipe.nonmembers is None:
+        if recipe.canaries or recipe.reference:
+            raise UserError("--canaries and --reference serve the audit", wanted="--members and --nonmembers as well")
+        return None
+    if recipe.members is None or recipe.nonmembers is None:
+        raise UserError("the audit compares two sides", wanted="both --members and --nonmembers")
+    return load_split(recipe.members, recipe.nonmembers, recipe.canaries)
 
 
 def audit(

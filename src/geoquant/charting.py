@@ -24,6 +24,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
+from geoquant.auditing import load_records
 from geoquant.comparing import against_baselines, beside_published, check_chosen
 from geoquant.control import control_matrix
 from geoquant.errors import UserError
@@ -32,7 +33,6 @@ from geoquant.folders import begin, claim, made
 from geoquant.manifest import versions
 from geoquant.model.load import identity, locate
 from geoquant.operating import TAUGHT, Job, job_path, measured_path, operate
-from geoquant.pipeline import load_records
 from geoquant.plan.default_points import default_points
 from geoquant.plan.points import INPUTS, ORIGINAL, Point, check_names, fitting
 from geoquant.plan.uniform import check_choices

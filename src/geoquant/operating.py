@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from geoquant.auditing import attack
+from geoquant.auditing import attack, load_records
 from geoquant.costs import CHANGE
 from geoquant.data.records import Split
 from geoquant.errors import UserError
@@ -30,7 +30,7 @@ from geoquant.evaluate.tasks import answer, load_task
 from geoquant.examine import check_context
 from geoquant.measure import measure_original, prepare_texts, score_model, score_reference
 from geoquant.model.load import load, load_tokenizer
-from geoquant.pipeline import load_records, quantize
+from geoquant.pipeline import quantize
 from geoquant.plan.points import ORIGINAL, Change, Point
 from geoquant.privacy.attacks import membership_scores
 from geoquant.privacy.evidence import gather

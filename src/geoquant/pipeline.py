@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from geoquant import reporting
-from geoquant.auditing import attack
-from geoquant.data.records import Split, load_split
+from geoquant.auditing import attack, load_records
+from geoquant.data.records import Split
 from geoquant.errors import UserError
 from geoquant.examine import check_context
 from geoquant.export import check
@@ -264,17 +264,6 @@ def left_alone(loaded: Loaded, blocks: tuple[Block, ...]) -> tuple[str, ...]:
     return (
         f"{len(rest)} matrices inside the blocks stay at full precision, {share:.0%} of the model (e.g. {rest[0][0]})",
     )
-
-
-def load_records(recipe: Recipe) -> Split | None:
-    """The private records to attack with, if any were given."""
-    if recipe.members is None and recipe.nonmembers is None:
-        if recipe.canaries or recipe.reference:
-            raise UserError("--canaries and --reference serve the audit", wanted="--members and --nonmembers as well")
-        return None
-    if recipe.members is None or recipe.nonmembers is None:
-        raise UserError("the audit compares two sides", wanted="both --members and --nonmembers")
-    return load_split(recipe.members, recipe.nonmembers, recipe.canaries)
 
 
 def score(run: Path, subject: str, loaded: Loaded, split: Split | None, progress: Progress) -> SplitScores | None:
