@@ -1,14 +1,15 @@
 """What going back to the public base takes of memory and of function, at the size of plain quantization.
 
     python benchmarks/anchoring.py CURVE OUT --regimes strong extreme --rates 3.25
+    python benchmarks/anchoring.py CURVE OUT --points "forgot 4" --strangers 300
     python benchmarks/anchoring.py CURVE OUT --table
 
 CURVE is the folder of `privacy_curve.py`, whose models and records are used. The levers see every second member
-(`seen`) and 120 records of the same generator under another seed, which nobody else sees. The others (`unseen`) say
-whether what was taken is memory in general or that of these records alone. With `--given all` the levers see what the
-owner of the data has: all members and canaries. The attacked model's non-members are never seen. All points of a rate
-have the same size, with embeddings and head on the lattice too. A point is one run of the library's own `quantize`,
-with the short calibration of `privacy_curve.py`.
+(`seen`) and, as --domain, 120 records (or --strangers N) of the generator under another seed, which nobody else sees.
+The others (`unseen`) say whether what was taken is memory in general or that of these records alone. With `--given all`
+the levers see what the owner of the data has: all members and canaries. The attacked model's non-members are never
+seen. All points of a rate have the same size, with embeddings and head on the lattice too. A point is one run of the
+library's own `quantize`, with the short calibration of `privacy_curve.py`.
 
 One line a point is added to OUT/points.jsonl; points that are there are skipped. What an aimed anchor measures lies in
 OUT/taught-KEY.safetensors, for all points of one model.
@@ -36,7 +37,7 @@ from geoquant.privacy.statistics import auc
 from geoquant.report.control import control_sentences, moved_rows
 from geoquant.runs import read_json
 
-DOMAIN = {"n": 300, "seed": 1001}  # of which every member of its own split is taken, 120 at most
+STRANGERS = 120  # records of --domain
 PASSES = 8  # of refinement
 POINTS: dict[str, dict] = {
     "plain": {},
@@ -64,20 +65,23 @@ WORDS = {"half": "the levers saw every second member", "all": "the levers saw al
 SHOWN = ("reference", "loss")
 
 
-def records(out: Path, given: str) -> dict[str, str]:
+def records(out: Path, given: str, strangers: int) -> dict[str, str]:
     """The files that the levers see."""
     made = curve.made("medical")
     known = {record.text for side in (made.members, made.nonmembers, made.holdout) for record in side}
-    fresh = [one for one in synthetic_records("medical", **DOMAIN).members if one.text not in known][:120]
+    # Of what is made the members of its own split are taken.
+    others = synthetic_records("medical", max(300, 3 * strangers), seed=1001).members
+    fresh = [one for one in others if one.text not in known][:strangers]
     half = made.split.members[::2]
     sides = {"private": half if given == "half" else (*made.members, *made.split.canaries), "domain": fresh}
-    paths = {name: out / f"{name}{'' if given == 'half' else f'-{given}'}.jsonl" for name in sides}
+    ends = {"private": "" if given == "half" else f"-{given}", "domain": "" if strangers == 120 else f"-{strangers}"}
+    paths = {name: out / f"{name}{ends[name]}.jsonl" for name in sides}
     for name, side in sides.items():
         write_records(paths[name], side)
     return {name: str(path) for name, path in paths.items()}
 
 
-def point(place: Path, out: Path, regime: str, rate: float, name: str, given: str, progress) -> dict:
+def point(place: Path, out: Path, regime: str, rate: float, name: str, given: str, strangers: int, progress) -> dict:
     """Make and measure one point."""
     started = time.perf_counter()
     models, kept = place / "models", place / "measured"
@@ -88,8 +92,8 @@ def point(place: Path, out: Path, regime: str, rate: float, name: str, given: st
     if POINTS[name]:
         overrides |= POINTS[name] | {"base": str(models / "base")}
         if overrides.get("aim") == "memory" or {"refine", "forget"} & overrides.keys():
-            overrides |= records(out, given)
-    run = out / "runs" / f"{regime}-{rate:g}-{given}-{name.replace(',', '').replace(' ', '-')}"
+            overrides |= records(out, given, strangers)
+    run = out / "runs" / f"{regime}-{rate:g}-{given}-{strangers}-{name.replace(',', '').replace(' ', '-')}"
     loaded, size = curve.compressed(run, model, overrides, progress, shared=out)
     told = read_json(run / "report.json", timings=dict)
     found = curve.measure(loaded, "medical", progress)
@@ -100,6 +104,7 @@ def point(place: Path, out: Path, regime: str, rate: float, name: str, given: st
         "rate": rate,
         "point": name,
         "given": given,
+        "strangers": strangers,
         "bits_per_weight": size["bits_per_weight"],
         "protection": told["protection"],
         "refinement": told["refinement"],
@@ -140,10 +145,10 @@ def figures(found: curve.Measured, before: curve.Measured, public: curve.Measure
 
 def show(rows: list[dict]) -> None:
     """Markdown, a table for each regime and rate."""
-    keys = ("regime", "rate", "given")
+    keys = ("regime", "rate", "given", "strangers")
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
         chosen = [row for row in rows if tuple(row[name] for name in keys) == key]
-        print(f"\n**{key[0]}**, {key[1]:g} bits, {WORDS[key[2]]}:\n")
+        print(f"\n**{key[0]}**, {key[1]:g} bits, {WORDS[key[2]]} and {key[3]} of --domain:\n")
         heads = ["point", "bits", "perplexity", "domain loss"]
         sides = list(chosen[0]["attacks"]["loss"])
         heads += [f"{attack} AUC, {side}" for attack in SHOWN for side in sides]
@@ -172,8 +177,8 @@ def show(rows: list[dict]) -> None:
 
 
 def rows_of(path: Path) -> list[dict]:
-    """The points that are there; the first ones were made before all records could be given."""
-    return [{"given": "half", **row} for row in curve.read_rows(path)]
+    """The points that are there; the first ones were made when there was no choice of records."""
+    return [{"given": "half", "strangers": STRANGERS, **row} for row in curve.read_rows(path)]
 
 
 def main() -> None:
@@ -185,6 +190,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="*", type=float, default=[3.25, 4.25])
     parser.add_argument("--points", nargs="*", default=list(POINTS), help=", ".join(POINTS))
     parser.add_argument("--given", choices=tuple(WORDS), default="half", help="which records the levers see")
+    parser.add_argument("--strangers", type=int, default=STRANGERS, help="records of --domain")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
@@ -194,13 +200,14 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    done = {(row["regime"], row["rate"], row["point"], row["given"]) for row in rows_of(path)}
+    seen = arguments.given, arguments.strangers
+    done = {(row["regime"], row["rate"], row["point"], row["given"], row["strangers"]) for row in rows_of(path)}
     for regime in arguments.regimes:
         for rate in arguments.rates:
             for name in arguments.points:
-                if (regime, rate, name, arguments.given) not in done:
+                if (regime, rate, name, *seen) not in done:
                     told = Lines(sys.stderr)
-                    row = point(arguments.curve, arguments.out, regime, rate, name, arguments.given, told)
+                    row = point(arguments.curve, arguments.out, regime, rate, name, *seen, told)
                     curve.add_row(path, row)
                     print(regime, rate, name, f"perplexity {row['perplexity']:.2f}", f"{row['seconds']} s", flush=True)
 

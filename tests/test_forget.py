@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from geoquant.errors import UserError
 from geoquant.evaluate.perplexity import head_logits
 from geoquant.privacy.forget import LEVEL, ForgetSettings, forget, rounded_randomly
-from geoquant.privacy.refine.material import observe_original, record_losses
+from geoquant.privacy.refine.material import observe_original, original_losses, record_losses
 from refine_toy import toy
 
 CHOSEN = ForgetSettings(passes=8, rate=1e-2)
@@ -141,6 +141,26 @@ def test_a_head_with_a_bias_keeps_it():
     assert said.made == 1
     assert torch.equal(model.lm_head.bias, before[0])
     assert not torch.equal(model.lm_head.weight, before[1])
+
+
+def test_the_originals_losses_follow_from_its_states():
+    material, model = toy().material, toy().tuned
+    head = model.get_output_embeddings().weight.detach()
+    truth = gaps(model, material)["domain"] + material.base["domain"]
+    assert torch.allclose(original_losses(toy().base, material, "domain", head), truth, atol=1e-3)  # states are kept in 16 bits
+
+
+@pytest.mark.parametrize("back", [0.8, 1.0])
+def test_function_that_another_lever_took_comes_back_from_the_original(back):
+    """Most of the way to the base costs function; what was known by heart does not come back with it."""
+    model, material = copy.deepcopy(toy().tuned), toy().material
+    with torch.no_grad():
+        for own, its in zip(model.parameters(), toy().base.parameters(), strict=True):
+            own.lerp_(its, back)
+    lost = divergence(model, material)
+    forget(model, material, CHOSEN, original=toy().tuned.get_output_embeddings().weight)
+    assert divergence(model, material) < 0.7 * lost
+    assert abs(attack(gaps(model, material)) - 0.5) < 0.15
 
 
 def test_losses_without_a_value_are_told():

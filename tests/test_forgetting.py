@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -11,6 +15,7 @@ from conftest import make_tokenizer
 from geoquant.data.private import make_records
 from geoquant.data.records import read_records, write_records
 from geoquant.errors import UserError
+from geoquant.forgetting import divided
 from geoquant.measure import prepare_texts
 from geoquant.model.load import load
 from geoquant.observe.texts import Sequences, padded
@@ -72,9 +77,28 @@ def tensors(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_a_run_compresses_the_very_model_that_forgot(tuned, tiny_model_dir, sides, forgot):
-    """Made once more of the parts."""
+@given(st.integers(8, 500))
+def test_every_record_serves_the_function_or_the_levels(count):
+    records = [f"record {number}" for number in range(count)]
+    function, strangers = divided(records)
+    assert sorted(function + strangers) == sorted(records)
+    assert function == [one for one in records if one not in strangers]
+    if count <= 128:
+        assert strangers == records[1::2]
+    else:
+        assert 64 <= len(strangers) <= 97
+        places = [records.index(one) for one in strangers]
+        assert len({b - a for a, b in itertools.pairwise(places)}) == 1
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+def test_a_run_compresses_the_very_model_that_forgot(tuned, tiny_model_dir, sides, forgot, tmp_path, anchor):
+    """Made once more of the parts; after an anchor the function is that of the model before it."""
     asked, run, report = forgot
+    if anchor:
+        asked = recipe(tuned, tiny_model_dir, sides, forget=2, anchor=anchor, aim="everything")
+        run = tmp_path / "run"
+        report = quantize(asked, run)
     target, base = load(str(tuned)), load(str(tiny_model_dir))
 
     def text(records):
@@ -87,20 +111,27 @@ def test_a_run_compresses_the_very_model_that_forgot(tuned, tiny_model_dir, side
         {"public": Sequences(public, torch.full((len(public),), public.shape[1])), **texts},
         base={name: record_losses(base.model, own) for name, own in texts.items()},
     )
-    said = forget(target.model, observe_original(target.model, material), ForgetSettings(2))
+    material, head = observe_original(target.model, material), None
+    if anchor:
+        head = target.model.get_output_embeddings().weight.detach().clone()
+        theirs = dict(base.model.named_parameters())
+        for name, own in target.model.named_parameters():
+            own.data = own.data.lerp(theirs[name].data, anchor)
+    said = forget(target.model, material, ForgetSettings(2), original=head)
     kept = tensors(run / "protected")
     for name, own in target.model.state_dict().items():
         if name in kept:
             assert torch.allclose(own, kept[name], atol=1e-5), name
     told = report["protection"]
-    assert (told["lever"], told["guarantee"]) == ("forget", None)
+    assert (told["lever"], told["guarantee"]) == ("anchor" if anchor else "forget", None)
     assert told["forgot"]["after"]["attack"] == pytest.approx(said.after.attack, abs=0.02)
     assert told["forgot"]["sequences"] == {"public": 4, "domain": 10, "private": 12, LEVEL: 10}
     mine, its = tensors(tuned), tensors(tiny_model_dir)
     length = sum((kept[name] - its[name]).double().square().sum() for name in kept).sqrt().item()
-    assert told["distance"]["after"] == pytest.approx(length, rel=1e-5)
+    assert told["forgot"]["distance"]["after"] == pytest.approx(length, rel=1e-5)
     length = sum((mine[name] - its[name]).double().square().sum() for name in kept).sqrt().item()
     assert told["distance"]["before"] == pytest.approx(length, rel=1e-5)
+    assert told["forgot"]["distance"]["before"] == pytest.approx((1 - anchor) * length, rel=1e-4)
 
 
 def test_the_report_says_what_was_done_and_that_nothing_is_guaranteed(forgot):

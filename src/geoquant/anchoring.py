@@ -19,6 +19,7 @@ from torch import Tensor
 from geoquant import __version__
 from geoquant.data.records import read_records
 from geoquant.errors import UserError
+from geoquant.forgetting import divided
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded
 from geoquant.observe.texts import Sequences, padded
@@ -130,7 +131,7 @@ def _taught(
     for name in ("private", "domain"):
         records = read_records(getattr(recipe, name))
         if name == "domain" and recipe.forget:
-            records = records[::2]  # the others say what strangers are like (forgetting.py)
+            records, _ = divided(records)  # the others say what strangers are like
         encoded = encode(loaded.tokenizer, records, recipe.window)
         texts[name] = padded(long_enough(name, encoded), filler)
     path = run / "taught.safetensors"

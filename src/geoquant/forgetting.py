@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from geoquant.data.records import read_records
+from geoquant.data.records import Record, read_records
 from geoquant.data.text import Windows
 from geoquant.errors import UserError
 from geoquant.model.identity import model_hash
@@ -29,9 +30,18 @@ from geoquant.progress import Progress
 from geoquant.recipe import Recipe
 from geoquant.releasing import claimed
 
-__all__ = ["check_forgetting", "forget_records", "seen"]
+__all__ = ["Original", "check_forgetting", "divided", "forget_records", "observed", "seen"]
 
 WINDOWS = 16  # of public text
+LEVELS = 64  # records that say what strangers are like: more place a level little better, and teach the function more
+
+
+@dataclass(frozen=True)
+class Original:
+    """What is kept of the given model before any lever moves it. head: its vocabulary projection."""
+
+    material: Material
+    head: Float[Tensor, "vocab hidden"]
 
 
 def check_forgetting(recipe: Recipe) -> None:
@@ -64,8 +74,7 @@ def check_forgetting(recipe: Recipe) -> None:
 
 
 def seen(recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n length"]) -> Material:
-    """The texts alone. Every second record of the domain serves the levels, and no other lever sees these. Raises
-    UserError where records are too few."""
+    """The texts alone. Raises UserError where records are too few."""
     windows = Windows(public[:WINDOWS], "calibration", "")
     private, domain = read_records(recipe.private), read_records(recipe.domain)
     if len(domain) < 2 * LEAST:
@@ -74,21 +83,36 @@ def seen(recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n length"]) -> Mat
             wanted=f"at least {2 * LEAST}",
         )
     limit = context_of(loaded.model)
-    material = texts_of(loaded.tokenizer, windows, domain[::2], private, limit=limit)
-    level = texts_of(loaded.tokenizer, windows, domain[1::2], private, limit=limit).texts[DOMAIN]
+    function, strangers = divided(domain)
+    material = texts_of(loaded.tokenizer, windows, function, private, limit=limit)
+    level = texts_of(loaded.tokenizer, windows, strangers, private, limit=limit).texts[DOMAIN]
     return replace(material, texts={**material.texts, LEVEL: level})
 
 
+def divided(domain: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Records that levers may learn the function from, and those that serve the levels, which no other lever sees:
+    every second one, or of more records evenly about LEVELS."""
+    step = max(2, len(domain) // LEVELS)
+    return [one for place, one in enumerate(domain) if place % step != 1], list(domain[1::step])
+
+
+def observed(recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n length"], progress: Progress) -> Original:
+    """To be asked before any lever moves the model."""
+    material = observe_original(loaded.model, seen(recipe, loaded, public), progress)
+    return Original(material, loaded.model.get_output_embeddings().weight.detach().clone())
+
+
 def forget_records(
-    recipe: Recipe, loaded: Loaded, base: Loaded, public: Int[Tensor, "n length"], facts: dict, progress: Progress
+    recipe: Recipe, loaded: Loaded, base: Loaded, original: Original, facts: dict, progress: Progress
 ) -> dict:
     """Change the model in place; `facts` of the lever before it, with what the report says of this one."""
-    material = observe_original(loaded.model, seen(recipe, loaded, public), progress)
+    material = original.material
     known = {name: text for name, text in material.texts.items() if name != PUBLIC}
     material = replace(material, base={name: record_losses(base.model, text) for name, text in known.items()})
     before = _change(loaded, base)
     settings = ForgetSettings(recipe.forget, recipe.forget_weight, seed=recipe.seed)
-    found = forget(loaded.model, material, settings, progress=progress)
+    head = original.head if facts else None  # another lever has been at work
+    found = forget(loaded.model, material, settings, original=head, progress=progress)
     sequences = {name: len(text.tokens) for name, text in material.texts.items()}
     distance = {"before": before, "after": _change(loaded, base)}
     told = {**asdict(settings), "sequences": sequences, **found.to_dict(), "distance": distance}

@@ -22,7 +22,7 @@ from geoquant.anchoring import FEWEST, anchor_model, as_planned, long_enough
 from geoquant.data.records import Split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
-from geoquant.forgetting import check_forgetting, forget_records, seen
+from geoquant.forgetting import check_forgetting, forget_records, observed, seen
 from geoquant.inputs import check_same_weights
 from geoquant.measure import BUILTIN, prepare_texts
 from geoquant.model.load import Loaded, load
@@ -174,13 +174,13 @@ def protect(
         else:
             base, made = load(recipe.base, device=recipe.device), loaded
             check_same_weights(loaded, base)
-            facts = {}
+            facts, original = {}, observed(recipe, loaded, public, progress) if recipe.forget else None
             if chosen is not None:
                 facts = as_planned(loaded, base, chosen, progress)
             elif recipe.anchor:
                 facts = anchor_model(run, recipe, loaded, base, public[:PUBLIC], shared, progress)
             if recipe.forget:
-                facts = forget_records(recipe, loaded, base, public, facts, progress)
+                facts = forget_records(recipe, loaded, base, original, facts, progress)
         dtype = chosen_dtype(made.model, None)
         if released(recipe):
             write_json(run / RELEASED, {"mechanism": facts["guarantee"]["mechanism"]})

@@ -87,12 +87,15 @@ def head_rows(model: nn.Module) -> int:
 
 
 def head_nll(
-    model: nn.Module, hidden: Float[Tensor, "rows hidden"], targets: Int[Tensor, " rows"]
+    model: nn.Module,
+    hidden: Float[Tensor, "rows hidden"],
+    targets: Int[Tensor, " rows"],
+    weight: Float[Tensor, "vocab hidden"] | None = None,
 ) -> Float[Tensor, " rows"]:
-    """Negative log-likelihood of each target, a few positions at a time."""
+    """Negative log-likelihood of each target, a few positions at a time. weight: in the place of the model's head."""
     rows = head_rows(model)
     parts = [
-        nn.functional.cross_entropy(head_logits(model, h), t, reduction="none")
+        nn.functional.cross_entropy(head_logits(model, h, weight), t, reduction="none")
         for h, t in zip(hidden.split(rows), targets.split(rows))
     ]
     return torch.cat(parts)

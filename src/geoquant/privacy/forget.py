@@ -2,14 +2,15 @@
 
 The objective is much that of refinement (privacy/refine), at the weights before anything is rounded:
 
-    weight * (L_priv + 1/(2m) sum_j max(0, gap_j - gap_j before)^2) + L_acc
+    weight * (L_priv + 1/(2m) sum_j max(0, gap_j - the original's gap_j)^2) + L_acc
 
 L_priv pulls every private record up to its level and never beyond (refine/hinge.py); the second sum keeps the loss on
-m records of the domain from rising with it; L_acc is the divergence from the given model, in nats per token, on these
-and on public text. Levels are the quantiles of other records of the domain, on which nothing else depends: from those
-that the function is kept on a model learns a little, and levels that are too low leave a leak. Codes cannot follow
-this far: a solver makes later columns up for earlier ones, and a code that moves alone undoes that; weights that moved
-before solving are rounded like any others.
+m records of the domain from rising with it; L_acc is the divergence from the original, in nats per token, on these and
+on public text. The original is the given model, or what that was before another lever took something of it. Levels are
+the quantiles of other records of the domain, on which nothing else depends: from those that the function is kept on a
+model learns a little, and levels that are too low leave a leak. Codes cannot follow this far: a solver makes later
+columns up for earlier ones, and a code that moves alone undoes that; weights that moved before solving are rounded
+like any others.
 
 Steps are those of Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), each parameter's as soon as its gradient is
 complete: beside a float32 copy of the model, memory holds one gradient and the activations of one block.
@@ -30,25 +31,33 @@ from geoquant.evaluate.perplexity import head_logits
 from geoquant.model.modes import evaluating, recomputed
 from geoquant.observe.texts import Sequences
 from geoquant.privacy.refine.hinge import hinge, levels, two_sided
-from geoquant.privacy.refine.material import DOMAIN, PRIVATE, PUBLIC, TAUGHT, Material, record_losses
+from geoquant.privacy.refine.material import (
+    DOMAIN,
+    PRIVATE,
+    PUBLIC,
+    TAUGHT,
+    Material,
+    original_losses,
+    record_losses,
+)
 from geoquant.progress import Progress, silent
 
 __all__ = ["LEVEL", "ForgetSettings", "Forgot", "forget", "rounded_randomly"]
 
 LEVEL = "level"  # the text of the records whose quantiles are the levels; without it those of the domain
 TOGETHER = 8  # private records in one step, and as many of the domain
-SLOWEST = 0.2  # of the rate in the last step
+SLOWEST = 0.1  # of the rate in the last step
 
 
 @dataclass(frozen=True)
 class ForgetSettings:
     """passes: over the private records. weight: of L_priv. rate: of the first step, as a share of a parameter's own
-    root mean square; it falls linearly to a fifth. seed: of the order of records, and of the last rounding.
+    root mean square; it falls linearly to a tenth. seed: of the order of records, and of the last rounding.
     """
 
     passes: int = 4
     weight: float = 10.0
-    rate: float = 5e-4
+    rate: float = 3e-4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,18 +98,24 @@ def forget(
     material: Material,
     settings: ForgetSettings = ForgetSettings(),
     *,
+    original: Float[Tensor, "vocab hidden"] | None = None,
     progress: Progress = silent,
 ) -> Forgot:
     """Change the model's parameters in place; they keep their type, into which they are rounded at random, unbiased.
 
-    material: all three texts and LEVEL, with the states of this very model and the base's losses. Raises UserError
-    where a loss is not finite.
+    material: all three texts and LEVEL, with the original's states and the base's losses. original: its vocabulary
+    projection where the given model is another one by now. Raises UserError where a loss is not finite.
     """
     given = {name: (own.dtype, own.requires_grad) for name, own in model.named_parameters()}
     output = model.get_output_embeddings()
-    head, fixed = output.weight.detach().float().clone(), getattr(output, "bias", None)
-    gaps = _gaps(model, material)
-    start, before = gaps[DOMAIN].clone(), _known(gaps)
+    own = output.weight.detach() if original is None else original.detach()
+    head, fixed = own.float().clone(), getattr(output, "bias", None)
+    start = original_losses(model, material, DOMAIN, own) - material.base[DOMAIN]
+    gaps = {
+        name: start.clone() if name == DOMAIN and original is None else _gap(model, material, name)
+        for name in material.base
+    }
+    before = _known(gaps)
     rng = random.Random(settings.seed)
     count = len(material.texts[PRIVATE].tokens)
     steps = -(-count // TOGETHER)
@@ -123,7 +138,7 @@ def forget(
             for number in range(settings.passes):
                 if number and LEVEL in gaps:
                     gaps[LEVEL] = _gap(model, material, LEVEL)
-                if _known(gaps).privacy == 0:  # nothing is left to forget
+                if original is None and _known(gaps).privacy == 0:  # nothing to forget, and no function to regain
                     break
                 divergences, made = [], made + 1
                 for turn, chosen in enumerate(_batches(material, steps, rng)):
@@ -189,7 +204,7 @@ def _step(
 ) -> tuple[float, float]:
     """One step down the objective on some sequences; L_priv of these and their divergence. Their gaps are renewed.
 
-    start: gaps of the domain's records in the given model.
+    start: gaps of the domain's records in the original.
     """
     device = model.device
     level = levels(gaps[PRIVATE], gaps.get(LEVEL, gaps[DOMAIN]))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from geoquant.data.records import Record
@@ -33,6 +33,7 @@ __all__ = [
     "context_of",
     "observe_base",
     "observe_original",
+    "original_losses",
     "record_losses",
     "texts_of",
 ]
@@ -110,7 +111,28 @@ def record_losses(model: nn.Module, text: Sequences) -> Float[Tensor, " n"]:
         for tokens, lengths in zip(text.tokens.split(4), text.lengths.split(4), strict=True):
             tokens = tokens.to(model.device)
             hidden = final_hidden(model, tokens)[:, :-1]
-            nll = head_nll(model, hidden.flatten(0, 1), tokens[:, 1:].flatten()).view(len(tokens), -1)
-            real = torch.arange(nll.shape[1]) < lengths[:, None] - 1
-            found.append((nll.double().cpu() * real).sum(1) / (lengths - 1))
+            nll = head_nll(model, hidden.flatten(0, 1), tokens[:, 1:].flatten())
+            found.append(_mean(nll, lengths))
     return torch.cat(found)
+
+
+@torch.no_grad()
+def original_losses(
+    model: nn.Module, material: Material, name: str, head: Float[Tensor, "vocab hidden"]
+) -> Float[Tensor, " n"]:
+    """The same under the original, of a text whose states are known. model: for what else makes logits of states. head:
+    the original's."""
+    text, found = material.texts[name], []
+    for tokens, lengths, known in zip(
+        text.tokens.split(4), text.lengths.split(4), material.states[name].split(4), strict=True
+    ):
+        states = known[:, : tokens.shape[1] - 1].flatten(0, 1).to(head)
+        found.append(_mean(head_nll(model, states, tokens[:, 1:].flatten().to(head.device), head), lengths))
+    return torch.cat(found)
+
+
+def _mean(nll: Float[Tensor, " positions"], lengths: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Over the real tokens of each sequence."""
+    each = nll.double().cpu().view(len(lengths), -1)
+    real = torch.arange(each.shape[1]) < lengths[:, None] - 1
+    return (each * real).sum(1) / (lengths - 1)
