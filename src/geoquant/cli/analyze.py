@@ -41,7 +41,7 @@ def analyze(
     For example:
 
       geoquant analyze MODEL --out ANALYSIS
-      geoquant analyze TUNED --base MODEL --private in.jsonl --domain out.jsonl --out ANALYSIS
+      geoquant analyze TUNED --base BASE --private in.jsonl --domain other.jsonl --out ANALYSIS
     """
     with output(json) as result:
         with progress_display() as progress:

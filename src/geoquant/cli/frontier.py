@@ -60,8 +60,8 @@ def frontier(
 
     For example:
 
-      geoquant frontier MODEL --base BASE --members in.jsonl --nonmembers out.jsonl --out DIR
-      geoquant frontier MODEL --base BASE --points points.toml --jobs 4 --out DIR
+      geoquant frontier TUNED --base BASE --members in.jsonl --nonmembers out.jsonl --out DIR
+      geoquant frontier TUNED --base BASE --points points.toml --jobs 4 --out DIR
       geoquant quantize MODEL --goal private --frontier DIR --base BASE --out RUN
     """
     given = {

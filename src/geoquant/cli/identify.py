@@ -64,7 +64,7 @@ def identify(
     For example:
 
       geoquant identify MODEL --out IDENTITY
-      geoquant identify TUNED --base MODEL --private in.jsonl --domain out.jsonl --out IDENTITY
+      geoquant identify TUNED --base BASE --private in.jsonl --domain other.jsonl --out IDENTITY
       geoquant identify MODEL --analysis ANALYSIS --groups top:dsm@0.01 --do zero --out TOP
       geoquant identify MODEL --groups depth:8 --do quantize@3 --compare OTHER --out STRETCHES
     """

@@ -55,7 +55,7 @@ def plan(
 
       geoquant plan MODEL --bits 4
       geoquant plan MODEL --bits 3 --keep 0.01 --method dqc --json
-      geoquant plan TUNED --base MODEL --private in.jsonl --domain out.jsonl --max-size 60 --max-leak 0.1 --out P.json
+      geoquant plan TUNED --base BASE --private in.jsonl --domain other.jsonl --max-size 60 --max-leak 0.1 --out P.json
     """
     with output(json) as result:
         wanted = flags.recipe(model, recipe)

@@ -41,8 +41,8 @@ def tune(
 
     For example:
 
-      geoquant tune TUNED --base MODEL --members in.jsonl --nonmembers out.jsonl --max-leak 0.3 --out TUNE
-      geoquant tune TUNED --base MODEL --members in.jsonl --nonmembers out.jsonl --sampler thompson --out TUNE2
+      geoquant tune TUNED --base BASE --members in.jsonl --nonmembers out.jsonl --max-leak 0.3 --out TUNE
+      geoquant tune TUNED --base BASE --members in.jsonl --nonmembers out.jsonl --sampler thompson --out TUNE2
     """
     with output(json) as result:
         wanted = flags.recipe(model, recipe)
