@@ -214,7 +214,7 @@ def test_a_broken_line_is_named(tmp_path, line, message):
 
 
 def test_unreadable_files_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"^no task file .*none\.jsonl$"):
+    with pytest.raises(UserError, match=r"^no task file .*none\.jsonl; check the path$"):
         load_task(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match=r"is a folder; wanted a \.jsonl file"):
         load_task(tmp_path)

@@ -147,7 +147,8 @@ def test_the_originals_losses_follow_from_its_states():
     material, model = toy().material, toy().tuned
     head = model.get_output_embeddings().weight.detach()
     truth = gaps(model, material)["domain"] + material.base["domain"]
-    assert torch.allclose(original_losses(toy().base, material, "domain", head), truth, atol=1e-3)  # states are kept in 16 bits
+    found = original_losses(toy().base, material, "domain", head)
+    assert torch.allclose(found, truth, atol=1e-3)  # states are kept in 16 bits
 
 
 @pytest.mark.parametrize("back", [0.8, 1.0])

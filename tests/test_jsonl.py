@@ -32,7 +32,7 @@ def test_every_reader_names_the_same_mistakes_alike(kind, tmp_path):
     half = FINE.replace("fine", "\\ud800").replace('"a"', '"\\ud800"')
     assert line(half.encode()) == f"{path}:1 holds half a character (a lone surrogate); remove it"
     path.unlink()
-    with pytest.raises(UserError, match=rf"^no {kind} file .*in\.jsonl$"):
+    with pytest.raises(UserError, match=rf"^no {kind} file .*in\.jsonl; check the path$"):
         read(path)
     with pytest.raises(UserError, match=r"is a folder; wanted a .*\.jsonl file"):
         read(tmp_path)
@@ -52,3 +52,16 @@ def test_lines_behind_the_last_item_wanted_are_not_read(tmp_path):
     path = tmp_path / "task.jsonl"
     path.write_text(FINE + "\nnot JSON\n")
     assert len(load_task(path, limit=1)) == 1
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_file_that_is_not_there_is_looked_for_beside_it(kind, tmp_path):
+    (tmp_path / "in.jsonl").write_text(FINE)
+    for path, fix in (
+        (tmp_path / "inn.jsonl", f"did you mean {tmp_path / 'in.jsonl'}?"),
+        (tmp_path / "zzz", "check the path"),
+        (tmp_path / "none" / "in.jsonl", f"there is no folder {tmp_path / 'none'} either"),
+    ):
+        with pytest.raises(UserError) as caught:
+            READERS[kind](path)
+        assert str(caught.value) == f"no {kind} file {path}; {fix}"

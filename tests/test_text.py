@@ -145,7 +145,7 @@ def test_a_broken_line_is_named(tmp_path, line, message):
 
 
 def test_unreadable_files_are_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"^no text file .*missing\.txt$"):
+    with pytest.raises(UserError, match=r"^no text file .*missing\.txt; check the path$"):
         read_text(tmp_path / "missing.txt")
     with pytest.raises(UserError, match=r"is a folder; wanted a \.txt or \.jsonl file"):
         read_text(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 from geoquant.errors import UserError
@@ -16,13 +17,23 @@ def read_utf8(path: Path, kind: str, wanted: str) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"no {kind} file {path}") from None
+        raise UserError(f"no {kind} file {path}", fix=_nearest(path)) from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder", wanted=wanted) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start})", fix="convert it to UTF-8") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _nearest(path: Path) -> str:
+    """What to do about a file that is not there."""
+    folder = path.parent
+    try:
+        close = get_close_matches(path.name, [one.name for one in folder.iterdir()], n=1)
+    except OSError:
+        return f"there is no folder {folder} either"
+    return f"did you mean {folder / close[0]}?" if close else "check the path"
 
 
 def json_lines(path: Path, text: str, wanted: str) -> Iterator[tuple[str, object]]:
