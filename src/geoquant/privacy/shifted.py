@@ -66,8 +66,8 @@ def combined(
         shift = torch.cholesky_solve(pull.T, lower).T
     else:
         shift = pull @ torch.cholesky_inverse(lower)
-    left = shift - back
-    constant = ((shift @ function.double()) * shift).sum(1) + mu * ((left @ private.double()) * left).sum(1)
+    # With `shift A = pull` both parts of the constant come to this.
+    constant = ((back - shift) * pull).sum(1).clamp_min(0)
     target = (weight.double() + shift).to(weight.dtype).contiguous()
     return Combined(target, metric.to(function.dtype), constant.to(weight.dtype))
 
