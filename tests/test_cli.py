@@ -244,6 +244,12 @@ def test_the_version_is_that_of_the_package():
             "option bits: Input should be less than or equal to 8",
         ),
         (["plan", "m", "--bits", "3.5"], 'Invalid value for --bits: unable to convert "3.5" into a whole number'),
+        (["quantize", "m", "--out", "o", "--forget", "1.5"], 'Invalid value for --forget: unable to convert "1.5"'),
+        (["quantize", "m", "--out", "o", "--refine", "1.5"], 'Invalid value for --refine: unable to convert "1.5"'),
+        (
+            ["bench", "geometry", "m", "--analysis", "a", "--out", "o", "--bits", "2.5"],
+            'Invalid value for --bits: unable to convert "2.5"',
+        ),
         (["plan", "m", "--windows", "1e400"], 'Invalid value for --windows: unable to convert "1e400"'),
         (["eval", "m", "--window", "64.2"], 'Invalid value for --window: unable to convert "64.2"'),
         (["audit", "m", "--members", "i", "--nonmembers", "o", "--seed", "0.5"], "Invalid value for --seed"),

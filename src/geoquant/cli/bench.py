@@ -29,7 +29,9 @@ def bench(
     windows: Annotated[int, Parameter(help="Windows of --text, its first ones."), WHOLE] = 8,
     window: Annotated[int, Parameter(help="Tokens per window."), WHOLE] = 256,
     records: Annotated[int, Parameter(help="Records read of each file, its first ones."), WHOLE] = 100,
-    bits: Annotated[list[int] | None, Parameter(help="Bit widths, repeatable (default: 2, 3 and 4).")] = None,
+    bits: Annotated[
+        list[Annotated[int, WHOLE]] | None, Parameter(help="Bit widths, repeatable (default: 2, 3 and 4).")
+    ] = None,
     seed: Annotated[int, Parameter(help="Seed of intervals and permutations."), WHOLE] = 0,
     device: Device = "cpu",
     json: Json = False,

@@ -212,6 +212,7 @@ class RecipeFlags:
     forget: Annotated[
         int | None,
         option("Passes that make --private no better known than --domain, before solving (default 0).", group=CONTROL),
+        WHOLE,
     ] = None
     forget_weight: Annotated[
         float | None,
@@ -247,6 +248,7 @@ class RecipeFlags:
     refine: Annotated[
         int | None,
         option("Passes that move solved codes by a step, for --private and --domain too (default 0).", group=CONTROL),
+        WHOLE,
     ] = None
     refine_privacy: Annotated[
         float | None,
