@@ -43,6 +43,7 @@ POINTS: dict[str, dict] = {
     "plain": {},
     **{f"interpolation {share:g}": {"anchor": round(1 - share, 2), "aim": "everything"} for share in (0.8, 0.6)},
     **{f"aimed {strength:g}": {"anchor": strength, "aim": "memory"} for strength in (0.5, 0.7, 0.85, 1.0)},
+    **{f"metric {share:g}": {"anchor": share, "aim": "metric"} for share in (0.5, 0.8)},
     **{f"refined, weight {weight:g}": {"refine": PASSES, "refine_privacy": weight} for weight in (1.0, 10.0)},
     **{
         f"aimed {strength:g}, refined, weight {weight:g}": {
@@ -91,7 +92,7 @@ def point(place: Path, out: Path, regime: str, rate: float, name: str, given: st
     overrides = {"rate": rate}
     if POINTS[name]:
         overrides |= POINTS[name] | {"base": str(models / "base")}
-        if overrides.get("aim") == "memory" or {"refine", "forget"} & overrides.keys():
+        if overrides.get("aim") in ("memory", "metric") or {"refine", "forget"} & overrides.keys():
             overrides |= records(out, given, strangers)
     run = out / "runs" / f"{regime}-{rate:g}-{given}-{strangers}-{name.replace(',', '').replace(' ', '-')}"
     loaded, size = curve.compressed(run, model, overrides, progress, shared=out)

@@ -40,6 +40,32 @@ def test_interpolation_and_refinement():
     assert told[2] == "No formal guarantee."
 
 
+METRIC = {
+    "lever": "anchor",
+    "aim": "metric",
+    "anchor": 0.4,
+    "distance": {"before": 2.0, "after": 1.25},
+    "kept": {"layers": 12, "by_share": 0, "private": 0.52, "function": 0.67},
+}
+
+
+def test_an_anchor_by_the_metric_is_told_with_what_the_metric_told_apart():
+    told = control_sentences({"protection": METRIC, "privacy": None})
+    assert (
+        "on public and domain text with a weight of 60%, those of the base on private records with one of 40%"
+        in (told[0])
+    )
+    assert told[0].endswith("The length of the change since the base fell from 2 to 1.25.")
+    assert told[1] == (
+        "As inputs of private records see it, the change of a layer kept 52% of its length, as the others do 67%; "
+        "interpolation would have kept 60% of both."
+    )
+    assert told[2].startswith("No formal guarantee: where layers went back was computed from private data")
+    experts = {**METRIC, "kept": {"layers": 0, "by_share": 3, "private": None, "function": None}}
+    told = control_sentences({"protection": experts, "privacy": None})
+    assert told[1] == "3 layers that not every token reaches went 40% of the way."
+
+
 PLANNED = {
     "looked": True,
     "anchors": True,

@@ -45,6 +45,11 @@ def test_levers_and_the_rest_add_up_to_what_the_run_took_longer():
     assert both["extra"] == sum(both["levers"].values()) + both["rest"]
 
 
+def test_what_acts_while_layers_are_solved_is_all_that_such_a_run_takes_longer_for():
+    found = told(PLAIN, (aimed("metric", aim="metric"), timed(2.0, 27.0, 1.5)))["metric"]
+    assert (found["levers"], found["rest"]) == ({"anchor": 8.5}, 0.0)
+
+
 def test_what_another_point_measured_is_counted_as_if_this_one_had():
     found = told(PLAIN, (aimed("first"), timed(protect=32.0)), (aimed("second"), timed(protect=2.0, borrowed=30.0)))
     assert found["first"]["levers"] == found["second"]["levers"] == {"anchor": 32.0}

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from geoquant.charting import _key
 from geoquant.errors import UserError
 from geoquant.plan.default_points import default_points
-from geoquant.plan.points import FAMILIES, NAME, Change, Point, check_names, fitting, read_points
+from geoquant.plan.points import FAMILIES, INPUTS, NAME, Change, Point, check_names, fitting, read_points
 from geoquant.recipe import Recipe, checked
 
 EVERYTHING = ("base", "private", "domain")
@@ -41,6 +41,7 @@ def test_the_default_list_grows_with_the_levers():
     before, after = ({point.name for point in default_points(some)} for some in (Recipe.model_fields, fields))
     assert "anchor 0.5 by sharp, lattice 3.25" in after - before
     assert "refine, lattice 3.25" in before
+    assert not any("metric" in name for name in before)  # nothing goes with it
     assert "anchor 0.7 by sharp, refine, lattice 4.25" in after
     assert "original" in {point.name for point in default_points({})}
 
@@ -79,6 +80,9 @@ def test_a_file_of_points(tmp_path):
         Point("back", "own", {"rate": 3, "anchor": 0.5}, needs=("base",)),
         Point("by private records", "own", {"anchor": 0.5}, needs=("base", "private")),
     )
+    for aim, needs in (("everything", ("base",)), ("memory", INPUTS), ("metric", INPUTS)):
+        path = written(tmp_path, f'[one]\nrate = 3\nanchor = 0.5\naim = "{aim}"\n')
+        assert read_points(path)[1].needs == tuple(needs)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from geoquant.errors import UserError
 from geoquant.forgetting import divided
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded
+from geoquant.model.walk import walk
 from geoquant.observe.texts import Sequences, padded
 from geoquant.plan.chosen import Chosen
 from geoquant.privacy.aim import GROUP, TEXTS, goes_back, spread_over, taught
@@ -31,7 +32,7 @@ from geoquant.progress import Progress
 from geoquant.recipe import Recipe
 from geoquant.runs import read_tensors, write_tensors
 
-__all__ = ["FEWEST", "anchor_model", "as_planned", "long_enough"]
+__all__ = ["FEWEST", "anchor_model", "as_planned", "long_enough", "part_of"]
 
 FEWEST = 8  # records on a side
 
@@ -45,13 +46,17 @@ def anchor_model(
     shared: Path | None,
     progress: Progress,
 ) -> dict:
-    """Every weight, embeddings, norms and biases too, moved towards the base's in place."""
+    """Every weight, embeddings, norms and biases too, moved towards the base's in place; with `--aim metric` those that
+    are not in layers of blocks, which move while they are solved (combining.py)."""
     theirs = dict(base.model.named_parameters())
     facts = {"lever": "anchor", "aim": recipe.aim, "anchor": recipe.anchor, "base_sha256": model_hash(base.model)}
     choice = None
     if recipe.aim == "memory":
         choice, facts["measuring"] = _taught(run, recipe, loaded, base, public, shared, progress)
     told = {text: [0.0, 0.0] for text in TEXTS}
+    layers = set()
+    if recipe.aim == "metric":
+        layers = {f"{site.name}.weight" for block in walk(loaded.model, public[:1, :8]) for site in block.sites}
 
     def share_of(name: str, shape: tuple[int, ...]) -> Tensor | float:
         if choice is None:
@@ -63,7 +68,7 @@ def anchor_model(
             told[text][1] += values[back].sum().item()
         return spread_over((~back).float(), shape)
 
-    facts |= _move(loaded, theirs, share_of, progress)
+    facts |= _move(loaded, theirs, share_of, progress, but=layers)
     if choice is not None:
         facts["taught"] = {text: {"all": whole, "put_back": part} for text, (whole, part) in told.items()}
     return facts | {"guarantee": None}
@@ -87,19 +92,20 @@ def _move(
     theirs: dict[str, Tensor],
     share_of: Callable[[str, tuple[int, ...]], Tensor | float],
     progress: Progress,
+    but: Collection[str] = (),
 ) -> dict:
     """Every parameter at `share_of(name, shape)` of its change, in place: how long the change was and is, and the share
-    of each part of the model that was moved."""
+    of each part of the model that was moved. but: parameters that are left as they are and not counted."""
     before = after = 0.0
     moved: dict[str, list[int]] = {}
-    mine = dict(loaded.model.named_parameters())
+    mine = {name: own for name, own in loaded.model.named_parameters() if name not in but}
     for index, (name, own) in enumerate(mine.items()):
         original, its = own.detach(), theirs[name].detach()
         share = share_of(name, tuple(own.shape))
         before += (original.float() - its.float()).square().sum().item()
         own.data = anchored(original, its, share)
         after += (own.detach().float() - its.float()).square().sum().item()
-        counts = moved.setdefault(_part_of(name), [0, 0])
+        counts = moved.setdefault(part_of(name), [0, 0])
         counts[0] += int((torch.as_tensor(share) < 1).expand(own.shape).sum())
         counts[1] += own.numel()
         progress("anchor", index + 1, len(mine), name)
@@ -109,7 +115,7 @@ def _move(
     }
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
     """A parameter's place in the model, without the number of its block."""
     return name.rpartition(".")[0].rpartition(".")[2] or name
 

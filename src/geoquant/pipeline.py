@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from geoquant import reporting
+from geoquant import combining, reporting
 from geoquant.auditing import attack, load_records
 from geoquant.data.records import Split
 from geoquant.errors import UserError
@@ -198,7 +198,7 @@ def quantize(
     if chosen is not None:
         report["plan"] = plan_entry(chosen, report["hashes"]["plan"], blocks, report["sites"])
         report["warnings"] += missed(report["plan"]["stages"])
-    report["protection"] = protection
+    report["protection"] = combining.accounted(protection, report["sites"])
     report["refinement"] = refinement
     entry = protection["guarantee"] if protection else guarantee
     report["privacy"] = with_guarantee(privacy, chosen_by(entry, goal))
@@ -307,7 +307,6 @@ def solve(
         "finished": lambda stage: load_stage(run, stage),
         "done": lambda result: save_stage(run, result, plans),
     }
-
     solve_model(
         model,
         repeated(blocks),
@@ -319,6 +318,7 @@ def solve(
         compute=compute,
         moments_dtype=getattr(torch, recipe.moments),
         reference=followed(recipe, stream),
+        anchor=combining.combining(recipe, loaded, compute, pages),
         pages=pages,
         lean=True,
         progress=progress,

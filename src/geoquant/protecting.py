@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from geoquant.anchoring import FEWEST, anchor_model, as_planned, long_enough
+from geoquant.combining import check_combining
 from geoquant.data.records import Split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
@@ -95,8 +96,13 @@ def check_protection(recipe: Recipe, split: Split | None = None, chosen: Chosen 
         return ()
     if chosen is not None:
         return check_options(recipe, chosen, split)
-    if recipe.aim == "memory" and not (recipe.anchor or (recipe.private and recipe.domain)):
-        raise UserError("--aim memory says which weights --anchor moves", got="no --anchor", fix="add --anchor 0.5")
+    # An aim at memory is the default where there are records, whatever these are for.
+    if recipe.aim != "everything" and not (
+        recipe.anchor or (recipe.aim == "memory" and recipe.private and recipe.domain)
+    ):
+        said = f"--aim {recipe.aim} says which weights --anchor moves"
+        raise UserError(said, got="no --anchor", fix="add --anchor 0.5")
+    check_combining(recipe)
     if recipe.refine and recipe.base and not (recipe.anchor or recipe.private or recipe.domain):
         fix = "leave it out, or for the audit: --reference"
         raise UserError("--base serves --anchor, and --refine with --private and --domain", got="neither", fix=fix)
@@ -113,9 +119,10 @@ def check_protection(recipe: Recipe, split: Split | None = None, chosen: Chosen 
             if getattr(recipe, name) is not None:
                 raise UserError(f"--{name} serves --aim memory", got="--aim everything", fix=f"leave out --{name}")
         return ()
+    aim = f"--aim {'memory' if recipe.aim == 'everything' else recipe.aim}"
     if missing := [name for name in ("private", "domain") if getattr(recipe, name) is None]:
         raise UserError(
-            f"--aim memory compares what was trained on with what was not; --{missing[0]} is missing",
+            f"{aim} compares what was trained on with what was not; --{missing[0]} is missing",
             wanted="--private FILE and --domain FILE",
             fix="give both, or --aim everything to move every weight alike",
         )
@@ -239,6 +246,6 @@ def check_base(recipe: Recipe, loaded: Loaded, chosen: Chosen | None = None) -> 
         )
     if recipe.forget:
         seen(recipe, loaded, torch.zeros(1, 8, dtype=torch.int64))
-    if recipe.anchor and recipe.aim == "memory":
+    if recipe.anchor and recipe.aim != "everything":
         for name in ("private", "domain"):
             long_enough(name, encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window))

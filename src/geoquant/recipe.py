@@ -63,7 +63,7 @@ class Recipe(BaseModel):
     private: str | None = None
     domain: str | None = None
     anchor: float = Field(default=0.0, ge=0.0, le=1.0)
-    aim: Literal["everything", "memory"] = "everything"
+    aim: Literal["everything", "memory", "metric"] = "everything"
     forget: int = Field(default=0, ge=0, le=1000)
     forget_weight: float = Field(default=10.0, gt=0.0, le=1e6)
     # a guarantee: parts of one claim (see privacy/guarantee/claim.py)

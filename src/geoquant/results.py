@@ -270,6 +270,8 @@ def _entries(result: StageResult, plans: Mapping[str, SitePlan]) -> list[dict]:
             entries[-1] |= {"step": solution.step, "largest_code": int(own.codes.abs().max()), "expected_loss": loss}
         if result.target is not None:
             entries[-1]["target_strength"] = result.target.strength
+        if result.anchored is not None:
+            entries[-1]["anchored"] = {name: own[part].sum().item() for name, own in result.anchored.items()}
         if plan.method in ("rtn", "lattice-rtn", "nearest"):
             entries[-1] |= dict.fromkeys(BABAI_ONLY)
         elif plan.method == UNBOUNDED:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from geoquant.combining import Combining
 from geoquant.lattice.basis import NotPositiveDefinite
 from geoquant.lattice.rows import single_rows
 from geoquant.methods import METHODS, NEAREST, LatticeSolution, Problem, Solution
@@ -28,6 +29,7 @@ from geoquant.observe.moments import Accumulator, MassiveTokens, Moments, clippe
 from geoquant.observe.reference import Reference
 from geoquant.observe.replay import Replay
 from geoquant.observe.stream import Stream
+from geoquant.observe.texts import heldout_start
 from geoquant.observe.vocabulary import VocabularyMoments, vocabulary_metric
 from geoquant.progress import Progress, silent
 
@@ -35,6 +37,7 @@ __all__ = [
     "Attempt",
     "Settle",
     "StageResult",
+    "heldout_start",
     "install",
     "restore",
     "solve_model",
@@ -52,6 +55,7 @@ class StageResult:
     """A solved stage: the joint solution of its stacked sites, its moments, and what happened.
 
     target: what was to be approximated instead of the original weights, if anything.
+    anchored: of weights that went back towards a base meanwhile, the account by row (see combining.py).
     """
 
     stage: Stage
@@ -61,6 +65,7 @@ class StageResult:
     seconds: dict[str, float]
     warning: str | None = None
     target: Target | None = None
+    anchored: dict[str, Float[Tensor, " out"]] | None = None
 
 
 def solve_model(
@@ -75,6 +80,7 @@ def solve_model(
     compute: torch.dtype,
     moments_dtype: torch.dtype = torch.float32,
     reference: dict[int, Float[Tensor, "b l h"]] | None = None,
+    anchor: Combining | None = None,
     settle: Settle | None = None,
     finished: Callable[[Stage], Solution | None] = lambda stage: None,
     pages: Pages = UNMAPPED,
@@ -89,6 +95,7 @@ def solve_model(
                 `off` (full-precision inputs throughout).
     reference:  what the full-precision model hands to the first block, by batch: its outputs become the target, as far
                 as some of the batches show them. None: its weights are.
+    anchor:     the public base towards which weights go back, and records whose inputs say where.
     settle:     who chooses among solutions at several steps, on the lattice; None: the step in `settings` is the one.
     finished:   a stage's solution from an interrupted run, or None.
     done:       called with each new result, before its weights are put into the model.
@@ -97,8 +104,11 @@ def solve_model(
                 `restore` brings them back.
     """
     _, modules = find_blocks(model)
-    batches = list(stream.batches)
-    stream.batches.clear()
+    # The calibration windows, and texts that pass through beside them.
+    streams = [stream, *(anchor.streams.values() if anchor else ())]
+    batches = [list(one.batches) for one in streams]
+    for one in streams:
+        one.batches.clear()
     # What came before, gradients and embeddings, is not needed here.
     pages.release(model.parameters())
     trim()
@@ -106,20 +116,22 @@ def solve_model(
     uses = Counter(id(parameter) for module in modules for parameter in module.parameters())
     lean = lean and max(uses.values()) == 1
     exact = None if reference is None else Reference(dict(reference), compute)
-    held_from = heldout_start(sum(len(batch) for batch in batches))
+    held_from = heldout_start(sum(len(batch) for batch in batches[0]))
 
     stages = {block.name: block.stages for block in blocks}
 
-    def solve_stage(stage: Stage, module: nn.Module, block: str, passes: Replay) -> StageResult:
+    def solve_stage(stage: Stage, module: nn.Module, block: str, passes: Replay, beside: list[Replay]) -> StageResult:
         started = time.process_time()
         site, work = stage.name.removeprefix(f"{block}."), working_copy(module, compute)
         # This stage's sites too: until their inputs have been seen, nothing is known of when they run.
-        passes.waiting = frozenset(
+        waiting = frozenset(
             other.name.removeprefix(f"{block}.")
             for later in stages[block][stages[block].index(stage) :]
             for other in later.sites
         )
-        twins = exact and exact.inputs(site, passes.waiting, keep=len(stage.sites) == 1)
+        for own in (passes, *beside):
+            own.waiting = waiting
+        twins = exact and exact.inputs(site, waiting, keep=len(stage.sites) == 1)
         moments = _observe(work, site, passes, stage, metric, energies, held_from, compute, moments_dtype, twins)
         del twins
         trim()  # activations make room for factors
@@ -128,25 +140,31 @@ def solve_model(
         name, options = settings(stage)
         count = moments.tokens + moments.heldout_tokens
         target = None if exact is None else _target(original, moments, options.get("damping"))
+        account = None
+        if anchor is not None:
+            target = target or Target(original, 0.0)
+            given = stage, target.weight, original, moments, work, site, beside, options.get("damping")
+            shifted = anchor.shifted(*given)
+            target, moments, account = replace(target, weight=shifted.weight), shifted.moments, shifted.account
         problem = Problem(
             target.weight if target else original, moments.hessian, moments.heldout, tokens=count, **options
         )
         solution, warning = _settled(name, problem, stage, settle)
         seconds = {"observe": observed - started, "solve": time.process_time() - observed}
-        return StageResult(stage, solution, moments, original, seconds, warning, target)
+        return StageResult(stage, solution, moments, original, seconds, warning, target, account)
 
-    for block, module, call in zip(blocks, modules, stream.calls):
-        passes = Replay(call, batches)
+    for block, module, *calls in zip(blocks, modules, *(one.calls for one in streams)):
+        every = [Replay(call, own) for call, own in zip(calls, batches)]
         if exact is not None:
-            exact.enter(module, call)
+            exact.enter(module, calls[0])
         # With full-precision inputs throughout, the outputs must be computed before the weights change.
         if sequential == "off":
-            following = list(_outputs(working_copy(module, compute), passes, compute))
+            following = [list(_outputs(working_copy(module, compute), passes, compute)) for passes in every]
         pending: list[tuple[Stage, Solution]] = []
         for stage in block.stages:
             solution = finished(stage)
             if solution is None:
-                result = solve_stage(stage, module, block.name, passes)
+                result = solve_stage(stage, module, block.name, every[0], every[1:])
                 done(result)
                 solution = result.solution
                 del result  # its moments and weights are not needed any longer
@@ -157,13 +175,14 @@ def solve_model(
                 pending.append((stage, solution))
         for stage, solution in pending:
             install(model, stage, solution)
-            passes.forget()
-        passes.waiting = frozenset()
+            for passes in every:
+                passes.forget()
         if sequential == "off":
             batches = following
-        else:
+        for passes, own in zip(every, batches) if sequential != "off" else ():
+            passes.waiting = frozenset()
             for index, hidden in enumerate(_outputs(working_copy(module, compute), passes, compute)):
-                batches[index] = hidden
+                own[index] = hidden
         if exact is not None:
             exact.leave()
         pages.release(module.parameters())
@@ -221,11 +240,6 @@ def solve_vocabulary(
             del original
         install(model, stage, solution)
         progress("vocabulary", index + 1, len(stages), stage.name)
-
-
-def heldout_start(windows: int) -> int:
-    """Windows from here on are held out while choosing the damping: one in eight, none if there are fewer than four."""
-    return windows - max(1, windows // 8) if windows >= 4 else windows
 
 
 def _outputs(work: nn.Module, passes: Replay, compute: torch.dtype) -> Iterator[Tensor]:

@@ -205,7 +205,7 @@ class RecipeFlags:
     aim: Annotated[
         str | None,
         option(
-            "Which go back: everything, or memory if --private and --domain are given (default everything).",
+            "Which go back: everything; memory, if --private and --domain are given; metric (default everything).",
             group=CONTROL,
         ),
     ] = None

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["TOGETHER", "Sequences", "padded"]
+__all__ = ["TOGETHER", "Sequences", "heldout_start", "padded"]
 
 TOGETHER = 1024  # tokens that go through a block at once, or two sequences
 
@@ -53,3 +53,8 @@ def padded(sequences: Sequence[Sequence[int]], filler: int, parts: int = 1) -> S
     for row, sequence in enumerate(ordered):
         tokens[row, : len(sequence)] = torch.tensor(sequence)
     return Sequences(tokens, lengths, batch)
+
+
+def heldout_start(count: int) -> int:
+    """Windows or sequences from here on are held out: one in eight, none if there are fewer than four."""
+    return count - max(1, count // 8) if count >= 4 else count

@@ -15,6 +15,7 @@ __all__ = ["default_points"]
 
 RADIUS = 0.003  # of the weight ball that is guaranteed: the noise for a longer one leaves little of a small model
 BASE = ("base",)
+APART = ("everything", "metric")  # a baseline of its own, and what goes with no other lever and does about the same
 PASSES = {"forget": 4, "refine": 8}
 STRENGTHS = (
     (0.5, 3.25),
@@ -69,7 +70,7 @@ def _everywhere() -> list[Point]:
 
 def _levers(fields: Mapping) -> list[Point]:
     """What this version can aim, forget and refine: alone, at several strengths, and together at two sizes."""
-    aims = [aim for aim in get_args(fields["aim"].annotation) if aim != "everything"] if "aim" in fields else []
+    aims = [aim for aim in get_args(fields["aim"].annotation) if aim not in APART] if "aim" in fields else []
     points = [_aimed(aim, strength, rate) for aim in aims for strength, rate in STRENGTHS]
     for lever in (name for name in PASSES if name in fields):
         points.append(Point(f"{lever}, lattice 3.25", "shape", {"rate": 3.25, lever: PASSES[lever]}, needs=INPUTS))

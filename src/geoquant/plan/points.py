@@ -139,7 +139,7 @@ def read_points(path: Path) -> tuple[Point, ...]:
 
 def _needs(options: Mapping, change: Change | None) -> list[str]:
     """Inputs that a point takes if it does not say which."""
-    if options.get("aim") == "memory":
+    if options.get("aim", "everything") != "everything":
         return list(INPUTS)
     base = any(options.get(name) for name in ("anchor", "radius", "plan")) or (change and change.kind == "interpolate")
     return ["base"] if base else []

@@ -40,6 +40,11 @@ def _no_guarantee(protection: Mapping, plan: Mapping) -> str:
             "No formal guarantee: which weights were changed was computed from private data, and whoever has the base "
             "sees which they are."
         )
+    if protection.get("aim") == "metric":
+        return (
+            "No formal guarantee: where layers went back was computed from private data, and whoever has the base sees "
+            "how far they did."
+        )
     if protection.get("forgot"):
         return "No formal guarantee: how the weights moved was computed from private data."
     return "No formal guarantee."
@@ -98,6 +103,8 @@ def _anchor(protection: Mapping) -> list[str]:
             f"Every weight went {protection['anchor']:.0%} of the way back to the public base: the length of the "
             f"change since the base fell from {before:.4g} to {after:.4g}."
         ]
+    if protection["aim"] == "metric":
+        return _combined(protection)
     taught = protection["taught"]
     parts = ", ".join(
         f"{own['put_back']:+.2f} of {own['all']:+.2f} on {text}"
@@ -110,6 +117,25 @@ def _anchor(protection: Mapping) -> list[str]:
         f"Nats per token that the fine-tune had gained through the groups that went back: {parts} text (first order "
         "along the way from the base; below zero it had lost there).",
     ]
+
+
+def _combined(protection: Mapping) -> list[str]:
+    before, after = protection["distance"]["before"], protection["distance"]["after"]
+    share, kept = protection["anchor"], protection["kept"]
+    told = [
+        f"Layers went back to the public base while they were solved, each for one target: the outputs of the "
+        f"fine-tune on public and domain text with a weight of {1 - share:.0%}, those of the base on private records "
+        f"with one of {share:.0%}. What is no layer went {share:.0%} of the way. The length of the change since the "
+        f"base fell from {before:.4g} to {after:.4g}."
+    ]
+    if kept["layers"]:
+        told.append(
+            f"As inputs of private records see it, the change of a layer kept {kept['private']:.0%} of its length, as "
+            f"the others do {kept['function']:.0%}; interpolation would have kept {1 - share:.0%} of both."
+        )
+    if kept["by_share"]:
+        told.append(f"{kept['by_share']} layers that not every token reaches went {share:.0%} of the way.")
+    return told
 
 
 def moved_rows(report: Mapping) -> list[tuple[str, float]]:
