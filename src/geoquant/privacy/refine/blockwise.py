@@ -1,0 +1,220 @@
+"""Refinement block by block: each block's own codes learn to lower the error of its output, the first block first.
+
+Two streams of hidden states pass through the texts, one through the full-precision model and one through the refined
+blocks so far. Of block b, with output y on the one and q on the other,
+
+    E_b = sum_t |q_t - y_t|^2 / sum_t |y_t|^2          over all real tokens of public text and of the domain, all alike
+
+falls by a few passes of learned rounding (latent.py) in a trust region (reach.py): no code goes further than one step
+from the solver's. What earlier blocks did wrong is in q already, so a block also makes up for them as far as a step
+allows. In memory are the hidden states, one block's gradients, and the latents of all blocks (two bytes a weight).
+
+Block-wise learned rounding: Li et al. (BRECQ, 2021, arXiv:2102.05426). A lower error of a block is not yet a lower
+divergence of the model: whether the passes end to end start from here is judged by their own objective (run.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from geoquant.methods.problem import LatticeSolution, Solution
+from geoquant.model.paging import UNMAPPED, Pages
+from geoquant.model.vocabulary import repeated
+from geoquant.model.walk import Block, Stage, find_blocks
+from geoquant.observe.backward import through_block
+from geoquant.observe.compute import BlockCall, autocast, cast_call, pure_copy, working_copy
+from geoquant.observe.reference import Reference
+from geoquant.observe.replay import Replay
+from geoquant.observe.stream import open_stream
+from geoquant.observe.texts import Sequences
+from geoquant.privacy.refine.descent import Descent, place, stacked
+from geoquant.privacy.refine.latent import begun, slope_squared
+from geoquant.privacy.refine.material import TAUGHT
+from geoquant.privacy.refine.reach import Reach
+from geoquant.privacy.refine.state import BlockState
+from geoquant.progress import Progress, silent
+
+__all__ = ["BlockError", "refine_blocks"]
+
+GAIN = 0.5  # share of its error that a block's first update would win if it were linear
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """A block's output error. total: as a share of the output's energy, all tokens together. token: mean over tokens of
+    each token's own share, which a few tokens of large states do not decide."""
+
+    total: float
+    token: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass
+class _Text:
+    """One text on its way: hidden states into the block in work, in both models."""
+
+    exact: Reference
+    ours: Reference
+    calls: tuple[BlockCall, ...]  # of the model that is refined
+    twins: tuple[BlockCall, ...]
+    real: list[Bool[Tensor, "b l"]]
+
+
+def refine_blocks(
+    model: nn.Module,
+    original: nn.Module,
+    blocks: tuple[Block, ...],
+    solutions: Mapping[str, Solution | LatticeSolution],
+    texts: Mapping[str, Sequences],
+    passes: int,
+    *,
+    wanted: Callable[[Stage], Float[Tensor, "out in"]] | None = None,
+    state: BlockState | None = None,
+    gain: float = GAIN,
+    compute: torch.dtype = torch.float32,
+    pages: Pages = UNMAPPED,
+    progress: Progress = silent,
+) -> tuple[dict[str, Float[Tensor, "out in"]], tuple[tuple[BlockError, BlockError], ...]]:
+    """Latents of every stage inside the blocks after `passes` over each block, and each block's errors at the solver's
+    codes of it (after refined blocks) and at the codes that the model now holds.
+
+    model: holds `solutions`. original: the model they were made of; pages: its mapped weights. texts: private records
+    among them are left out. state: where finished blocks are kept, so that an interrupted call goes on to the same
+    codes. Embedding and head stay as they are.
+    """
+    inner = repeated(blocks)
+    if state and state.complete(inner):
+        finished = [state.read(block) for block in inner]
+        latents = {name: latent for own, _ in finished for name, latent in own.items()}
+        place(model, (stage for block in inner for stage in block.stages), solutions, latents)
+        return latents, tuple(_errors(found) for _, found in finished)
+    _, modules = find_blocks(model)
+    _, twins = find_blocks(original)
+    under_way = [_open(model, original, texts[name], compute, pages) for name in TAUGHT if name in texts]
+    latents: dict[str, Tensor] = {}
+    errors: list[tuple[BlockError, BlockError]] = []
+    for number, (block, module, twin) in enumerate(zip(inner, modules, twins, strict=True), 1):
+        entering = [list(text.ours.batches.values()) for text in under_way]
+        for text in under_way:
+            text.exact.enter(twin, text.twins[block.index])
+            text.exact.leave()
+        pages.release(twin.parameters())
+        if (known := state and state.read(block)) is None:
+            own = {stage.name: begun(solutions[stage.name], wanted and wanted(stage)) for stage in block.stages}
+            known = _refined(model, module, block, solutions, own, under_way, entering, passes, gain, compute)
+            if state:
+                state.write(block, *known)
+        own, found = known
+        latents |= own
+        errors.append(_errors(found))
+        place(model, block.stages, solutions, own)
+        for text in under_way:
+            text.ours.enter(module, text.calls[block.index])
+            text.ours.leave()
+        progress(
+            "refine blocks",
+            number,
+            len(inner),
+            f"{block.name}: error {found[0]['total']:.3g} to {found[1]['total']:.3g}",
+        )
+    return latents, tuple(errors)
+
+
+def _errors(found: tuple[dict[str, float], dict[str, float]]) -> tuple[BlockError, BlockError]:
+    before, after = found
+    return BlockError(**before), BlockError(**after)
+
+
+def _open(model: nn.Module, original: nn.Module, text: Sequences, compute: torch.dtype, pages: Pages) -> _Text:
+    ours = open_stream(model, text.tokens, compute, size=text.batch)
+    exact = open_stream(original, text.tokens, compute, pages, text.batch)
+    places = torch.arange(text.tokens.shape[1])
+    size, device = len(ours.batches[0]), ours.batches[0].device
+    real = [(places < lengths[:, None]).to(device) for lengths in text.lengths.split(size)]
+    references = (Reference(dict(enumerate(stream.batches)), compute) for stream in (exact, ours))
+    return _Text(*references, ours.calls, exact.calls, real)
+
+
+def _refined(
+    model: nn.Module,
+    module: nn.Module,
+    block: Block,
+    solutions: Mapping[str, Solution | LatticeSolution],
+    latents: dict[str, Tensor],
+    texts: list[_Text],
+    entering: list[list[Tensor]],
+    passes: int,
+    gain: float,
+    compute: torch.dtype,
+) -> tuple[dict[str, Tensor], tuple[dict[str, float], dict[str, float]]]:
+    """Latents of a block at its lowest error, and the errors before and after."""
+    descent, best = Descent(solutions, latents, Reach(gain)), {}
+    targets = [list(text.exact.batches.values()) for text in texts]
+    energy = sum(_energy(y, real) for text, ys in zip(texts, targets) for y, real in zip(ys, text.real))
+    for number in range(passes + 1):
+        away = _away(module, block, texts, entering, targets, compute)
+        found = _error(away, targets, texts, energy)
+        if descent.better(found) and not descent.reach.back:
+            best = {name: latent.clone() for name, latent in latents.items()}
+        if not descent.offered(found, number == passes):
+            place(model, block.stages, solutions, best)
+            continue
+        gradients: dict[str, Tensor] = {}
+
+        def see(site: str, x: Tensor, g: Tensor, gradients=gradients) -> None:
+            product = g.T @ x
+            gradients[site] = gradients[site].add_(product) if site in gradients else product
+
+        work = pure_copy(module, compute)
+        for text, hidden, errors in zip(texts, entering, away):
+            call = cast_call(text.calls[block.index], compute)
+            for x, error, real in zip(hidden, errors, text.real):
+                slope = (error * (2.0 / energy)).to(compute)
+                through_block(work, block, (), call, x.to(compute), slope, real.flatten(), see)
+        complete = {stage: stacked(stage, gradients) for stage in block.stages}
+        slope = sum(slope_squared(solutions[stage.name], gradient) for stage, gradient in complete.items())
+        descent.reach = replace(descent.reach, slope=slope)
+        for stage, gradient in complete.items():
+            descent.learn(model, stage, gradient)
+        descent.updated()
+    return best, (descent.history[0].to_dict(), descent.history[descent.lowest].to_dict())
+
+
+@torch.no_grad()
+def _away(
+    module: nn.Module,
+    block: Block,
+    texts: list[_Text],
+    entering: list[list[Tensor]],
+    targets: list[list[Tensor]],
+    compute: torch.dtype,
+) -> list[list[Float[Tensor, "b l h"]]]:
+    """By how much the block's outputs miss, zero at padding."""
+    work, found = working_copy(module, compute), []
+    for text, hidden, wanted in zip(texts, entering, targets):
+        with autocast(hidden[0].device, compute):
+            outputs = Replay(text.calls[block.index], hidden).outputs(work)
+            found.append([(q.float() - y) * real[..., None] for q, y, real in zip(outputs, wanted, text.real)])
+    return found
+
+
+def _error(away: list[list[Tensor]], targets: list[list[Tensor]], texts: list[_Text], energy: float) -> BlockError:
+    total, shares, count = 0.0, 0.0, 0
+    for errors, wanted, text in zip(away, targets, texts):
+        for error, y, real in zip(errors, wanted, text.real):
+            squares = error.double().square().sum(2)
+            total += squares.sum().item()
+            shares += (squares / y.double().square().sum(2).clamp_min(1e-300))[real].sum().item()
+            count += int(real.sum())
+    return BlockError(total / energy, shares / count)
+
+
+def _energy(y: Float[Tensor, "b l h"], real: Bool[Tensor, "b l"]) -> float:
+    return y.double().square().sum(2)[real].sum().item()
