@@ -126,7 +126,7 @@ def test_a_box_is_refined_on_public_text_alone(tuned, tmp_path):
 @pytest.fixture(scope="module")
 def with_all(asked, tmp_path_factory):
     """Block by block first, and with the geometry term."""
-    given = asked.model_copy(update={"refine": 2, "refine_blocks": 2, "refine_geometry": 100.0})
+    given = asked.model_copy(update={"refine": 2, "refine_blocks": 4, "refine_geometry": 100.0})
     folder = tmp_path_factory.mktemp("all") / "run"
     return given, folder, quantize(given, folder)
 

@@ -41,7 +41,7 @@ from geoquant.progress import Progress, silent
 
 __all__ = ["BlockError", "refine_blocks"]
 
-GAIN = 0.5  # share of its error that a block's first update would win if it were linear
+GAIN = 0.25  # share of its error that a block's first update would win if it were linear
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _refined(
     compute: torch.dtype,
 ) -> tuple[dict[str, Tensor], tuple[dict[str, float], dict[str, float]]]:
     """Latents of a block at its lowest error, and the errors before and after."""
-    descent, best = Descent(solutions, latents, Reach(gain)), {}
+    descent, best, complete = Descent(solutions, latents, Reach(gain)), {}, {}
     targets = [list(text.exact.batches.values()) for text in texts]
     energy = sum(_energy(y, real) for text, ys in zip(texts, targets) for y, real in zip(ys, text.real))
     for number in range(passes + 1):
@@ -163,28 +163,42 @@ def _refined(
         found = _error(away, targets, texts, energy)
         if descent.better(found) and not descent.reach.back:
             best = {name: latent.clone() for name, latent in latents.items()}
-        if not descent.offered(found, number == passes):
-            place(model, block.stages, solutions, best)
-            continue
-        gradients: dict[str, Tensor] = {}
-
-        def see(site: str, x: Tensor, g: Tensor, gradients=gradients) -> None:
-            product = g.T @ x
-            gradients[site] = gradients[site].add_(product) if site in gradients else product
-
-        work = pure_copy(module, compute)
-        for text, hidden, errors in zip(texts, entering, away):
-            call = cast_call(text.calls[block.index], compute)
-            for x, error, real in zip(hidden, errors, text.real):
-                slope = (error * (2.0 / energy)).to(compute)
-                through_block(work, block, (), call, x.to(compute), slope, real.flatten(), see)
-        complete = {stage: stacked(stage, gradients) for stage in block.stages}
-        slope = sum(slope_squared(solutions[stage.name], gradient) for stage, gradient in complete.items())
-        descent.reach = replace(descent.reach, slope=slope)
+        if descent.offered(found, number == passes):
+            complete = _gradients(module, block, texts, entering, away, 2.0 / energy, compute)
+            slope = sum(slope_squared(solutions[stage.name], gradient) for stage, gradient in complete.items())
+            descent.reach = replace(descent.reach, slope=slope)
+        # After harm these are still the gradients of the best codes, which a shorter update starts from.
+        if number == passes:
+            break
         for stage, gradient in complete.items():
             descent.learn(model, stage, gradient)
         descent.updated()
+    place(model, block.stages, solutions, best)
     return best, (descent.history[0].to_dict(), descent.history[descent.lowest].to_dict())
+
+
+def _gradients(
+    module: nn.Module,
+    block: Block,
+    texts: list[_Text],
+    entering: list[list[Tensor]],
+    away: list[list[Float[Tensor, "b l h"]]],
+    slope: float,
+    compute: torch.dtype,
+) -> dict[Stage, Float[Tensor, "out in"]]:
+    """Of the error by the weights of every stage. slope: by which `away` is the error's gradient at the outputs."""
+    found: dict[str, Tensor] = {}
+
+    def see(site: str, x: Tensor, g: Tensor) -> None:
+        product = g.T @ x
+        found[site] = found[site].add_(product) if site in found else product
+
+    work = pure_copy(module, compute)
+    for text, hidden, errors in zip(texts, entering, away):
+        call = cast_call(text.calls[block.index], compute)
+        for x, error, real in zip(hidden, errors, text.real):
+            through_block(work, block, (), call, x.to(compute), (slope * error).to(compute), real.flatten(), see)
+    return {stage: stacked(stage, found) for stage in block.stages}
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 
 A pass evaluates the objective at the codes that stand. `offered` says what follows: where the value is the lowest so
 far, or the last update is being taken back, the way back through the model and one update of every stage; else nothing,
-and the caller puts the best codes in. The pass after harm starts from there, and its gradients take back what the
-update went too far.
+and the caller puts the best codes in, or has their gradients still. What follows harm starts from there: the same
+gradients take back what the update went too far.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Descent:
         sizes = {name: latent.numel() for name, latent in self.latents.items()}
         known = sum(sizes[name] for name in self.slopes)  # in the first pass the rest is guessed
         slope = self.reach.slope or sum(self.slopes.values()) * sum(sizes.values()) / known
-        self.lengths[stage.name] = self.reach.length(self.history[-1].total, slope)
+        self.lengths[stage.name] = self.reach.length(self.history[self.lowest].total, slope)
         # The gradient is the one of the update that is taken back: what that went too far goes out of the same sum.
         learned(latent, solution, gradient, self.lengths[stage.name] - self.reach.undone(stage.name))
         install(model, stage, moved(solution, offsets_of(latent, solution)))
