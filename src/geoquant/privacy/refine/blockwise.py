@@ -9,6 +9,17 @@ falls by a few passes of learned rounding (latent.py) in a trust region (reach.p
 from the solver's. What earlier blocks did wrong is in q already, so a block also makes up for them as far as a step
 allows. In memory are the hidden states, one block's gradients, and the latents of all blocks (two bytes a weight).
 
+A code that moves goes a whole step. It wins what the slope says and loses half the curvature of that step,
+
+    g s  against  h s^2 / 2,      h_ij = 2 sum_t (J_t^T J_t)_ii x_tj^2 / sum_t |y_t|^2
+
+and where a solver has been, most codes lose: down the plain slope the error rises however short the update is. So the
+slope is shrunk by that loss, g to sign(g) (|g| - h |s| / 2)_+, and only codes that win by themselves are pushed. J is
+the block's derivative from the site's output to its own; the diagonal of its square comes of one way back with random
+signs in the error's place (Hutchinson 1990). Each token counts by itself; but what attention reads of many tokens adds
+up in one output, so there the tokens of a batch are squared together, and the few batches' squares are smoothed to the
+product of their sums over rows and columns.
+
 Block-wise learned rounding: Li et al. (BRECQ, 2021, arXiv:2102.05426). A lower error of a block is not yet a lower
 divergence of the model: whether the passes end to end start from here is judged by their own objective (run.py).
 """
@@ -33,7 +44,7 @@ from geoquant.observe.replay import Replay
 from geoquant.observe.stream import open_stream
 from geoquant.observe.texts import Sequences
 from geoquant.privacy.refine.descent import Descent, place, stacked
-from geoquant.privacy.refine.latent import begun, slope_squared
+from geoquant.privacy.refine.latent import begun, slope_squared, step_sizes
 from geoquant.privacy.refine.material import TAUGHT
 from geoquant.privacy.refine.reach import Reach
 from geoquant.privacy.refine.state import BlockState
@@ -158,13 +169,19 @@ def _refined(
     descent, best, complete = Descent(solutions, latents, Reach(gain)), {}, {}
     targets = [list(text.exact.batches.values()) for text in texts]
     energy = sum(_energy(y, real) for text, ys in zip(texts, targets) for y, real in zip(ys, text.real))
+    losses = _losses(module, block, texts, entering, energy, solutions, compute)
     for number in range(passes + 1):
         away = _away(module, block, texts, entering, targets, compute)
         found = _error(away, targets, texts, energy)
         if descent.better(found) and not descent.reach.back:
             best = {name: latent.clone() for name, latent in latents.items()}
         if descent.offered(found, number == passes):
-            complete = _gradients(module, block, texts, entering, away, 2.0 / energy, compute)
+            pushed = [[(2.0 / energy) * error for error in errors] for errors in away]
+            complete = _gathered(module, block, texts, entering, pushed, lambda _, x, g: g.T @ x, compute)
+            complete = {
+                stage: gradient.sign() * (gradient.abs() - losses[stage]).clamp_min(0.0)
+                for stage, gradient in complete.items()
+            }
             slope = sum(slope_squared(solutions[stage.name], gradient) for stage, gradient in complete.items())
             descent.reach = replace(descent.reach, slope=slope)
         # After harm these are still the gradients of the best codes, which a shorter update starts from.
@@ -177,27 +194,55 @@ def _refined(
     return best, (descent.history[0].to_dict(), descent.history[descent.lowest].to_dict())
 
 
-def _gradients(
+def _losses(
     module: nn.Module,
     block: Block,
     texts: list[_Text],
     entering: list[list[Tensor]],
-    away: list[list[Float[Tensor, "b l h"]]],
-    slope: float,
+    energy: float,
+    solutions: Mapping[str, Solution | LatticeSolution],
     compute: torch.dtype,
 ) -> dict[Stage, Float[Tensor, "out in"]]:
-    """Of the error by the weights of every stage. slope: by which `away` is the error's gradient at the outputs."""
+    """`h |s| / 2` of every weight: the slope that a step has to have to win."""
+    generator = torch.Generator().manual_seed(block.index)
+    signs = []
+    for text, hidden in zip(texts, entering):
+        drawn = [torch.randint(0, 2, x.shape, generator=generator).to(x) * 2 - 1 for x in hidden]
+        signs.append([(2.0 / energy) ** 0.5 * one * real[..., None] for one, real in zip(drawn, text.real)])
+    mixed = {site.name for site in block.sites if site.kind == "attention_in"}
+
+    def squares(site: str, x: Tensor, g: Tensor) -> Tensor:
+        return (g.T @ x).square() if site in mixed else g.square().T @ x.square()
+
+    curvature = _gathered(module, block, texts, entering, signs, squares, compute)
+    for stage in curvature:
+        if stage.sites[0].name in mixed:
+            parts = curvature[stage].split([site.shape[0] for site in stage.sites])
+            curvature[stage] = torch.cat([torch.outer(h.sum(1), h.sum(0)) / h.sum().clamp_min(1e-30) for h in parts])
+    return {stage: h * step_sizes(solutions[stage.name]).abs().to(h) / 2 for stage, h in curvature.items()}
+
+
+def _gathered(
+    module: nn.Module,
+    block: Block,
+    texts: list[_Text],
+    entering: list[list[Tensor]],
+    slopes: list[list[Float[Tensor, "b l h"]]],
+    product: Callable[[str, Tensor, Tensor], Tensor],
+    compute: torch.dtype,
+) -> dict[Stage, Float[Tensor, "out in"]]:
+    """Of every stage the sum of `product(site, inputs, slopes)` over batches, as `slopes` at the outputs go back."""
     found: dict[str, Tensor] = {}
 
     def see(site: str, x: Tensor, g: Tensor) -> None:
-        product = g.T @ x
-        found[site] = found[site].add_(product) if site in found else product
+        own = product(site, x, g)
+        found[site] = found[site].add_(own) if site in found else own
 
     work = pure_copy(module, compute)
-    for text, hidden, errors in zip(texts, entering, away):
+    for text, hidden, given in zip(texts, entering, slopes):
         call = cast_call(text.calls[block.index], compute)
-        for x, error, real in zip(hidden, errors, text.real):
-            through_block(work, block, (), call, x.to(compute), (slope * error).to(compute), real.flatten(), see)
+        for x, slope, real in zip(hidden, given, text.real):
+            through_block(work, block, (), call, x.to(compute), slope.to(compute), real.flatten(), see)
     return {stage: stacked(stage, found) for stage in block.stages}
 
 
