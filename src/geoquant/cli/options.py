@@ -260,7 +260,9 @@ class RecipeFlags:
     ] = None
     refine_geometry: Annotated[
         float | None,
-        option("Weight of rows whose distortion stands out against divergence in --refine (default 0).", group=CONTROL),
+        option(
+            "Weight of rows whose distortion stands out against divergence in --refine (default 0.0).", group=CONTROL
+        ),
     ] = None
     refine_threshold: Annotated[
         float | None,
