@@ -32,6 +32,19 @@ def test_an_aimed_anchor_is_told_with_its_numbers_and_without_a_promise():
     assert moved_rows({"protection": AIMED}) == [("final norm", 1.0), ("q_proj", 0.49), ("embeddings", 0.07)]
 
 
+def test_refinement_block_by_block_and_of_rows():
+    errors = [{"before": {"total": a}, "after": {"total": b}} for a, b in ((0.1, 0.05), (0.3, 0.2), (0.2, 0.15))]
+    classes = [{"bulk": {"rows": 30, "above": a}, "spike": {"rows": 10, "above": b}} for a, b in ((0.2, 0.4), (0.1, 0))]
+    geometry = {"classes": {"before": classes[0], "after": classes[1]}}
+    for kept, where in ((True, "from there"), (False, "from the solver's codes, whose objective was lower")):
+        refinement = {"moved": 0.1, "blocks": {"errors": errors, "kept": kept}, "geometry": geometry}
+        told = control_sentences({"refinement": refinement, "privacy": None})
+        assert told[1:3] == [
+            f"Block by block, errors of outputs fell from 0.2 to 0.15 (medians); refinement began {where}.",
+            "Of 40 rows 25.0% lay above their threshold of distortion, 7.5% afterwards.",
+        ]
+
+
 def test_interpolation_and_refinement():
     alike = {"lever": "anchor", "aim": "everything", "anchor": 0.4, "distance": {"before": 2.0, "after": 1.2}}
     told = control_sentences({"protection": alike, "refinement": {"moved": 0.0123}, "privacy": None})

@@ -123,9 +123,63 @@ def test_a_box_is_refined_on_public_text_alone(tuned, tmp_path):
     assert said["bits_per_weight"]["before"] == said["bits_per_weight"]["after"]
 
 
+@pytest.fixture(scope="module")
+def with_all(asked, tmp_path_factory):
+    """Block by block first, and with the geometry term."""
+    given = asked.model_copy(update={"refine": 2, "refine_blocks": 4, "refine_geometry": 100.0})
+    folder = tmp_path_factory.mktemp("all") / "run"
+    return given, folder, quantize(given, folder)
+
+
+def test_blocks_and_geometry_are_told_of(with_all):
+    _, folder, report = with_all
+    said = report["refinement"]
+    solved, refined = codes(folder / "sites"), codes(folder / "refined")
+    assert max((refined[name] - solved[name]).abs().max() for name in solved) == 1
+    blocks, geometry = said["blocks"], said["geometry"]
+    assert len(blocks["errors"]) == 2
+    assert blocks["errors"][0]["after"]["total"] < blocks["errors"][0]["before"]["total"]
+    assert said["losses"]["before"] == blocks["losses"]["before"]
+    start = blocks["losses"]["after" if blocks["kept"] else "before"]
+    assert said["totals"][0] == start["total"]
+    assert said["losses"]["before"]["geometry"] > 0
+    rows = {name: one["rows"] for name, one in geometry["classes"]["before"].items()}
+    assert sum(rows.values()) == sum(site["shape"][0] for site in report["sites"] if "layers" in site["name"])
+    assert rows == {name: one["rows"] for name, one in geometry["classes"]["after"].items()}
+    assert (geometry["weight"], geometry["threshold"], geometry["lowered"]) == (100.0, None, 0.25)
+    assert not list(folder.glob("refine_*"))
+
+
+@pytest.mark.parametrize("phase", ["refine blocks", "refine"])
+def test_such_a_run_goes_on_to_the_same_bits(with_all, tmp_path, phase):
+    given, folder, whole = with_all
+
+    def stop(now, done, total, note=""):
+        if (now, done) == (phase, 1 if phase == "refine blocks" else 3):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize(given, tmp_path / "run", progress=stop)
+    assert len(list((tmp_path / "run" / "refine_blocks").glob("*"))) == (1 if phase == "refine blocks" else 2)
+    report = quantize(given, tmp_path / "run", resume=True)
+    refined = codes(folder / "refined")
+    assert all(torch.equal(found, refined[name]) for name, found in codes(tmp_path / "run" / "refined").items())
+    assert {**report["refinement"], "seconds": 0} == {**whole["refinement"], "seconds": 0}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"refine": 0, "refine_blocks": 2},
+            r"--refine-blocks 2 refines block by block before .*; got no --refine; leave --refine-blocks out, or add",
+        ),
+        (
+            {"refine": 0, "refine_geometry": 10.0},
+            r"--refine-geometry 10 weighs the distortion of rows .*; got no --refine; leave --refine-geometry out",
+        ),
+        ({"refine_threshold": 0.2}, r"--refine-threshold 0.2 says which rows pay .*; got no --refine-geometry; leave"),
+        ({"refine_lowered": 0.3}, r"--refine-lowered 0.3 says which rows pay .*; got no --refine-geometry; leave"),
         ({"domain": None}, "--private alone"),
         ({"private": None}, "--domain alone"),
         ({"base": None}, "judged beside a public base"),

@@ -25,7 +25,7 @@ CHANGE = "change the weights"  # the phase of a point's own, before its run
 SOLVING = ("load", "quantize")
 LEVERS = {
     *("base", "private", "domain", "anchor", "aim", "forget", "forget_weight"),
-    *("refine", "refine_privacy", "keep"),
+    *("refine", "refine_privacy", "refine_blocks", "refine_geometry", "refine_threshold", "refine_lowered", "keep"),
     *("epsilon", "delta", "radius", "ball", "shards", "clip", "inherited"),
 }
 SHAPED = {

@@ -165,7 +165,7 @@ def quantize(
                 loaded = load_protected(run, recipe.device)
     if refinement_pending(run, recipe):
         with clock("refine"):
-            material = look_before(run, recipe, loaded, material)
+            material = look_before(run, recipe, loaded, blocks, material)
     with clock("quantize"):
         solve(run, recipe, loaded, blocks, texts, plan, progress)
     if missing == stages:  # a resumed run did only part of the work in this time

@@ -74,9 +74,14 @@ class Recipe(BaseModel):
     shards: tuple[str, ...] | None = None
     clip: float | None = Field(default=None, gt=0.0)
     inherited: str | None = None
-    # and after it (see refining.py): passes, and the weight of the private records
+    # and after it (see refining.py): passes, the weight of the private records, passes over each block before, and the
+    # weight of the distortion of rows, with the threshold (None: a quantile) and by which share some rows have it lower
     refine: int = Field(default=0, ge=0, le=1000)
     refine_privacy: float = Field(default=1.0, ge=0.0, le=1000.0)
+    refine_blocks: int = Field(default=0, ge=0, le=1000)
+    refine_geometry: float = Field(default=0.0, ge=0.0, le=1e9)
+    refine_threshold: float | None = Field(default=None, gt=0.0)
+    refine_lowered: float = Field(default=0.25, ge=0.0, le=1.0)
     # calibration: None means the text every Python carries
     calibration: str | None = None
     windows: int = Field(default=32, ge=1)

@@ -254,6 +254,24 @@ class RecipeFlags:
         float | None,
         option("Weight of private records against divergence in --refine (default 1.0).", group=CONTROL),
     ] = None
+    refine_blocks: Annotated[
+        int | None,
+        option("Passes over each block alone, for its output, before those of --refine (default 0).", group=CONTROL),
+    ] = None
+    refine_geometry: Annotated[
+        float | None,
+        option(
+            "Weight of rows whose distortion stands out against divergence in --refine (default 0.0).", group=CONTROL
+        ),
+    ] = None
+    refine_threshold: Annotated[
+        float | None,
+        option("Distortion above which a row pays (default: the 90% quantile of its class).", group=CONTROL),
+    ] = None
+    refine_lowered: Annotated[
+        float | None,
+        option("Share by which rows of high public Fisher have a lower threshold (default 0.25).", group=CONTROL),
+    ] = None
     members: Annotated[str | None, option("Records the model was trained on, .jsonl.", group=PRIVACY)] = None
     nonmembers: Annotated[
         str | None, option("Records of the same kind it was not trained on, .jsonl.", group=PRIVACY)

@@ -46,10 +46,14 @@ class Frames:
 
     def normal_squares(self, *vectors: Float[Tensor, "b D"]) -> Float[Tensor, "v b"]:
         """Squared length of each vector's part normal to its tangent space, several at once; no basis is formed."""
-        rows = torch.stack(vectors, dim=1)
+        return (
+            self.normals(torch.stack(vectors, dim=1)).square().sum(2).T
+        )  # not a difference of squares: half the digits
+
+    def normals(self, rows: Float[Tensor, "b v D"]) -> Float[Tensor, "b v D"]:
+        """The parts of vectors that are normal to the tangent space of their point."""
         coordinates = (rows @ self.offsets.mT) @ self.weights.mT
-        inside = (coordinates @ self.weights) @ self.offsets
-        return (rows - inside).square().sum(2).T  # a difference of squares would leave half the digits
+        return rows - (coordinates @ self.weights) @ self.offsets
 
 
 def neighbours(

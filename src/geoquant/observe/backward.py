@@ -27,7 +27,7 @@ from geoquant.observe.stream import hooks, open_stream, run_block
 from geoquant.observe.texts import Sequences
 from geoquant.progress import Progress, silent
 
-__all__ = ["Losses", "Seen", "backward"]
+__all__ = ["Losses", "Seen", "backward", "through_block"]
 
 KEPT = torch.bfloat16  # what enters each block, of all texts
 
@@ -106,7 +106,7 @@ def _backward(
             call = text.calls[block.index]
             for index, (hidden, gradient) in enumerate(zip(text.inputs.pop(), text.gradients, strict=True)):
                 seen = partial(see, name, index)
-                text.gradients[index] = _through(
+                text.gradients[index] = through_block(
                     work, block, own, call, hidden.to(compute), gradient, text.real[index], seen
                 )
         pages.release(module.parameters())
@@ -153,7 +153,7 @@ def _next_token(model: nn.Module, text: Sequences, passing: _Text, compute: torc
 
 
 @torch.enable_grad()
-def _through(
+def through_block(
     work: nn.Module,
     block: Block,
     experts: Sequence[Expert],
@@ -163,7 +163,8 @@ def _through(
     real: Tensor,
     see: Callable[[str, Tensor, Tensor], None],
 ) -> Float[Tensor, "b l h"]:
-    """Back through one block on one batch."""
+    """Back through one block on one batch: `gradient` at its output becomes the one at its input. `see` is given a
+    site, its inputs and its output gradients."""
     inside = {f"{block.name}.{name}": part for name, part in work.named_modules()}
     names = {(expert.stack, expert.index): expert.site.name for expert in experts}
     stacks = {stack: work.get_parameter(stack.removeprefix(f"{block.name}.")) for stack, _ in names}

@@ -31,7 +31,18 @@ from geoquant.geometry.lanczos import Eigenpairs, top_eigenpairs
 from geoquant.outliers.context import SiteContext, null_context
 from geoquant.outliers.score import GROUP
 
-__all__ = ["CLASSES", "Classes", "Cutoffs", "Measures", "Thresholds", "classify", "cutoffs", "fsgd", "measures"]
+__all__ = [
+    "CLASSES",
+    "Classes",
+    "Cutoffs",
+    "Measures",
+    "Thresholds",
+    "classify",
+    "cutoffs",
+    "fsgd",
+    "measured",
+    "measures",
+]
 
 CLASSES = ("bulk", "core", "island", "spike")
 LEADING = 32
@@ -159,11 +170,27 @@ def measures(
 
     Raises ValueError for another axis than `column` and `row`.
     """
+    text = context.public
+    return measured(
+        *(context.weight, context.delta, text.weighted.double() / text.tokens, text.silent.double() / text.tokens),
+        *(axis, size, leading, unit),
+    )
+
+
+def measured(
+    weight: Float[Tensor, "out in"],
+    delta: Float[Tensor, "out in"],
+    metric: Float[Tensor, "in in"],
+    silent: Float[Tensor, " in"],
+    axis: str = "column",
+    size: int = GROUP,
+    leading: int = LEADING,
+    unit: bool = False,
+) -> tuple[Measures, Eigenpairs]:
+    """The same of matrices alone. metric: `A_g`, per token. silent: share of tokens whose input is next to nothing."""
     if axis not in ("column", "row"):
         raise ValueError(f"groups are along 'column' or 'row', not {axis!r}")
-    weight, delta = context.weight.double(), context.delta.double()
-    metric = context.public.weighted.double() / context.public.tokens
-    silent = context.public.silent.double() / context.public.tokens
+    weight, delta, metric, silent = weight.double(), delta.double(), metric.double(), silent.double()
     pairs = _eigenpairs(metric, min(leading, len(metric)))
     vectors = pairs.vectors.to(weight)
     energies = weight.square()

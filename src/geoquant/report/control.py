@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import median
 
 __all__ = ["control_sentences", "moved_rows"]
 
@@ -24,9 +25,29 @@ def control_sentences(report: Mapping) -> list[str]:
         told += _forgot(protection["forgot"])
     if refinement:
         told.append(f"Refinement moved {refinement['moved']:.1%} of the codes by one step.")
+        told += [_blocks(blocks)] if (blocks := refinement.get("blocks")) else []
+        told += [_rows(geometry["classes"])] if (geometry := refinement.get("geometry")) else []
     if told and not (report["privacy"] or {}).get("guarantee"):
         told.append(_no_guarantee(protection or {}, plan or {}))
     return told
+
+
+def _blocks(blocks: Mapping) -> str:
+    """What the pass over each block alone won, and whether it was of use."""
+    before, after = (median(one[side]["total"] for one in blocks["errors"]) for side in ("before", "after"))
+    where = "from there" if blocks["kept"] else "from the solver's codes, whose objective was lower"
+    return (
+        f"Block by block, errors of outputs fell from {before:.3g} to {after:.3g} (medians); refinement began {where}."
+    )
+
+
+def _rows(classes: Mapping) -> str:
+    """How many rows lay above their threshold of distortion."""
+    above, count = [], 0
+    for side in ("before", "after"):
+        count = sum(one["rows"] for one in classes[side].values())
+        above.append(sum(one["above"] * one["rows"] for one in classes[side].values()) / max(1, count))
+    return f"Of {count} rows {above[0]:.1%} lay above their threshold of distortion, {above[1]:.1%} afterwards."
 
 
 def _no_guarantee(protection: Mapping, plan: Mapping) -> str:

@@ -75,7 +75,9 @@ _SCHEMA: dict = {
     },
     # What levers did to the weights before anything was solved; None where there were none.
     "refinement?": {"passes": int, "kept_pass": int, "moved": NUMBER}
-    | {name: {"before": kind, "after": kind} for name, kind in (("losses", dict), ("bits_per_weight", NUMBER))},
+    | {name: {"before": kind, "after": kind} for name, kind in (("losses", dict), ("bits_per_weight", NUMBER))}
+    | {"blocks?": {"passes": int, "kept": bool, "errors": [dict], "losses": dict}}
+    | {"geometry?": {"weight": NUMBER, "threshold": NUMBER, "lowered": NUMBER, "classes": dict}},
     # What a plan file had decided, and what came of it; None without one.
     "plan?": {"sha256": str, "effects_sha256": str, "looked": bool, "anchors": bool, "budgets": dict, "totals": dict}
     | {"bytes": {"planned": NUMBER, "got": NUMBER}, "stages": [{"name": str, "planned": NUMBER, "got": NUMBER}]},

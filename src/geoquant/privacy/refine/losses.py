@@ -1,16 +1,17 @@
 """The objective at the top of the model: its value on all texts, and the gradients that go back into the last block.
 
-    lambda_A L_acc + lambda_P L_priv
+    lambda_A L_acc + lambda_P L_priv + lambda_G L_geo
 
     L_acc = mean over public and domain tokens of KL(original || refined), in nats, each text counting as much as it
             has tokens
-    L_priv: see hinge.py
+    L_priv: see hinge.py. L_geo: see geometry.py; it looks at weights and no text, so its gradient is added to theirs
 
 Everything is computed a few positions at a time: no text's logits are ever held.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
@@ -30,7 +31,8 @@ __all__ = ["Losses", "Objective"]
 
 @dataclass(frozen=True)
 class Losses:
-    """What a model scored. public, domain: KL in nats per token. privacy: the hinge L_priv. total: the weighted sum.
+    """What a model scored. public, domain: KL in nats per token. privacy: the hinge L_priv. geometry: L_geo, if
+    it counts. total: the weighted sum.
 
     private_gap, domain_gap: mean of loss less the base's loss, nats per token. attack: `|AUC - 1/2|` of the reference
     attack between private and domain records.
@@ -43,6 +45,7 @@ class Losses:
     private_gap: float | None = None
     domain_gap: float | None = None
     attack: float | None = None
+    geometry: float | None = None
 
     def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
@@ -55,7 +58,8 @@ class Objective:
     accuracy, privacy: the two lambdas.
     accept: asked with the losses; where it says no the pass ends before its way back.
     head: the original's vocabulary projection where it differs from the model's. head_gradient: (vocab, h) float32, to
-    which that of the model's own is added; None where it is not wanted. found: the losses of the last call.
+    which that of the model's own is added; None where it is not wanted. geometry: lambda_G and L_geo.
+    found: the losses of the last call.
     """
 
     model: nn.Module
@@ -66,6 +70,7 @@ class Objective:
     compute: torch.dtype = torch.float32
     head: Float[Tensor, "vocab h"] | None = None
     head_gradient: Float[Tensor, "vocab h"] | None = None
+    geometry: tuple[float, float] | None = None
     found: Losses | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -86,11 +91,14 @@ class Objective:
             kl[name] = summed / counts[name]
         accuracy = sum(kl[name] * count for name, count in counts.items()) / sum(counts.values())
         self.found = Losses(
-            total=self.accuracy * accuracy + self.privacy * privacy,
+            total=self.accuracy * accuracy
+            + self.privacy * privacy
+            + (math.prod(self.geometry) if self.geometry else 0.0),
             privacy=privacy,
             **kl,
             **{f"{name}_gap": gap.mean().item() for name, gap in gaps.items()},
             attack=two_sided(gaps[PRIVATE], gaps[DOMAIN]) if PRIVATE in gaps else None,
+            geometry=self.geometry and self.geometry[1],
         )
         if not self.accept(self.found):
             return None

@@ -9,18 +9,19 @@ and head too, where these are coded). There is no randomness: the same start giv
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from geoquant.methods.problem import LatticeSolution, Solution
-from geoquant.model.install import install
 from geoquant.model.vocabulary import ends, repeated
 from geoquant.model.walk import Block, Stage
 from geoquant.observe.backward import backward
-from geoquant.privacy.refine.latent import begun, learned, moved, offsets_of, slope_squared
+from geoquant.privacy.refine.descent import Descent, place, stacked
+from geoquant.privacy.refine.geometry import Geometry
+from geoquant.privacy.refine.latent import begun, moved
 from geoquant.privacy.refine.losses import Losses, Objective
 from geoquant.privacy.refine.material import Material
 from geoquant.privacy.refine.reach import Reach
@@ -33,7 +34,7 @@ __all__ = ["RefineSettings", "Refined", "refine"]
 
 @dataclass(frozen=True)
 class RefineSettings:
-    """passes: over all texts. accuracy, privacy: the lambdas of the objective (losses.py).
+    """passes: over all texts. accuracy, privacy, geometry: the lambdas of the objective (losses.py).
 
     gain: what share of the objective the first update would win if it were linear.
     """
@@ -41,10 +42,11 @@ class RefineSettings:
     passes: int = 8
     accuracy: float = 1.0
     privacy: float = 1.0
+    geometry: float = 0.0
     gain: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.passes < 1 or self.gain <= 0 or min(self.accuracy, self.privacy) < 0:
+        if self.passes < 1 or self.gain <= 0 or min(self.accuracy, self.privacy, self.geometry) < 0:
             raise ValueError(f"at least one pass, a positive gain and no negative weights, but got {self}")
 
 
@@ -53,13 +55,15 @@ class Refined(Mapping):
     """Refined solutions by stage name, made as they are asked for.
 
     history: the losses before the first pass and after each. best: the index of the lowest total, whose codes these
-    are; 0 leaves every code where it was.
+    are; 0 leaves every code where the passes found it. tried: the losses of the given codes and of those that the
+    passes were offered as a start, where they were.
     """
 
     start: Mapping[str, Solution | LatticeSolution]
     offsets: dict[str, Int[Tensor, "out in"]]
     history: tuple[Losses, ...]
     best: int
+    tried: tuple[Losses, Losses] | None = None
 
     def __getitem__(self, stage: str) -> Solution | LatticeSolution:
         return moved(self.start[stage], self.offsets[stage])
@@ -85,6 +89,8 @@ def refine(
     wanted: Callable[[Stage], Float[Tensor, "out in"]] | None = None,
     head: Float[Tensor, "vocab h"] | None = None,
     state: State | None = None,
+    first: Mapping[str, Float[Tensor, "out in"]] | None = None,
+    geometry: Geometry | None = None,
     compute: torch.dtype = torch.float32,
     progress: Progress = silent,
 ) -> Refined:
@@ -93,90 +99,80 @@ def refine(
     model:     holds `solutions` of all stages of `blocks`. wanted: what a stage's codes were rounded from.
     head:      the original's vocabulary projection where the model's is coded.
     state:     where latents are kept after every pass, so that an interrupted refinement goes on to the same codes.
+    first:     latents of some stages that the passes start from where the objective is lower there (blockwise.py).
+    geometry:  what `settings.geometry` weighs, its thresholds set.
     """
     stages = [stage for block in blocks for stage in block.stages]
     inner, outer = repeated(blocks), ends(blocks)
-    latents, best, history, reach = (state and state.read()) or ({}, {}, [], Reach(settings.gain))
-    weights = {stage.name: stage.rows * stage.columns for stage in stages}
-    lowest = min(range(len(history)), key=lambda index: history[index].total, default=0)
-    for stage in stages:
-        if stage.name not in latents:
-            latents[stage.name] = begun(solutions[stage.name], wanted and wanted(stage))
-    if history:
-        _place(model, stages, solutions, best if reach.back else latents)
 
-    def better(losses: Losses) -> bool:
-        return not history or losses.total < history[lowest].total
-
-    def judge(found: Losses) -> None:
-        nonlocal lowest, best, reach
-        if history and not reach.back:
-            reach = reach.judged(history[lowest].total, found.total)
-        if better(found):
-            lowest = len(history)
-            best = {name: offsets_of(latent, solutions[name]) for name, latent in latents.items()}
-        history.append(found)
-
-    for number in range(len(history), settings.passes + 1):
-        last = number == settings.passes
-        vocabulary = VocabularyGradient(model, material.texts) if outer and not last else None
-        objective = Objective(
+    def objective(accept: Callable[[Losses], bool], vocabulary: VocabularyGradient | None = None) -> Objective:
+        return Objective(
             model,
             material,
             settings.accuracy,
             settings.privacy,
-            accept=lambda losses, on=not last, again=reach.back: on and (again or better(losses)),
+            accept=accept,
             compute=compute,
             head=head,
             head_gradient=vocabulary and vocabulary.head,
+            geometry=geometry and (settings.geometry, geometry.value(model)),
         )
+
+    def losses() -> Losses:
+        deaf = objective(lambda _: False)
+        for _ in backward(model, inner, material.texts, lambda *_: None, losses=deaf, compute=compute):
+            pass
+        return deaf.found
+
+    known, tried = state and state.read(), None
+    if known:
+        latents, best, history, reach, tried = known
+        descent = Descent(solutions, latents, reach, history, best)
+        place(model, stages, solutions, best if reach.back else latents)
+    else:
+        latents = {stage.name: begun(solutions[stage.name], wanted and wanted(stage)) for stage in stages}
+        if first is not None:
+            given = [stage for stage in stages if stage.name in first]
+            before = losses()
+            place(model, given, solutions, first)
+            tried = before, losses()
+            if tried[1].total < before.total:
+                latents |= {stage.name: first[stage.name].clone() for stage in given}
+            else:
+                place(model, given, solutions, latents)
+        descent = Descent(solutions, latents, Reach(settings.gain))
+
+    for number in range(len(descent.history), settings.passes + 1):
+        last = number == settings.passes
+        vocabulary = VocabularyGradient(model, material.texts) if outer and not last else None
+        judge = objective(lambda found, last=last: descent.offered(found, last), vocabulary)
         gradients: dict[str, Tensor] = {}
-        slopes: dict[str, float] = {}
-        lengths: dict[str, float] = {}
 
         def see(text: str, batch: int, site: str, x: Tensor, g: Tensor, gradients=gradients) -> None:
             product = g.T @ x
             gradients[site] = gradients[site].add_(product) if site in gradients else product
 
-        def learn(stage: Stage, gradient: Tensor, reach: Reach, slopes=slopes, lengths=lengths) -> None:
-            solution, latent = solutions[stage.name], latents[stage.name]
-            gradient = gradient.to(latent.device)
-            slopes[stage.name] = slope_squared(solution, gradient)
-            known = sum(weights[name] for name in slopes)  # in the first pass the rest is guessed
-            slope = reach.slope or sum(slopes.values()) * sum(weights.values()) / known
-            lengths[stage.name] = reach.length(history[-1].total, slope)
-            # The gradient is the one of the update that is taken back: what that went too far goes out of the same sum.
-            learned(latent, solution, gradient, lengths[stage.name] - reach.undone(stage.name))
-            install(model, stage, moved(solution, offsets_of(latent, solution)))
-
         entered = vocabulary and vocabulary.entered
+        learning = False
         for done, block in enumerate(
-            backward(model, inner, material.texts, see, losses=objective, entered=entered, compute=compute), 1
+            backward(model, inner, material.texts, see, losses=judge, entered=entered, compute=compute), 1
         ):
-            if done == 1:
-                judge(objective.found)
+            learning = True
             for stage in block.stages:
-                # An expert that no token reached has no gradient.
-                parts = [gradients.pop(site.name, torch.zeros(site.shape)) for site in stage.sites]
-                learn(stage, torch.cat([part.to(parts[0]) for part in parts]), reach)
-            progress("refine", number * len(inner) + done, settings.passes * len(inner), _note(objective.found))
-        if len(history) == number:  # no way back: it was the last pass, or what it looked at had done harm
-            judge(objective.found)
-            _place(model, stages, solutions, best)
+                gradient = stacked(stage, gradients)
+                if geometry is not None:
+                    gradient += settings.geometry * geometry.gradient(model, stage).to(gradient)
+                descent.learn(model, stage, gradient)
+            progress("refine", number * len(inner) + done, settings.passes * len(inner), _note(judge.found))
+        if not learning:  # it was the last pass, or what it looked at had done harm
+            place(model, stages, solutions, descent.best)
         else:
             for stage in outer:
-                learn(stage, vocabulary.of(stage), reach)
-            reach = replace(reach, slope=sum(slopes.values()), lengths=lengths, back=False)
+                descent.learn(model, stage, vocabulary.of(stage))
+            descent.updated()
         if state and not last:
-            state.write(latents, best, history, reach)
-    return Refined(solutions, best, tuple(history), lowest)
-
-
-def _place(model: nn.Module, stages: list[Stage], solutions: Mapping, offsets: Mapping[str, Tensor]) -> None:
-    """Install every stage with its codes moved by offsets, or by what latents round to."""
-    for stage in stages:
-        solution = solutions[stage.name]
-        install(model, stage, moved(solution, offsets_of(offsets[stage.name], solution)))
+            state.write(descent.latents, descent.best, descent.history, descent.reach, tried)
+    return Refined(solutions, descent.best, tuple(descent.history), descent.lowest, tried)
 
 
 def _note(losses: Losses) -> str:
