@@ -257,6 +257,7 @@ class RecipeFlags:
     refine_blocks: Annotated[
         int | None,
         option("Passes over each block alone, for its output, before those of --refine (default 0).", group=CONTROL),
+        WHOLE,
     ] = None
     refine_geometry: Annotated[
         float | None,
