@@ -56,6 +56,7 @@ POINTS: dict[str, dict] = {
         for weight in (1.0, 10.0)
     },
     **{f"forgot {passes}": {"forget": passes} for passes in (2, 4)},
+    **{f"base, taught {passes}": {"anchor": 1.0, "aim": "everything", "forget": passes} for passes in (4, 8)},
     **{
         f"aimed {strength:g}, forgot {passes}": {"anchor": strength, "aim": "memory", "forget": passes}
         for strength in (0.5, 0.7)
