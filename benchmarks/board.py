@@ -1,4 +1,4 @@
-"""The leaderboards of a finished `geoquant bench geometry` as Markdown tables.
+"""The leaderboards of a finished `geoquant bench geometry` as Markdown tables, and what rounding did to the attack.
 
 python benchmarks/board.py BENCH [--most 12]
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+
+from scipy.stats import norm
 
 
 def main() -> None:
@@ -35,6 +37,17 @@ def main() -> None:
                 f"| `{row['name']}` | {row['rho']:+.2f} | {low:+.2f} to {high:+.2f} | {partial} | {p} | {row['hits']} |"
             )
         print()
+    for bits in found["settings"]["bits"]:
+        gaps = [one["gap"] for one in found["effects"] if one["bits"] == bits and one["gap"]]
+        gaps = [one for one in gaps if one["value"] is not None and one["se"]]
+        if not gaps:
+            continue
+        limit = norm.isf(0.025 / len(gaps))
+        sure = sum(abs(one["value"]) > limit * one["se"] for one in gaps)
+        values = [one["value"] for one in gaps]
+        print(f"Gap between members and others at {bits} bits: {gaps[0]['before']:.3f} nats before;", end=" ")
+        print(f"it changes by {min(values):+.4f} to {max(values):+.4f}, in {sure} of {len(gaps)} layers by more than", end=" ")
+        print(f"{limit:.1f} standard errors (5% for all together).")
 
 
 if __name__ == "__main__":
