@@ -46,7 +46,10 @@ def main() -> None:
         sure = sum(abs(one["value"]) > limit * one["se"] for one in gaps)
         values = [one["value"] for one in gaps]
         print(f"Gap between members and others at {bits} bits: {gaps[0]['before']:.3f} nats before;", end=" ")
-        print(f"it changes by {min(values):+.4f} to {max(values):+.4f}, in {sure} of {len(gaps)} layers by more than", end=" ")
+        print(
+            f"it changes by {min(values):+.4f} to {max(values):+.4f}, in {sure} of {len(gaps)} layers by more than",
+            end=" ",
+        )
         print(f"{limit:.1f} standard errors (5% for all together).")
 
 
