@@ -200,6 +200,46 @@ def test_a_layer_that_records_do_not_reach_goes_back_by_its_share(monkeypatch):
         assert result.anchored.keys() == {"change", "left"}
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_what_makes_up_for_drifted_inputs_stays_where_nothing_changed(share, monkeypatch):
+    """The base is the model itself: nothing can go back, and the target is the one without an anchor."""
+    model, tokens = build("llama"), tokens_for(8, 14)
+    texts = {side: padded(sentences(8, seed), 0) for seed, side in enumerate(("domain", "private"))}
+    solved, results, given = copy.deepcopy(model), [], []
+    kept = Combining.shifted
+
+    def watched(self, stage, weight, *rest):
+        given.append(weight)
+        return kept(self, stage, weight, *rest)
+
+    monkeypatch.setattr(Combining, "shifted", watched)
+    solve_model(
+        solved,
+        walk(solved, tokens[:1]),
+        open_stream(solved, tokens),
+        lambda _: ("babai", SETTINGS),
+        metric="plain",
+        energies=None,
+        sequential="site",
+        compute=torch.float32,
+        reference=dict(enumerate(open_stream(model, tokens).batches)),
+        anchor=opened(solved, model, texts, share),
+        done=results.append,
+    )
+    assert any((one - result.original).abs().max() > 1e-3 for one, result in zip(given, results, strict=True))
+    for weight, result in zip(given, results, strict=True):
+        assert torch.allclose(result.target.weight, weight, atol=1e-5)
+        assert result.anchored["change"].sum() == 0
+        assert result.anchored["left"].sum() < 1e-6
+    facts = {"aim": "metric", "distance": {"before": 0.0, "after": 0.0}, "moved": {}}
+    entries = [
+        {"name": one.stage.name, "anchored": {name: own.sum().item() for name, own in one.anchored.items()}}
+        for one in results
+    ]
+    told = accounted(facts, entries)["kept"]
+    assert told == {"layers": 0, "by_share": 0, "unchanged": len(results), "private": None, "function": None}
+
+
 # ---- runs
 
 

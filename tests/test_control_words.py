@@ -58,7 +58,7 @@ METRIC = {
     "aim": "metric",
     "anchor": 0.4,
     "distance": {"before": 2.0, "after": 1.25},
-    "kept": {"layers": 12, "by_share": 0, "private": 0.52, "function": 0.67},
+    "kept": {"layers": 12, "by_share": 0, "unchanged": 0, "private": 0.52, "function": 0.67},
 }
 
 
@@ -74,9 +74,10 @@ def test_an_anchor_by_the_metric_is_told_with_what_the_metric_told_apart():
         "interpolation would have kept 60% of both."
     )
     assert told[2].startswith("No formal guarantee: where layers went back was computed from private data")
-    experts = {**METRIC, "kept": {"layers": 0, "by_share": 3, "private": None, "function": None}}
+    experts = {**METRIC, "kept": {"layers": 0, "by_share": 3, "unchanged": 2, "private": None, "function": None}}
     told = control_sentences({"protection": experts, "privacy": None})
-    assert told[1] == "3 layers that not every token reaches went 40% of the way."
+    assert told[1] == "2 layers had not changed since the base."
+    assert told[2] == "3 layers that not every token reaches went 40% of the way."
 
 
 PLANNED = {

@@ -128,6 +128,7 @@ def test_without_a_base_only_rates_are_chosen(files):
         ({"grid": "box"}, Budgets(size=1), "loss", "budgets choose rates, and a box has bits"),
         ({"anchor": 0.5}, Budgets(size=1), "loss", "--anchor 0.5 beside budgets"),
         ({"forget": 2}, Budgets(size=1), "loss", "--forget 2 beside budgets"),
+        ({"refine": 2}, Budgets(size=1), "loss", "--refine 2 beside budgets"),
         ({"private": None}, Budgets(leak=1), "loss", "leakage is a gap between two kinds of records"),
         ({"domain": None}, Budgets(domain_loss=1), "loss", "--max-domain-loss is measured on unseen records"),
         ({}, Budgets(size=-1), "loss", "--max-size -1; wanted megabytes, more than 0"),

@@ -35,6 +35,7 @@ from geoquant.recipe import Recipe
 __all__ = ["Combining", "Shifted", "accounted", "check_combining", "combining"]
 
 SIDES = ("domain", "private")
+RECORDS = 256  # of a side, at most
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class Combining:
         None: 1% of their mean), so that directions that no text uses go back by the share.
         """
         modules = [self.base.get_submodule(one.name) for one in stage.sites]
-        base = torch.cat([read_weight(module) for module in modules]).to(weight.device)
+        public = torch.cat([read_weight(module) for module in modules]).to(weight.device)
         self.pages.release(module.weight for module in modules)
+        base = public + (weight - original)  # what makes up for drifted inputs does so for either wish
         seen = {}
         for (name, text), own in zip(self.texts.items(), passes, strict=True):
             found = side_moments(
@@ -97,7 +99,7 @@ class Combining:
                 dtype=self.dtype,
             )
             seen[name] = found
-        account = {"change": _squares(original - base)}
+        account = {"change": _squares(original - public)}
         damping = DEFAULT_DAMPING if damping is None else damping
         try:
             one = self._combined(weight, base, moments, seen, damping)
@@ -169,10 +171,12 @@ def combining(recipe: Recipe, loaded: Loaded, compute: torch.dtype, pages: Pages
     """What `solve_model` is to do beside, if anything: loads the base, and opens streams of the records."""
     if not recipe.anchor or recipe.aim != "metric":
         return None
-    base = load(recipe.base, device=recipe.device).model
+    base = load(recipe.base).model  # wherever the model is: its weights are asked for stage by stage
     texts = {}
     for name in SIDES:
-        encoded = encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window)
+        records = read_records(getattr(recipe, name))
+        records = records[:: -(-len(records) // RECORDS)]  # what passes through beside is in memory throughout
+        encoded = encode(loaded.tokenizer, records, recipe.window)
         texts[name] = padded(long_enough(name, encoded), 0)  # any token does for padding: nothing real sees it
     streams = {
         name: open_stream(loaded.model, text.tokens, compute, pages, size=text.batch) for name, text in texts.items()
@@ -185,7 +189,7 @@ def accounted(protection: dict | None, sites: Sequence[Mapping]) -> dict | None:
     """What the report says of the levers, with what layers did that went back while they were solved.
 
     sites: their entries. `kept` is told: the root mean over layers of the squared share of its length that the change
-    since the base keeps, as private inputs see it and as the others do.
+    since the base keeps, as private inputs see it and as the others do. Layers that had not changed are counted apart.
     """
     if protection is None or protection.get("aim") != "metric":
         return protection
@@ -195,10 +199,12 @@ def accounted(protection: dict | None, sites: Sequence[Mapping]) -> dict | None:
         for when, name in (("before", "change"), ("after", "left"))
     }
     moved = {part_of(f"{name}.weight"): 1.0 for name, _ in found}
-    known = [own for _, own in found if own.get("private") and own.get("function")]
+    changed = [own for _, own in found if own["change"]]
+    known = [own for own in changed if own.get("private") and own.get("function")]
     kept = {
         name: math.sqrt(sum(own[f"{name}_left"] / own[name] for own in known) / len(known)) if known else None
         for name in ("private", "function")
     }
-    told = {"layers": len(known), "by_share": len(found) - len(known), **kept}
+    by_share = sum("private" not in own for own in changed)
+    told = {"layers": len(known), "by_share": by_share, "unchanged": len(found) - len(changed), **kept}
     return protection | {"distance": lengths, "moved": protection["moved"] | moved, "kept": told}

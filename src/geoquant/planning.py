@@ -159,11 +159,14 @@ def _check(recipe: Recipe, budgets: Budgets, minimise: str, sides: Mapping[str, 
         raise UserError("budgets make a plan", got=f"--plan {recipe.plan}", fix="leave it out, and give --out")
     if recipe.anchor:
         raise UserError(f"--anchor {recipe.anchor:g} beside budgets", fix="leave it out: the plan chooses how far")
-    if recipe.forget:
-        raise UserError(
-            f"--forget {recipe.forget} beside budgets",
-            fix="leave it out: a plan measures the model as it is, and forgetting would make another of it",
-        )
+    if recipe.aim == "metric":
+        raise UserError("--aim metric beside budgets", fix="leave it out: the plan chooses which layers go back")
+    for name in ("forget", "refine", "epsilon", "shards", "inherited"):
+        if value := getattr(recipe, name):
+            raise UserError(
+                f"--{name} {value} beside budgets",
+                fix="leave it out: a plan chooses rates and shares for the model as it is, and nothing else",
+            )
     if (budgets.leak is not None or minimise == "leak") and len(sides) < 2:
         raise UserError("leakage is a gap between two kinds of records", wanted="--private F and --domain F")
     if budgets.domain_loss is not None and DOMAIN not in sides:

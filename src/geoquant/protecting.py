@@ -23,7 +23,7 @@ from geoquant.combining import check_combining
 from geoquant.data.records import Split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
-from geoquant.forgetting import check_forgetting, forget_records, observed, seen
+from geoquant.forgetting import check_forgetting, divided, forget_records, observed, seen
 from geoquant.inputs import check_same_weights
 from geoquant.measure import BUILTIN, prepare_texts
 from geoquant.model.load import Loaded, load
@@ -248,4 +248,7 @@ def check_base(recipe: Recipe, loaded: Loaded, chosen: Chosen | None = None) -> 
         seen(recipe, loaded, torch.zeros(1, 8, dtype=torch.int64))
     if recipe.anchor and recipe.aim != "everything":
         for name in ("private", "domain"):
-            long_enough(name, encode(loaded.tokenizer, read_records(getattr(recipe, name)), recipe.window))
+            records = read_records(getattr(recipe, name))
+            if name == "domain" and recipe.forget:
+                records, _ = divided(records)
+            long_enough(name, encode(loaded.tokenizer, records, recipe.window))

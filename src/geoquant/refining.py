@@ -174,6 +174,7 @@ def refine_run(
 ) -> dict:
     """Refine what RUN/sites holds, in the model too, if RUN/refined is not there; what the report says of it."""
     if not refinement_pending(run, recipe):
+        _clear(run)  # a run may have been killed before it came to that
         return read_json(run / REFINED / FACTS, losses=dict)
     started = time.process_time()
     original = load_protected(run, recipe.device) if protected_there(run) else load(recipe.model, device=recipe.device)
@@ -247,11 +248,16 @@ def refine_run(
             "guarantee": None,
         }
         write_json(partial / FACTS, facts)
+    _clear(run)
+    return facts
+
+
+def _clear(run: Path) -> None:
+    """Remove what is there only while refinement is under way: some of it was measured on private records."""
     for name in (STATE, MATERIAL):
         (run / name).unlink(missing_ok=True)
     for name in (BLOCKS, CLOUDS):
         shutil.rmtree(run / name, ignore_errors=True)
-    return facts
 
 
 def _key(recipe: Recipe, run: Path, blocks: tuple[Block, ...]) -> str:

@@ -16,7 +16,9 @@ __all__ = ["compare"]
 
 BOX_ONLY, LATTICE_ONLY = ("bits", "group_size", "symmetric", "keep"), ("rate", "embeddings")
 ALWAYS = ("metric", "order", "target", "sequential", "calibration", "windows")
-CONTROL = ("plan", "anchor", "aim", "forget", "refine", "epsilon", "delta", "radius", "shards", "clip", "inherited")
+MOVED = ("plan", "anchor", "aim", "forget", "forget_weight")
+REFINED = ("refine", "refine_privacy", "refine_blocks", "refine_geometry", "refine_threshold", "refine_lowered")
+CONTROL = (*MOVED, *REFINED, "epsilon", "delta", "radius", "shards", "clip", "inherited")
 SETTINGS = ("grid", *LATTICE_ONLY, "method", *BOX_ONLY, *ALWAYS, *CONTROL)
 
 

@@ -80,11 +80,11 @@ def _forgot(forgot: Mapping) -> list[str]:
         return [f"None of {count} private records was better known than others of its kind: nothing moved.{asked}"]
     passes = "1 pass" if forgot["made"] == 1 else f"{forgot['made']} passes"
     return [
-        f"{passes} over {count} private records pulled those that the model knew better than others of their kind "
-        f"towards the level of these: their mean loss, less the base's, {_below(gaps[0])} the others' before and "
-        f"{_below(gaps[1])} it after; the reference attack between the two, on these very records and before rounding, "
-        f"was {before['attack']:.2f} from chance and is {after['attack']:.2f}. On the text and the records that it was "
-        f"held to, the model diverged by {forgot['divergence']:.3f} nats per token in the last pass; the length of the "
+        f"{passes} over {count} private records pulled those that the model knew better than others of their kind, "
+        f"if any, towards the level of these: their mean loss, less the base's, {_below(gaps[0])} the others' before "
+        f"and {_below(gaps[1])} it after; the reference attack between the two, on these very records and before "
+        f"rounding, was {before['attack']:.2f} from chance and is {after['attack']:.2f}. On the text and the records that "
+        f"it was held to, the model diverged by {forgot['divergence']:.3f} nats per token in the last pass; the length of the "
         f"change since the base went from {forgot['distance']['before']:.4g} to {forgot['distance']['after']:.4g}."
     ]
 
@@ -154,6 +154,8 @@ def _combined(protection: Mapping) -> list[str]:
             f"As inputs of private records see it, the change of a layer kept {kept['private']:.0%} of its length, as "
             f"the others do {kept['function']:.0%}; interpolation would have kept {1 - share:.0%} of both."
         )
+    if kept["unchanged"]:
+        told.append(f"{kept['unchanged']} layers had not changed since the base.")
     if kept["by_share"]:
         told.append(f"{kept['by_share']} layers that not every token reaches went {share:.0%} of the way.")
     return told

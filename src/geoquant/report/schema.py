@@ -82,7 +82,7 @@ _SCHEMA: dict = {
     "plan?": {"sha256": str, "effects_sha256": str, "looked": bool, "anchors": bool, "budgets": dict, "totals": dict}
     | {"bytes": {"planned": NUMBER, "got": NUMBER}, "stages": [{"name": str, "planned": NUMBER, "got": NUMBER}]},
     "protection?": {"lever": str, "anchor": NUMBER, "distance": {"before": NUMBER, "after": NUMBER}}
-    | {"kept?": {"layers": int, "by_share": int, "private": NUMBER, "function": NUMBER}}
+    | {"kept?": {"layers": int, "by_share": int, "unchanged": int, "private": NUMBER, "function": NUMBER}}
     | {"forgot?": {"made": int, "divergence": NUMBER} | dict.fromkeys(_FORGOT, dict)},
     # Why these options: what was wanted, and the points of a frontier that it was chosen from, if there is one.
     "goal?": {**dict.fromkeys(("goal", "use", "point", "why", "frontier"), str), "rows": [dict]},

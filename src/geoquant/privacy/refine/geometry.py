@@ -154,10 +154,8 @@ class Geometry:
         found = (hinge(*self._given(model, stage), self.taus[stage.name])[0] for stage in self.stages)
         return sum(found) / max(1, self.rows)
 
-    def gradient(self, model: nn.Module, stage: Stage) -> Float[Tensor, "out in"] | float:
-        """Of L_geo by the stage's weights; 0.0 where the term does not look at it."""
-        if stage.name not in self.taus:
-            return 0.0
+    def gradient(self, model: nn.Module, stage: Stage) -> Float[Tensor, "out in"]:
+        """Of L_geo by the weights of a stage that has thresholds; others are not looked at."""
         return hinge(*self._given(model, stage), self.taus[stage.name])[1] / self.rows
 
     def account(self, model: nn.Module) -> dict[str, dict[str, float]]:

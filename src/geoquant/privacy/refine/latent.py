@@ -62,6 +62,7 @@ def begun(
 
 def slope_squared(solution: Solution | LatticeSolution, gradient: Float[Tensor, "out in"]) -> float:
     """Squared length of the objective's slope in steps: of `g s` over a stage."""
+    gradient = gradient.to(solution.codes.device)
     return sum(
         (gradient[own] * step_sizes(_part(solution, own))).double().square().sum().item() for own in _spans(gradient)
     )

@@ -160,7 +160,7 @@ def refine(
             learning = True
             for stage in block.stages:
                 gradient = stacked(stage, gradients)
-                if geometry is not None:
+                if geometry is not None and stage.name in geometry.taus:
                     gradient += settings.geometry * geometry.gradient(model, stage).to(gradient)
                 descent.learn(model, stage, gradient)
             progress("refine", number * len(inner) + done, settings.passes * len(inner), _note(judge.found))
