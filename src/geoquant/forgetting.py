@@ -93,7 +93,10 @@ def divided(domain: Sequence[Record]) -> tuple[list[Record], list[Record]]:
     """Records that levers may learn the function from, and those that serve the levels, which no other lever before
     solving sees: every second one, or of more records evenly about LEVELS. A text that is there twice counts once: on
     both sides it would be learned, and lower its own level."""
-    records = list({one.text.strip(): one for one in domain}.values())
+    known: dict[str, Record] = {}
+    for one in domain:
+        known.setdefault(one.text.strip(), one)
+    records = list(known.values())
     step = max(2, len(records) // LEVELS)
     return [one for place, one in enumerate(records) if place % step != 1], records[1::step]
 

@@ -83,9 +83,10 @@ def _forgot(forgot: Mapping) -> list[str]:
         f"{passes} over {count} private records pulled those that the model knew better than others of their kind, "
         f"if any, towards the level of these: their mean loss, less the base's, {_below(gaps[0])} the others' before "
         f"and {_below(gaps[1])} it after; the reference attack between the two, on these very records and before "
-        f"rounding, was {before['attack']:.2f} from chance and is {after['attack']:.2f}. On the text and the records that "
-        f"it was held to, the model diverged by {forgot['divergence']:.3f} nats per token in the last pass; the length of the "
-        f"change since the base went from {forgot['distance']['before']:.4g} to {forgot['distance']['after']:.4g}."
+        f"rounding, was {before['attack']:.2f} from chance and is {after['attack']:.2f}. On the text and the records "
+        f"that it was held to, the model diverged by {forgot['divergence']:.3f} nats per token in the last pass; the "
+        "length of the change since the base went from "
+        f"{forgot['distance']['before']:.4g} to {forgot['distance']['after']:.4g}."
     ]
 
 
