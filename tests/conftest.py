@@ -50,6 +50,27 @@ def tiny_llama(seed: int = 0, **changes):
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
+def taught_by_heart(folder, records, out):
+    """The model of a folder after thirty steps on all records of a file, in the folder `out`."""
+    from geoquant.data.records import read_records
+    from geoquant.model.load import load
+    from geoquant.observe.texts import padded
+    from geoquant.privacy.scoring import encode
+
+    loaded = load(str(folder), dtype=torch.float32)
+    model = loaded.model.requires_grad_(True)
+    text = padded([ids for ids, _ in encode(loaded.tokenizer, read_records(records), 256)], 0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        labels = text.tokens.masked_fill(torch.arange(text.tokens.shape[1]) >= text.lengths[:, None], -100)
+        model(text.tokens, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(out)
+    make_tokenizer().save_pretrained(out)
+    return out
+
+
 @pytest.fixture(scope="module")
 def constant_machine():
     """How fast this machine multiplies is measured elsewhere, and takes a second each time."""

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import make_tokenizer
+from conftest import taught_by_heart
 from geoquant.combining import Combining, accounted, combining
 from geoquant.data.private import make_records
 from geoquant.data.records import read_records, write_records
@@ -255,20 +255,7 @@ def sides(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, tiny_model_dir, sides):
-    """The model of a folder, taught the private records by heart."""
-    loaded = load(str(tiny_model_dir), dtype=torch.float32)
-    model = loaded.model.requires_grad_(True)
-    text = padded([ids for ids, _ in encode(loaded.tokenizer, read_records(sides["private"]), 256)], 0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(30):
-        labels = text.tokens.masked_fill(torch.arange(text.tokens.shape[1]) >= text.lengths[:, None], -100)
-        model(text.tokens, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    out = tmp_path_factory.mktemp("tuned") / "model"
-    model.save_pretrained(out)
-    make_tokenizer().save_pretrained(out)
-    return out
+    return taught_by_heart(tiny_model_dir, sides["private"], tmp_path_factory.mktemp("tuned") / "model")
 
 
 def recipe(tuned, base, sides, **values):

@@ -46,9 +46,8 @@ class Frames:
 
     def normal_squares(self, *vectors: Float[Tensor, "b D"]) -> Float[Tensor, "v b"]:
         """Squared length of each vector's part normal to its tangent space, several at once; no basis is formed."""
-        return (
-            self.normals(torch.stack(vectors, dim=1)).square().sum(2).T
-        )  # not a difference of squares: half the digits
+        # Not a difference of squares, which would leave half the digits.
+        return self.normals(torch.stack(vectors, dim=1)).square().sum(2).T
 
     def normals(self, rows: Float[Tensor, "b v D"]) -> Float[Tensor, "b v D"]:
         """The parts of vectors that are normal to the tangent space of their point."""

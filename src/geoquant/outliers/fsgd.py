@@ -171,10 +171,8 @@ def measures(
     Raises ValueError for another axis than `column` and `row`.
     """
     text = context.public
-    return measured(
-        *(context.weight, context.delta, text.weighted.double() / text.tokens, text.silent.double() / text.tokens),
-        *(axis, size, leading, unit),
-    )
+    metric, silent = text.weighted.double() / text.tokens, text.silent.double() / text.tokens
+    return measured(context.weight, context.delta, metric, silent, axis, size, leading, unit)
 
 
 def measured(
