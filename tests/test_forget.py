@@ -123,6 +123,30 @@ def test_the_same_seed_gives_the_same_weights_and_the_types_stay():
     assert head.weight is embedding.weight
 
 
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_what_was_stopped_ends_at_the_same_weights(steps, anchored):
+    """In the middle of a pass, at its end, after the last step; with levels that are renewed between passes."""
+    material, others = toy().material, toy().heldout
+    texts, base = (
+        {**own, LEVEL: its["domain"]} for own, its in ((material.texts, others.texts), (material.base, others.base))
+    )
+    material, asked = replace(material, texts=texts, base=base), replace(CHOSEN, passes=3)
+    head = toy().tuned.get_output_embeddings().weight.detach() if anchored else None
+    stood = []
+    whole, model = copy.deepcopy(toy().tuned), copy.deepcopy(toy().tuned)
+    said = forget(whole, material, asked, original=head, keep=lambda own: stood.append(copy.deepcopy(own)))
+    assert [own.facts["steps"] for own in stood] == [1, 2, 3, 4, 5, 6]
+    later = []
+    half = stood[steps - 1]
+    again = forget(
+        model, material, asked, original=head, halfway=half, keep=lambda own: later.append(own.facts["steps"])
+    )
+    assert later == [*range(steps + 1, 7)]
+    assert again == said
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
 def test_a_head_with_a_bias_keeps_it():
     """The given model's logits are made with it too: it must not move under them."""
     from transformers import PhiConfig, PhiForCausalLM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from conftest import taught_by_heart
 from geoquant.data.private import make_records
 from geoquant.data.records import Record, read_records, write_records
 from geoquant.errors import UserError
-from geoquant.forgetting import divided
+from geoquant.forgetting import HALFWAY, divided
+from geoquant.lending import lendable
 from geoquant.measure import prepare_texts
 from geoquant.model.load import load
 from geoquant.observe.texts import Sequences, padded
@@ -132,8 +134,6 @@ def test_the_report_says_what_was_done_and_that_nothing_is_guaranteed(forgot):
 
 
 def test_a_run_that_lost_what_follows_goes_on_from_the_model_that_forgot(forgot, tmp_path):
-    import shutil
-
     asked, whole, _ = forgot
     run = tmp_path / "run"
     shutil.copytree(whole, run)
@@ -142,6 +142,98 @@ def test_a_run_that_lost_what_follows_goes_on_from_the_model_that_forgot(forgot,
     quantize(asked, run, resume=True)
     first, second = (tensors(folder / "coded") for folder in (whole, run))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_that_was_stopped_while_forgetting_goes_on_from_there(
+    tuned, tiny_model_dir, sides, forgot, tmp_path, monkeypatch
+):
+    """To the very weights of a run that was not, and without a trace of where it stood."""
+    asked, whole = recipe(tuned, tiny_model_dir, sides, forget=2), forgot[1]
+    monkeypatch.setattr("geoquant.forgetting.EVERY", 0.0)
+
+    def stopped(phase, done, total, note=""):
+        if phase == "forget" and done == 3:
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(asked, run, progress=stopped)
+    assert (run / HALFWAY).exists()
+    assert not (run / "protected").exists()
+    steps = []
+    quantize(
+        asked, run, resume=True, progress=lambda phase, done, *_: steps.append(done) if phase == "forget" else None
+    )
+    assert steps == [4]
+    assert not (run / HALFWAY).exists()
+    first, second = (tensors(folder / "protected") for folder in (whole, run))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_runs_of_one_place_share_the_model_that_forgot(tuned, tiny_model_dir, sides, tmp_path):
+    """Whoever asks for the same levers of the same model and texts compresses the same files."""
+    shared, steps = tmp_path / "shared", []
+
+    def run(name, **values):
+        steps.clear()
+        asked = recipe(tuned, tiny_model_dir, sides, **{"forget": 1, **values})
+        report = quantize(
+            asked,
+            tmp_path / name,
+            shared=shared,
+            progress=lambda phase, done, *_: steps.append(done) if phase == "forget" else None,
+        )
+        return report["protection"], len(steps)
+
+    first, made = run("first", rate=4.0)
+    assert made == 2
+    assert first["making"]["here"]
+    second, made = run("second", rate=3.0)
+    assert made == 0
+    assert second == first | {"making": {"seconds": first["making"]["seconds"], "here": False}}
+    ours, its = (tmp_path / name / "protected" for name in ("first", "second"))
+    assert {path.name for path in ours.iterdir()} == {path.name for path in its.iterdir()}
+    assert (ours / "model.safetensors").samefile(its / "model.safetensors")
+    assert not (ours / "protection.json").samefile(its / "protection.json")
+
+
+def test_what_a_model_follows_from_names_it(tuned, tiny_model_dir, sides, tmp_path):
+    """Another option of its levers, text, model or base is another model; what solves it is not."""
+    target, base, public = load(str(tuned)), load(str(tiny_model_dir)), torch.arange(64).reshape(2, 32)
+
+    def name(public=public, models=(target, base), **values):
+        return lendable(tmp_path, recipe(tuned, tiny_model_dir, sides, **{"forget": 1, **values}), *models, public)
+
+    write_records(tmp_path / "fewer.jsonl", read_records(sides["domain"])[1:])
+    shutil.copy(sides["domain"], tmp_path / "same.jsonl")
+    assert name(rate=3.0) == name(rate=4.0, embeddings=False) == name(domain=str(tmp_path / "same.jsonl"))
+    others = [
+        name(),
+        name(seed=1),
+        name(forget=2),
+        name(forget_weight=5.0),
+        name(anchor=0.5, aim="everything"),
+        name(anchor=0.6, aim="everything"),
+        name(anchor=0.5),
+        name(window=24),
+        name(domain=str(tmp_path / "fewer.jsonl")),
+        name(public=public + 1),
+        name(models=(base, base)),
+        name(models=(target, target)),
+    ]
+    assert len(set(others)) == len(others)
+    assert name(forget=0, anchor=0.5) is None
+
+
+def test_a_damaged_record_of_where_it_stood_is_named(tuned, tiny_model_dir, sides, forgot, tmp_path):
+    asked, whole, _ = forgot
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for name in ("protected", "sites", "coded"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    (run / HALFWAY).write_bytes(b"cut short")
+    with pytest.raises(UserError, match=r"halfway\.safetensors.*delete it and run the same command again"):
+        quantize(asked, run, resume=True)
 
 
 def test_an_anchor_goes_first_and_looks_at_no_record_of_the_levels(tuned, tiny_model_dir, sides, tmp_path):

@@ -5,7 +5,7 @@ OUT/
   original/             measured once: what every point is compared with
   points/NAME/          the report of each point's run
   measured/NAME.json    what was measured of it; a point that is there is not made again
-  taught/               what aimed levers measured of the weights and records, for all points that need the same
+  taught/               what levers measured of weights and records, and made of them, for all points that need it
   jobs/, logs/          what was asked for; what went wrong
   frontier.json, frontier.html
 """

@@ -1,10 +1,16 @@
-"""Private records that a model forgets before anything is solved: what a run looks at, and what it says of it."""
+"""Private records that a model forgets before anything is solved: what a run looks at, and what it says of it.
+
+RUN/halfway.safetensors   where a run that is forgetting stands, every few minutes; gone when it has forgotten
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +21,7 @@ from geoquant.data.text import Windows
 from geoquant.errors import UserError
 from geoquant.model.identity import model_hash
 from geoquant.model.load import Loaded
-from geoquant.privacy.forget import LEVEL, ForgetSettings, forget
+from geoquant.privacy.forget import LEVEL, ForgetSettings, Halfway, forget
 from geoquant.privacy.refine.material import (
     DOMAIN,
     LEAST,
@@ -29,10 +35,13 @@ from geoquant.privacy.refine.material import (
 from geoquant.progress import Progress
 from geoquant.recipe import Recipe
 from geoquant.releasing import claimed
+from geoquant.runs import read_tensors, write_tensors
 
-__all__ = ["Original", "check_forgetting", "divided", "forget_records", "observed", "seen"]
+__all__ = ["HALFWAY", "Original", "check_forgetting", "divided", "forget_records", "observed", "seen"]
 
 WINDOWS = 16  # of public text
+HALFWAY = "halfway.safetensors"
+EVERY = 240.0  # seconds of forgetting that a run may lose
 LEVELS = 64  # records that say what strangers are like: more place a level little better, and teach the function more
 
 
@@ -108,21 +117,46 @@ def observed(recipe: Recipe, loaded: Loaded, public: Int[Tensor, "n length"], pr
 
 
 def forget_records(
-    recipe: Recipe, loaded: Loaded, base: Loaded, original: Original, facts: dict, progress: Progress
+    run: Path, recipe: Recipe, loaded: Loaded, base: Loaded, original: Original, facts: dict, progress: Progress
 ) -> dict:
-    """Change the model in place; `facts` of the lever before it, with what the report says of this one."""
+    """Change the model in place; `facts` of the lever before it, with what the report says of this one. What was
+    forgotten in RUN before an interruption is not forgotten again.
+    """
     material = original.material
     known = {name: text for name, text in material.texts.items() if name != PUBLIC}
     material = replace(material, base={name: record_losses(base.model, text) for name, text in known.items()})
     before = _change(loaded, base)
     settings = ForgetSettings(recipe.forget, recipe.forget_weight, seed=recipe.seed)
     head = original.head if facts else None  # another lever has been at work
-    found = forget(loaded.model, material, settings, original=head, progress=progress)
+    path = run / HALFWAY
+    told = {"halfway": _standing(path), "keep": _keeper(path), "progress": progress}
+    found = forget(loaded.model, material, settings, original=head, **told)
     sequences = {name: len(text.tokens) for name, text in material.texts.items()}
     distance = {"before": before, "after": _change(loaded, base)}
     told = {**asdict(settings), "sequences": sequences, **found.to_dict(), "distance": distance}
     alone = {"lever": "forget", "anchor": None, "distance": distance, "guarantee": None}
     return (facts or alone | {"base_sha256": model_hash(base.model)}) | {"forgot": told}
+
+
+def _standing(path: Path) -> Halfway | None:
+    """Where the run was stopped."""
+    if not path.exists():
+        return None
+    tensors, told = read_tensors(path)
+    return Halfway(tensors, json.loads(told["facts"]))
+
+
+def _keeper(path: Path) -> Callable[[Halfway], None]:
+    """Writes down where a run stands, once in EVERY seconds."""
+    last = time.monotonic()
+
+    def keep(halfway: Halfway) -> None:
+        nonlocal last
+        if time.monotonic() - last >= EVERY:
+            write_tensors(path, halfway.tensors, {"facts": json.dumps(halfway.facts)})
+            last = time.monotonic()
+
+    return keep
 
 
 def _change(loaded: Loaded, base: Loaded) -> float:

@@ -2,7 +2,7 @@
 
 OUT/original/             measurements of the original and of the base, which every point is compared with
 OUT/points/NAME/          the run of one point; once measured only its report and manifest are kept
-OUT/taught/               what levers measured of the weights: for all points that need the same
+OUT/taught/               what levers measured and models they made: for all points that need the same
 OUT/measured/NAME.json    what the frontier reads: figures, and values by window and by record for paired errors
 OUT/jobs/NAME.json        what was asked for
 """
@@ -192,9 +192,10 @@ def _quantized(job: Job, recipe: Recipe, run: Path, progress: Progress) -> dict:
 
 
 def _borrowed(report: dict) -> float | None:
-    """Seconds of a measurement that the run needed and found: another point of the frontier had made it."""
-    measuring = (report["protection"] or {}).get("measuring")
-    return None if measuring is None or measuring["here"] else measuring["seconds"]
+    """Seconds of what the run needed and found: another point of the frontier had measured or made it."""
+    protection = report["protection"] or {}
+    found = [protection.get(name) for name in ("making", "measuring")]
+    return next((one["seconds"] for one in found if one is not None and not one["here"]), None)
 
 
 def _bits(report: dict) -> dict:

@@ -12,6 +12,7 @@ them back.
 from __future__ import annotations
 
 import gc
+import time
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ from geoquant.combining import check_combining
 from geoquant.data.records import Split, known_among, read_records
 from geoquant.errors import UserError
 from geoquant.export.weights import chosen_dtype, untouched, write_shards, write_side_files
-from geoquant.forgetting import check_forgetting, divided, forget_records, observed, seen
+from geoquant.forgetting import HALFWAY, check_forgetting, divided, forget_records, observed, seen
 from geoquant.inputs import check_same_weights
+from geoquant.lending import lendable, link_folder
 from geoquant.measure import BUILTIN, prepare_texts
 from geoquant.model.load import Loaded, load
 from geoquant.model.paging import trim
@@ -174,20 +176,23 @@ def protect(
     The model is changed in place, so that memory never holds it twice: the caller gives it up and goes on with
     `load_protected`.
     """
-    folder = run / FOLDER
+    folder, common, started = run / FOLDER, None, time.perf_counter()
     if not _there(folder):
         if released(recipe):
             made, facts = _release(run, recipe, loaded, progress)
         else:
             base, made = load(recipe.base, device=recipe.device), loaded
             check_same_weights(loaded, base)
+            if (common := lendable(shared, recipe, loaded, base, public)) and _there(common):
+                return _borrow(common, folder)
             facts, original = {}, observed(recipe, loaded, public, progress) if recipe.forget else None
             if chosen is not None:
                 facts = as_planned(loaded, base, chosen, progress)
             elif recipe.anchor:
                 facts = anchor_model(run, recipe, loaded, base, public[:PUBLIC], shared, progress)
             if recipe.forget:
-                facts = forget_records(recipe, loaded, base, original, facts, progress)
+                facts = forget_records(run, recipe, loaded, base, original, facts, progress)
+                facts["making"] = {"seconds": time.perf_counter() - started, "here": True}
         dtype = chosen_dtype(made.model, None)
         if released(recipe):
             write_json(run / RELEASED, {"mechanism": facts["guarantee"]["mechanism"]})
@@ -195,7 +200,22 @@ def protect(
             write_shards(partial, untouched(made.model, (), dtype))
             write_side_files(partial, made.model, made.tokenizer, dtype)
             write_json(partial / FACTS, facts)
+        (run / HALFWAY).unlink(missing_ok=True)
+        if common is not None and not _there(common):  # or another process was first
+            link_folder(folder, common)
     return read_json(folder / FACTS, lever=str)
+
+
+def _borrow(common: Path, folder: Path) -> dict:
+    """RUN/protected as another run made it."""
+    link_folder(common, folder)
+    facts = read_json(folder / FACTS, lever=str, making=dict)
+    # That run may have found a part of it finished.
+    found = facts.pop("measuring", None) or {"here": True}
+    facts["making"]["seconds"] += 0.0 if found["here"] else found["seconds"] or 0.0
+    facts["making"]["here"] = False
+    write_json(folder / FACTS, facts)
+    return facts
 
 
 def _release(run: Path, recipe: Recipe, loaded: Loaded, progress: Progress) -> tuple[Loaded, dict]:

@@ -19,7 +19,7 @@ complete: beside a float32 copy of the model, memory holds one gradient and the 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -42,11 +42,12 @@ from geoquant.privacy.refine.material import (
 )
 from geoquant.progress import Progress, silent
 
-__all__ = ["LEVEL", "ForgetSettings", "Forgot", "forget", "rounded_randomly"]
+__all__ = ["LEVEL", "ForgetSettings", "Forgot", "Halfway", "forget", "rounded_randomly"]
 
 LEVEL = "level"  # the text of the records whose quantiles are the levels; without it those of the domain
 TOGETHER = 8  # private records in one step, and as many of the domain
 SLOWEST = 0.1  # of the rate in the last step
+WEIGHT, MEMORY, GAP = "weight/", "memory/", "gap/"  # tensors of Halfway
 
 
 @dataclass(frozen=True)
@@ -93,63 +94,97 @@ class Forgot:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Halfway:
+    """Where forgetting stands after `facts["steps"]` steps. tensors: parameters in float32, what their optimizers
+    remember, and gaps: those of the run itself, not copies, and whoever goes on from them takes them over. facts: what
+    JSON can hold.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict
+
+
 def forget(
     model: nn.Module,
     material: Material,
     settings: ForgetSettings = ForgetSettings(),
     *,
     original: Float[Tensor, "vocab hidden"] | None = None,
+    halfway: Halfway | None = None,
+    keep: Callable[[Halfway], None] | None = None,
     progress: Progress = silent,
 ) -> Forgot:
     """Change the model's parameters in place; they keep their type, into which they are rounded at random, unbiased.
 
     material: all three texts and LEVEL, with the original's states and the base's losses. original: its vocabulary
-    projection where the given model is another one by now. Raises UserError where a loss is not finite.
+    projection where the given model is another one by now. keep: is told after every step where it stands. halfway:
+    goes on from there, to the very weights that one go would have led to. Raises UserError where a loss is not finite.
     """
     given = {name: (own.dtype, own.requires_grad) for name, own in model.named_parameters()}
     output = model.get_output_embeddings()
     own = output.weight.detach() if original is None else original.detach()
     head, fixed = own.float().clone(), getattr(output, "bias", None)
     start = original_losses(model, material, DOMAIN, own) - material.base[DOMAIN]
-    gaps = {
-        name: start.clone() if name == DOMAIN and original is None else _gap(model, material, name)
-        for name in material.base
-    }
-    before = _known(gaps)
+    if halfway is None:
+        gaps = {
+            name: start.clone() if name == DOMAIN and original is None else _gap(model, material, name)
+            for name in material.base
+        }
+        before, done, divergences = _known(gaps), 0, []
+    else:
+        gaps = {name: halfway.tensors[f"{GAP}{name}"] for name in material.base}
+        before, done = Known(**halfway.facts["before"]), halfway.facts["steps"]
+        divergences = list(halfway.facts["divergences"])
     rng = random.Random(settings.seed)
     count = len(material.texts[PRIVATE].tokens)
     steps = -(-count // TOGETHER)
     optimizers: dict[nn.Parameter, torch.optim.Optimizer] = {}
-    handles, divergences, made = [], [], 0
+    handles, made = [], 0
 
     def step(parameter: nn.Parameter) -> None:
         optimizers[parameter].step()
         parameter.grad = None
 
     try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.float() if halfway is None else halfway.tensors[f"{WEIGHT}{name}"]
             parameter.requires_grad_(parameter is not fixed)  # the given model's logits are made with it too
             if parameter is fixed:
                 continue
             optimizers[parameter] = torch.optim.Adafactor([parameter], lr=settings.rate)
+            if halfway is not None:
+                start_of = f"{MEMORY}{name}/"
+                optimizers[parameter].state[parameter] = {
+                    key.removeprefix(start_of): value
+                    for key, value in halfway.tensors.items()
+                    if key.startswith(start_of)
+                }
             handles.append(parameter.register_post_accumulate_grad_hook(step))
         with evaluating(model), recomputed(model), torch.enable_grad():
             for number in range(settings.passes):
-                if number and LEVEL in gaps:
-                    gaps[LEVEL] = _gap(model, material, LEVEL)
-                if original is None and _known(gaps).privacy == 0:  # nothing to forget, and no function to regain
-                    break
-                divergences, made = [], made + 1
-                for turn, chosen in enumerate(_batches(material, steps, rng)):
-                    done = number * steps + turn
+                batches = _batches(material, steps, rng)  # of passes that are over too: the others follow from these
+                if done >= (number + 1) * steps:
+                    made = number + 1
+                    continue
+                if done == number * steps:
+                    if number and LEVEL in gaps:
+                        gaps[LEVEL] = _gap(model, material, LEVEL)
+                    if original is None and _known(gaps).privacy == 0:  # nothing to forget, and no function to regain
+                        break
+                    divergences = []
+                made = number + 1
+                for chosen in batches[done - number * steps :]:
                     rate = settings.rate * (1 - (1 - SLOWEST) * done / max(1, settings.passes * steps - 1))
                     for optimizer in optimizers.values():
                         optimizer.param_groups[0]["lr"] = rate
                     privacy, divergence = _step(model, material, chosen, gaps, start, head, settings.weight)
                     divergences.append(divergence)
+                    done += 1
+                    if keep is not None:
+                        keep(_halfway(model, optimizers, gaps, before, done, divergences))
                     note = f"hinge {privacy:.4f}, divergence {divergence:.4f} nats"
-                    progress("forget", done + 1, settings.passes * steps, note)
+                    progress("forget", done, settings.passes * steps, note)
     finally:
         for handle in handles:
             handle.remove()
@@ -160,6 +195,22 @@ def forget(
             parameter.data = rounded_randomly(parameter.data, dtype, generator)
             parameter.requires_grad_(flag)
     return Forgot(before, _known(_gaps(model, material)), made, sum(divergences) / max(1, len(divergences)))
+
+
+def _halfway(
+    model: nn.Module,
+    optimizers: dict[nn.Parameter, torch.optim.Optimizer],
+    gaps: dict[str, Tensor],
+    before: Known,
+    done: int,
+    divergences: list[float],
+) -> Halfway:
+    tensors = {f"{GAP}{name}": own for name, own in gaps.items()}
+    for name, parameter in model.named_parameters():
+        tensors[f"{WEIGHT}{name}"] = parameter.detach()
+        remembered = optimizers[parameter].state[parameter] if parameter in optimizers else {}
+        tensors |= {f"{MEMORY}{name}/{key}": value for key, value in remembered.items()}
+    return Halfway(tensors, {"steps": done, "divergences": list(divergences), "before": asdict(before)})
 
 
 def rounded_randomly(
@@ -178,19 +229,21 @@ def rounded_randomly(
 # ---- one step
 
 
-def _batches(material: Material, steps: int, rng: random.Random) -> Iterator[dict[str, list[int]]]:
+def _batches(material: Material, steps: int, rng: random.Random) -> list[dict[str, list[int]]]:
     """Places of the sequences of every step of a pass: private ones once each, the others in turn, as many of the
     domain and so many public ones that all come along within a pass if there are no more of them.
     """
     texts = {name: text for name, text in material.texts.items() if name != LEVEL}
     order = {name: rng.sample(range(len(text.tokens)), len(text.tokens)) for name, text in texts.items()}
+    batches = []
     for step in range(steps):
         chosen = {name: places[step::steps][:TOGETHER] for name, places in order.items()}
         if not chosen[PUBLIC]:
             chosen[PUBLIC] = [order[PUBLIC][step % len(order[PUBLIC])]]
         if not chosen[DOMAIN]:
             chosen[DOMAIN] = [order[DOMAIN][step % len(order[DOMAIN])]]
-        yield chosen
+        batches.append(chosen)
+    return batches
 
 
 def _step(
